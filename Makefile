@@ -1,0 +1,34 @@
+# Two commands from a fresh clone, each with all its own set-up:
+#   make train    train the default on this machine; ARGS="optim.lr=3e-4 seed=1" overrides keys
+#   make test     run the tests
+# .venv is a target of its own. Stamps are written last, so an interrupted installation is taken up again.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# constraints.txt pins torch 2.13.0. Where a wheel for CPUs is offered pip prefers it; a GPU machine asks for the CUDA build by name.
+TORCH := $(if $(shell command -v nvidia-smi),torch===2.13.0,torch==2.13.0)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: train test lint .venv
+.venv: .venv/.base
+
+.venv/.base: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt '$(TORCH)' -e .
+	@touch $@
+
+.venv/.test: .venv/.base
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,hf]'
+	@touch $@
+
+train: .venv/.base
+	$(BIN)/python train.py $(ARGS)
+
+test: .venv/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

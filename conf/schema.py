@@ -1,0 +1,245 @@
+"""Every key of a run: its type, default, range and meaning. The YAML files beside this one only choose values.
+
+Each key is declared once, by `key(default, meaning, ...)`:
+
+    choices    the values a string may take
+    low, high  the closed range of a number; `above` is an open lower end
+    read_when  (other key, values): the key matters only while the other key has one of these values; otherwise it
+               is accepted, noted, and left out of the run's name and identity
+    mutable    may differ when a run is resumed, so it is no part of the identity either
+"""
+
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from typing import Any
+
+PATHS = ("full", "functional", "logit", "angle")  # optim.path of every rule that moves the weights
+MOVED = ("optim.path", PATHS)
+
+
+def key(default: Any, meaning: str, **rules: Any) -> Any:
+    """A dataclass field with its meaning and the rules that `launch.config` enforces."""
+    metadata = {"meaning": meaning, **rules}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelConfig:
+    name: str = key("tiny", "name of the shape, used in the run's name")
+    num_layers: int = key(2, "transformer blocks", low=1)
+    num_heads: int = key(2, "attention heads; must divide the width", low=1)
+    width: int = key(64, "residual width D", low=1)
+    mlp_width: int | None = key(None, "hidden width of the MLP; default 4 D", low=1)
+    max_length: int = key(1024, "longest sequence the learned positions cover", low=1)
+    bias: bool = key(False, "biases in linear layers and LayerNorm (GPT-2: true, NanoDO: false)")
+    norm_eps: float = key(1e-6, "epsilon of LayerNorm (NanoDO 1e-6, GPT-2 1e-5)", above=0.0)
+    init: str = key("nanodo", "initialisation", choices=("nanodo", "gpt2"))
+
+
+@dataclass
+class TokenizerConfig:
+    name: str = key("bytes", "bytes: 256 + end of text; bpe: trained on the corpus", choices=("bytes", "bpe"))
+    vocab_size: int = key(4096, "entries of a trained bpe, end of text included", low=258, high=2**31, read_when=("tokenizer.name", ("bpe",)))
+    train_megabytes: float = key(100.0, "text the bpe is trained on, from the start of each training source", above=0.0,
+                                 read_when=("tokenizer.name", ("bpe",)))  # fmt: skip
+
+
+@dataclass
+class SourceConfig:
+    """One entry of data.sources: file, glob or list of them, and its share of the training sequences."""
+
+    path: Any
+    weight: float = 1.0
+
+
+@dataclass
+class DataConfig:
+    name: str = key("stdlib", "name of the corpus, used in the run's name")
+    source: str = key("stdlib", "where text comes from", choices=("stdlib", "text"))
+    path: Any = key(None, "file, glob or list of .txt, .jsonl, .parquet", read_when=("data.source", ("text",)))
+    sources: Any = key(None, "several weighted sources, name: {path, weight}; instead of data.path",
+                                           read_when=("data.source", ("text",)))  # fmt: skip
+    field: str = key("text", "field of .jsonl and .parquet rows that holds the text", read_when=("data.source", ("text",)))
+    separator: str | None = key(None, "line that ends a document in .txt files; default: a file is a document",
+                                read_when=("data.source", ("text",)))  # fmt: skip
+    validation: Any = key(None, "validation sets, name: file, glob or list; default: held out of the training text",
+                                     read_when=("data.source", ("text",)))  # fmt: skip
+    validation_fraction: float = key(0.05, "share of the text that is held out where no validation set is given", above=0.0, high=0.5)
+    validation_split: str = key("documents", "hold out random documents, or the tail of the text (as nanoGPT does)",
+                                choices=("documents", "tail"))  # fmt: skip
+    cache: str = key("~/.cache/flatgpt", "folder of prepared shards and trained tokenizers", mutable=True)
+    workers: int | None = key(None, "processes that prepare text; default one per core", low=1, mutable=True)
+
+
+@dataclass
+class BatchConfig:
+    sequences: int = key(32, "sequences per step, over all devices", low=1)
+    micro: int | None = key(None, "sequences per forward per device; must divide batch.sequences; default all", low=1)
+    length: int = key(256, "tokens per sequence T", low=1)
+
+
+@dataclass
+class OptimConfig:
+    name: str = key("adamw", "name of the method, used in the run's name")
+    base: str = key("adamw", "base optimiser that steps on the rule's gradient", choices=("adamw",))
+    lr: float = key(1e-3, "peak learning rate", above=0.0)
+    beta1: float = key(0.9, "decay of the first moment", low=0.0, high=0.999999)
+    beta2: float = key(0.95, "decay of the second moment", low=0.0, high=0.999999)
+    eps: float = key(1e-8, "Adam's epsilon", above=0.0)
+    weight_decay: float = key(0.1, "decoupled decay, on matrices only", low=0.0)
+    clip: float | None = key(1.0, "clip the final gradient at this global norm; null: never", above=0.0)
+    # The axes of the gradient rule; path=none is the plain gradient and reads no other axis.
+    path: str = key("none", "what is evaluated at the moved point; none: the weights are not moved", choices=("none", *PATHS))
+    direction: str = key("gradient", "what the weights move along", read_when=MOVED,
+                         choices=("gradient", "momentum", "stale", "friendly", "random"))  # fmt: skip
+    metric: str = key("euclidean", "how the direction is scaled", read_when=MOVED, choices=("euclidean", "adam", "adaptive"))
+    scope: str = key("batch", "who shares one perturbation", read_when=MOVED, choices=("batch", "replica", "micro_batch"))
+    weights: str = key("uniform", "weights of the instances in the ascent loss", read_when=MOVED, choices=("uniform", "delta"))
+    combine: str = key("replace", "what is done with the clean and the moved gradient", read_when=MOVED,
+                       choices=("replace", "reuse", "orthogonal"))  # fmt: skip
+    rho: float = key(0.05, "radius of the perturbation", low=0.0, read_when=MOVED)
+    rho_schedule: str = key("constant", "radius over the steps", read_when=MOVED, choices=("constant", "warmup", "cosine", "lr"))
+    start: float = key(0, "first perturbed step; below 1 a fraction of the horizon", low=0, read_when=MOVED)
+    stop: float | None = key(None, "first step no longer perturbed; up to 1 a fraction of the horizon; default never", low=0, read_when=MOVED)
+    period: int = key(1, "perturb every k-th step", low=1, read_when=MOVED)
+    num_groups: int = key(1, "groups of the global batch that are perturbed apart", low=1, read_when=("optim.scope", ("micro_batch",)))
+    ascent_fraction: float = key(1.0, "share of the batch the ascent gradient is taken on", above=0.0, high=1.0, read_when=MOVED)
+    parameters: str = key("all", "which parameters are perturbed", read_when=MOVED,
+                          choices=("all", "no_embeddings", "no_norms", "head"))  # fmt: skip
+    angle: float = key(45.0, "degrees between the logit (0) and the functional (90) path", low=0.0, high=90.0,
+                       read_when=("optim.path", ("angle",)))  # fmt: skip
+    angle_norm: str = key("max", "scale of the two angle terms", choices=("max", "paper"), read_when=("optim.path", ("angle",)))
+    second_moment: str = key("with_gradient", "Adam's v as this step would leave it, or as it stands", read_when=("optim.metric", ("adam",)),
+                             choices=("with_gradient", "before"))  # fmt: skip
+    metric_power: float = key(0.5, "power of v in the Adam metric", above=0.0, read_when=("optim.metric", ("adam",)))
+    metric_eps: float | None = key(None, "epsilon of the Adam metric; default Adam's own", low=0.0, read_when=("optim.metric", ("adam",)))
+    metric_norm: str = key("l2", "norm that sets the radius: |d|, |q| or sqrt(q.d)", read_when=("optim.metric", ("adam",)),
+                           choices=("l2", "raw", "dual"))  # fmt: skip
+    friendly_sigma: float = key(1.0, "share of the gradient's average that is removed", low=0.0, read_when=("optim.direction", ("friendly",)))
+    friendly_decay: float = key(0.9, "decay of that average", low=0.0, high=0.999999, read_when=("optim.direction", ("friendly",)))
+    alpha: float = key(0.7, "strength of the reused (LookSAM) or removed (GSAM) part", low=0.0,
+                       read_when=("optim.combine", ("reuse", "orthogonal")))  # fmt: skip
+    delta_sigma: float = key(0.15, "standard deviation of delta-SAM's probes, in units of rms(w)", above=0.0, read_when=("optim.weights", ("delta",)))
+    delta_power: float = key(1.0, "power of the curvature in delta-SAM's weights", low=0.0, read_when=("optim.weights", ("delta",)))
+    delta_probe: str = key("central", "second difference along one probe, or mixed along two", read_when=("optim.weights", ("delta",)),
+                           choices=("central", "mixed"))  # fmt: skip
+    cotangent: str = key("auto", "keep the clean cotangent, or rebuild it chunk by chunk", read_when=("optim.path", ("functional", "angle")),
+                         choices=("auto", "store", "rebuild"))  # fmt: skip
+    cotangent_share: float = key(0.5, "share of free memory that cotangent=auto may fill", above=0.0, high=1.0,
+                                 read_when=("optim.cotangent", ("auto",)))  # fmt: skip
+    compute: str = key("precision", "precision of the rule's passes: the run's own, or IEEE fp32", read_when=MOVED, choices=("precision", "fp32"))
+    compute_matched: bool = key(False, "shorten the run until its FLOPs equal AdamW's over the full schedule", read_when=MOVED)
+    diagnostics_every: int | None = key(
+        None, "logged steps between diagnostics that cost a pass; default never", low=1, mutable=True, read_when=MOVED
+    )
+
+
+@dataclass
+class ScheduleConfig:
+    name: str = key("fixed", "horizon: a number of steps or tokens, or tokens per parameter", choices=("fixed", "chinchilla"))
+    steps: int | None = key(None, "optimiser steps", low=1, read_when=("schedule.name", ("fixed",)))
+    tokens: float | None = key(None, "training tokens, instead of schedule.steps", above=0.0, read_when=("schedule.name", ("fixed",)))
+    tokens_per_parameter: float = key(20.0, "training tokens per parameter", above=0.0, read_when=("schedule.name", ("chinchilla",)))
+    parameters: str = key("non_embedding", "which parameters are counted", choices=("non_embedding", "all"),
+                          read_when=("schedule.name", ("chinchilla",)))  # fmt: skip
+    shape: str = key("cosine", "learning rate after the warm-up", choices=("cosine", "linear", "wsd", "constant"))
+    warmup: float = key(0.05, "warm-up as a fraction of the horizon", low=0.0, high=1.0)
+    warmup_steps: int | None = key(None, "warm-up in steps, instead of the fraction", low=0)
+    start: float = key(0.0, "learning rate at step 0 as a fraction of the peak", low=0.0, high=1.0)
+    final: float = key(0.1, "learning rate at the end as a fraction of the peak", low=0.0, high=1.0,
+                       read_when=("schedule.shape", ("cosine", "linear", "wsd")))  # fmt: skip
+    decay: float = key(0.2, "share of the horizon in which wsd decays, linearly", above=0.0, high=1.0, read_when=("schedule.shape", ("wsd",)))
+
+
+@dataclass
+class ParallelConfig:
+    name: str = key("single", "how the run is spread over devices", choices=("single",))
+
+
+@dataclass
+class TaskConfig:
+    name: str = key("pretrain", "what the run learns", choices=("pretrain",))
+
+
+@dataclass
+class EvaluationConfig:
+    every: int | None = key(None, "steps between evaluations; default a tenth of the horizon", low=1, mutable=True)
+    tokens: int | None = key(2**17, "tokens of each validation set, spread evenly over it; null: all", low=1, mutable=True)
+    baselines: bool = key(True, "print the unigram's and the bigram's loss beside the final one", mutable=True)
+    sample: int = key(128, "tokens of the sample printed at the end; 0: none", low=0, mutable=True)
+
+
+@dataclass
+class CheckpointConfig:
+    every: int | None = key(None, "steps between checkpoints; default a tenth of the horizon", low=1, mutable=True)
+    keep: int = key(2, "newest checkpoints kept", low=1, mutable=True)
+    milestones: list[int] = key([], "steps whose checkpoints are always made and kept", low=0, mutable=True)
+
+
+@dataclass
+class TrackingConfig:
+    mode: str = key("auto", "W&B; auto: online where a key is known, else off", choices=("auto", "online", "offline", "off"), mutable=True)
+    every: int | None = key(None, "steps between logged rows; default 1 below 1000 steps, else 10", low=1, mutable=True)
+    project: str = key("flatgpt", "W&B project", mutable=True)
+    entity: str | None = key(None, "W&B entity", mutable=True)
+    group: str | None = key(None, "W&B group; default model and data", mutable=True)
+    tags: list[str] = key([], "W&B tags beside method and model", mutable=True)
+    timeout: float = key(5.0, "seconds to wait for W&B before going on offline", above=0.0, mutable=True)
+
+
+@dataclass
+class InitConfig:
+    run: str | None = key(None, "start from a checkpoint of this run folder")
+    step: int | None = key(None, "its step; default the newest", low=0)
+    optimizer: bool = key(False, "take over the optimiser's state, the step and the data order too: the run branches")
+
+
+@dataclass
+class Config:
+    dir: str | None = key(None, "run folder; default runs/<name>", mutable=True)
+    seed: int = key(0, "seed of initialisation, data order and dropout", low=0, high=2**31 - 1)
+    device: str = key("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"), mutable=True)
+    precision: str = key("auto", "bf16: autocast over fp32 weights; auto: bf16 on CUDA and on CPUs with bf16 instructions",
+                         choices=("auto", "bf16", "fp32"))  # fmt: skip
+    compile: bool | None = key(None, "torch.compile; default on CUDA only")
+    deterministic: bool = key(False, "deterministic kernels only, at some cost in speed")
+    profile: bool = key(False, "write a trace of steps 5 to 8 of this start into the run folder", mutable=True)
+    minutes: float | None = key(None, "save and stop after so many minutes, as a preempted run does", above=0.0, mutable=True)
+    max_skipped: int = key(10, "stop after so many non-finite steps in a row", low=1, mutable=True)
+    plan_only: bool = key(False, "print everything derived and exit", mutable=True)
+    help: bool = key(False, "print this table and exit", mutable=True)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+
+
+def walk(section: Any = Config, prefix: str = "") -> Iterator[tuple[str, Field]]:
+    """(dotted name, field) of every key, depth first, of a config or of its class."""
+    for entry in fields(section):
+        if "meaning" in entry.metadata:
+            yield prefix + entry.name, entry
+        else:
+            yield from walk(entry.type, f"{prefix}{entry.name}.")
+
+
+def default_of(entry: Field) -> Any:
+    """The default of a key."""
+    return entry.default if entry.default is not MISSING else entry.default_factory()  # type: ignore[misc]
+
+
+def lookup(config: Any, name: str) -> Any:
+    """The value of a dotted name."""
+    for part in name.split("."):
+        config = getattr(config, part) if is_dataclass(config) else config[part]
+    return config

@@ -1,0 +1,161 @@
+"""Text to token ids and back. Every tokenizer is a tiktoken encoding: ranked byte strings, a split pattern and end of text."""
+
+import base64
+import binascii
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from conf.schema import TokenizerConfig
+
+if TYPE_CHECKING:
+    import tiktoken
+
+END_OF_TEXT = "<|endoftext|>"
+FILE = "tokenizer.json"
+BYTES_PATTERN = r"(?s:.{1,64})"  # there are no merges, so any split gives the same ids; this one is fast
+# How GPT-2 splits text into words before it merges, in the words of tiktoken (what tokenizers' ByteLevel does by itself).
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A byte-level tokenizer of len(ranks) byte strings and, as its last id, end of text.
+
+    ranks[i] is the byte string of id i; a lower id is merged earlier. Text is encoded as it stands: a literal
+    "<|endoftext|>" in it is ordinary text, and end of text is only ever put in as the id `eot`.
+    """
+
+    name: str
+    pattern: str
+    ranks: tuple[bytes, ...]
+
+    @property
+    def eot(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.ranks) + 1
+
+    @cached_property
+    def encoding(self) -> "tiktoken.Encoding":
+        import tiktoken
+
+        ranks = {token: rank for rank, token in enumerate(self.ranks)}
+        return tiktoken.Encoding(self.name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.eot})
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 (hex) over everything that decides the ids: the pattern, the ranks and the special token."""
+        content = [self.pattern, [base64.b64encode(token).decode() for token in self.ranks], {END_OF_TEXT: self.eot}]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids (uint32) of a text, without end of text."""
+        return self.encoding.encode_to_numpy(text, disallowed_special=())
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """The bytes that ids stand for. A single id may stand for a part of a character, so a stream is best decoded so."""
+        return self.encoding.decode_bytes([int(i) for i in ids])
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text that ids stand for; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def byte_lengths(self) -> np.ndarray:
+        """Bytes of text that each id stands for, int64 (vocab_size,); 0 for end of text."""
+        return np.array([*map(len, self.ranks), 0], dtype=np.int64)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes tokenizer.json into the folder, in one step."""
+        path, temporary = Path(folder) / FILE, Path(folder) / f"{FILE}.{os.getpid()}.tmp"
+        ranks = [base64.b64encode(token).decode() for token in self.ranks]
+        content = {"name": self.name, "pattern": self.pattern, "special_tokens": {END_OF_TEXT: self.eot}, "ranks": ranks}
+        temporary.write_text(json.dumps(content, indent=0))
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Tokenizer":
+        """The tokenizer of a folder. Raises ValueError where there is none, or none that can be read."""
+        path = Path(folder) / FILE
+        try:
+            content = json.loads(path.read_text())
+            tokenizer = cls(content["name"], content["pattern"], tuple(base64.b64decode(token, validate=True) for token in content["ranks"]))
+        except FileNotFoundError:
+            raise ValueError(f"{path}: no such file; give a folder that holds a {FILE}") from None
+        except (ValueError, KeyError, TypeError, binascii.Error):
+            raise ValueError(f"{path} is damaged; delete it, it is rebuilt") from None
+        if content.get("special_tokens") != {END_OF_TEXT: tokenizer.eot} or len(set(tokenizer.ranks)) != len(tokenizer.ranks):
+            raise ValueError(f"{path} is damaged; delete it, it is rebuilt")
+        return tokenizer
+
+
+def bytes_tokenizer() -> Tokenizer:
+    """256 bytes and end of text."""
+    return Tokenizer("bytes", BYTES_PATTERN, tuple(bytes([value]) for value in range(256)))
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909; over bytes as GPT-2) of the texts, end of text as last id.
+
+    The pairs that are merged, and so the ids, are those of Hugging Face's `tokenizers`; training twice gives the same.
+    Raises ValueError if the texts hold too few repeated pairs for that many merges.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    model.train_from_iterator(texts, trainer)
+    vocab = model.get_vocab()
+    if len(vocab) < vocab_size - 1:
+        raise ValueError(f"tokenizer.vocab_size={vocab_size} is too large for this text, which gives {len(vocab) + 1}; choose that or less")
+    byte_of = byte_alphabet()
+    ranks = tuple(bytes(byte_of[character] for character in token) for token in sorted(vocab, key=vocab.__getitem__))
+    return Tokenizer("bpe", GPT2_PATTERN, ranks)
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The printable character that stands for each byte in GPT-2's and Hugging Face's vocabularies, to the byte."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [value for value in range(256) if value not in printable]
+    return {chr(value): value for value in printable} | {chr(256 + i): value for i, value in enumerate(others)}
+
+
+def head(texts: Iterable[str], num_bytes: int) -> Iterator[str]:
+    """The first num_bytes bytes of the texts, less the character that the limit cuts."""
+    for text in texts:
+        data = text.encode()
+        yield data[:num_bytes].decode(errors="ignore")
+        num_bytes -= len(data)
+        if num_bytes <= 0:
+            return
+
+
+def build_tokenizer(config: TokenizerConfig, sources: Iterable[Iterable[str]]) -> Tokenizer:
+    """The tokenizer of a config; `sources` are the training texts of each source, read only where one is trained."""
+    if config.name == "bytes":
+        return bytes_tokenizer()
+    limit = int(config.train_megabytes * 1e6)
+    return train_bpe((text for texts in sources for text in head(texts, limit)), config.vocab_size)
+
+
+def is_trained(config: TokenizerConfig) -> bool:
+    """Whether the tokenizer depends on the training text."""
+    return config.name == "bpe"
+
+
+def settings(config: TokenizerConfig) -> Any:
+    """What a trained tokenizer depends on beside the text."""
+    return [config.name, config.vocab_size, config.train_megabytes]

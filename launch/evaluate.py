@@ -1,0 +1,87 @@
+"""The loss of a model on a whole corpus: python -m launch.evaluate run=DIR [step=S] [data=text data.path=FILES ...]"""
+
+import math
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import MISSING
+
+from conf.schema import key
+from data import Tokenizer, Validation, prepare
+from model import GPT, checkpoint_path, load
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT,
+    sets: dict[str, Validation],
+    sequences: int,
+    context: Callable[[], AbstractContextManager],
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Loss in nats per token, perplexity and bits per byte of each validation set, by `val/[<set>/]loss` and so on; the first set's go
+    by `val/loss`. Batches of `sequences` run under `context()`. None where `stop()` came true meanwhile."""
+    device, was_training = model.embedding.weight.device, model.training
+    model.eval()
+    row: dict[str, float] = {}
+    for name, validation in sets.items():
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for tokens_BxT, targets_BxT in validation.batches(sequences):
+            if stop():
+                model.train(was_training)
+                return None
+            with context():
+                total += model.loss(tokens_BxT.to(device), targets_BxT.to(device))[0]
+        loss = total.item() / validation.num_tokens
+        prefix = "val/" if name == next(iter(sets)) else f"val/{name}/"
+        row[prefix + "loss"] = loss
+        row[prefix + "perplexity"] = math.exp(min(loss, 700.0))
+        row[prefix + "bits_per_byte"] = total.item() / math.log(2) / validation.num_bytes
+    model.train(was_training)
+    return row
+
+
+@dataclass
+class Options:
+    """What `python -m launch.evaluate` takes beside overrides of data."""
+
+    run: str = key(MISSING, "run folder")
+    step: int | None = key(None, "step of the checkpoint; default the newest")
+    length: int | None = key(None, "tokens per sequence; default the run's own", low=1)
+    sequences: int = key(16, "sequences per forward", low=1)
+    device: str = key("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"))
+    precision: str = key("auto", "as in training", choices=("auto", "bf16", "fp32"))
+
+
+def main(arguments: list[str]) -> None:
+    """Prints the full loss of a run's model on each validation set of a corpus; default the run's own corpus."""
+    from launch.config import compose, parse, user_errors
+    from launch.identity import load_config
+    from launch.process import autocast, choose_device, choose_precision
+
+    with user_errors():
+        options, overrides = parse(Options, arguments)
+        path = checkpoint_path(options.run, options.step)
+        own = load_config(Path(options.run))
+        config = compose(overrides) if overrides else own
+        device = choose_device(options.device)
+        dtype = choose_precision(options.precision, device)
+        corpus = prepare(config.data, config.tokenizer, Tokenizer.load(path / "tokenizer"))
+        length = options.length or own.batch.length
+        sets = {name: Validation(tokens, length, corpus.tokenizer) for name, tokens in corpus.validation.items()}
+        model = load(options.run, options.step).to(device)
+        row = evaluate(model, sets, options.sequences, lambda: autocast(device, dtype))
+        assert row is not None
+        print(f"{path}, {length} tokens per sequence, {str(dtype).removeprefix('torch.')}")
+        for name, validation in sets.items():
+            prefix = "val/" if name == next(iter(sets)) else f"val/{name}/"
+            loss, perplexity, bits = (row[prefix + part] for part in ("loss", "perplexity", "bits_per_byte"))
+            print(f"{name}: loss {loss:.4f}, perplexity {perplexity:.2f}, {bits:.4f} bits per byte over {validation.num_tokens:,} tokens")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,55 @@
+"""What makes two runs the same run: their canonical configuration, its name, and the folder that belongs to it."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from conf.schema import Config, lookup
+from launch.config import KEYS, is_read, named_sources
+
+
+def canonical(config: Config) -> dict[str, Any]:
+    """Every key that the run reads and that may not change on resume (those are marked `mutable` in conf/schema.py)."""
+    plain = asdict(config)
+    return {name: lookup(plain, name) for name, entry in KEYS.items() if not entry.metadata.get("mutable") and is_read(config, name)}
+
+
+def run_name(config: Config) -> str:
+    """model-method[-rho]-data-horizon-s<seed>-<8 hex of the canonical configuration>."""
+    digest = hashlib.sha256(json.dumps(canonical(config), sort_keys=True).encode()).hexdigest()[:8]
+    rho = [f"{config.optim.rho:g}"] if is_read(config, "optim.rho") else []
+    schedule = config.schedule
+    if schedule.name == "chinchilla":
+        horizon = f"{schedule.tokens_per_parameter:g}tpp"
+    else:
+        horizon = f"{schedule.steps}steps" if schedule.tokens is None else f"{schedule.tokens:g}tokens"
+    return "-".join([config.model.name, config.optim.name, *rho, config.data.name, horizon, f"s{config.seed}", digest])
+
+
+def claim(run: Path, config: Config) -> None:
+    """Writes the run's config.yaml. Raises ValueError where the folder holds a run of another identity, with a diff of keys."""
+    file = run / "config.yaml"
+    if file.exists():
+        theirs, ours = canonical(load_config(run)), canonical(config)
+        changed = [name for name in KEYS if theirs.get(name) != ours.get(name)]
+        if changed:
+            diff = ", ".join(f"{name} {theirs.get(name, 'unread')} -> {ours.get(name, 'unread')}" for name in changed)
+            raise ValueError(f"dir={run} holds another run ({diff}); choose another dir, or leave dir out to have one named")
+    run.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(".config.yaml.partial")
+    partial.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+    partial.rename(file)
+
+
+def load_config(run: Path) -> Config:
+    """The configuration of a run folder. Raises ValueError where it holds none."""
+    file = run / "config.yaml"
+    if not file.exists():
+        raise ValueError(f"run={run} holds no config.yaml; name the folder of a run")
+    config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(file)))  # type: ignore[assignment]
+    config.data.sources, config.data.validation = named_sources(config.data.sources), config.data.validation or {}
+    return config

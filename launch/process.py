@@ -1,0 +1,91 @@
+"""What a process computes on, and how: device, precision, determinism, compilation."""
+
+import os
+import shutil
+import sys
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+# Dense peak in bf16, FLOP/s, by a part of the device's name. An unknown device has none, and no MFU is better than a wrong one.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `device=name` means. Raises ValueError for CUDA without CUDA."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no CUDA device; use device=cpu or install the CUDA build of torch")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of a known device."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products: bf16 by `auto` where the hardware multiplies bf16, on CUDA and on CPUs alike."""
+    if name != "auto":
+        return torch.bfloat16 if name == "bf16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if supported else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """bf16 compute over fp32 weights; nothing for fp32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype == torch.bfloat16)
+
+
+def seed_everything(seed: int, deterministic: bool) -> None:
+    """Seeds torch (dropout; weights and data have generators of their own) and forbids nondeterministic kernels if asked."""
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def random_state() -> dict[str, Tensor]:
+    """The states of torch's generators, as a checkpoint keeps them."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Tensor]) -> None:
+    """The inverse of `random_state`; a state of a device that is not here is left alone."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def compile_model(model: nn.Module, wanted: bool | None, device: torch.device) -> None:
+    """Compiles each block in place; `wanted=None` means on CUDA only. Without a compiler it stays eager, with a notice."""
+    if not (device.type == "cuda" if wanted is None else wanted):
+        return
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "c++"))):
+        print("note: compile=true, but there is no C++ compiler here; running eagerly", file=sys.stderr)
+        return
+    for block in model.get_submodule("blocks").children():
+        block.compile()

@@ -1,0 +1,343 @@
+"""What a run tells the world: metrics.jsonl, the console, W&B and summary.json, behind one object.
+
+`Tracker` is the whole interface of train.py. Rows are flat dicts with a "step"; the file is the truth, and the
+console and W&B are views of it that may fail without harm.
+"""
+
+import configparser
+import contextlib
+import json
+import math
+import netrc
+import os
+import secrets
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+from urllib.parse import urlsplit
+
+from conf.schema import TrackingConfig
+from launch.preemption import EXIT_PREEMPTED
+
+REDRAW = 0.2  # seconds between redraws of the live line
+PLAIN = 10.0  # seconds between plain lines where stdout is no terminal
+FINISH = 15.0  # seconds W&B gets to upload what is left at the end
+AXES = ("step", "tokens", "flops", "seconds")  # x axes of W&B charts
+
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a metrics.jsonl, oldest first; a last line that a crash cut short is left out.
+
+    Raises ValueError where any other line is damaged.
+    """
+    *lines, _torn = path.read_text(errors="replace").split("\n")
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove the line that is not JSON") from None
+
+
+def cut_metrics(path: Path, step: int) -> int:
+    """Drops the rows after `step` (all of them for -1), which a resumed run will log again.
+
+    Returns the largest step the file held before: other views have seen the rows up to there.
+    """
+    rows = read_rows(path) if path.exists() else []
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+    return max((row["step"] for row in rows), default=-1)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file such that a crash at any moment leaves the old or the new one, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+class Tracker:
+    """Tracks one run from start to end. Only one process of a run should have one.
+
+    dir, run_name    the run folder, and the name shown in W&B
+    plain_config     the configuration as plain dicts, for W&B
+    wandb_id         the id of an earlier start of this run, or None
+    total_steps      the horizon, for the progress bar
+    resumed_step     step of the checkpoint that the run resumes from; metrics after it are dropped. -1: from scratch
+    """
+
+    def __init__(
+        self,
+        dir: Path,
+        config: TrackingConfig,
+        run_name: str,
+        plain_config: dict[str, Any],
+        wandb_id: str | None,
+        total_steps: int,
+        resumed_step: int = -1,
+    ) -> None:
+        self._dir = dir
+        self._console = Console(total_steps)
+        logged_step = cut_metrics(dir / "metrics.jsonl", resumed_step)
+        self._file = (dir / "metrics.jsonl").open("a")
+        # W&B cannot take rows back, so it gets those that are logged again only once.
+        self._wandb_step = logged_step if wandb_id else -1
+        self._wandb: Wandb | None = None
+        self.wandb_id = wandb_id
+        mode, notice = wandb_mode(config.mode)
+        if notice:
+            self.message(notice)
+        if mode != "off":
+            self.wandb_id = wandb_id or secrets.token_hex(4)
+            model, method, data = (plain_config[group]["name"] for group in ("model", "optim", "data"))
+            arguments = {
+                "dir": dir,
+                "id": self.wandb_id,
+                "resume": "allow",
+                "name": run_name,
+                "project": config.project,
+                "entity": config.entity,
+                "group": config.group or f"{model}-{data}",
+                "tags": list(dict.fromkeys([method, model, *config.tags])),
+                "job_type": "train",
+                "config": plain_config,
+            }
+            self._wandb = Wandb(mode, config.timeout, arguments, self.message)
+
+    def log(self, row: Row) -> None:
+        """Appends a row, which has a "step", to metrics.jsonl; numbers that JSON lacks (nan, inf) become null there."""
+        row = _strict(row)
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._wandb and row["step"] > self._wandb_step:
+            self._wandb.send(lambda run: run.log({key: value for key, value in row.items() if value is not None}))
+        self._console.row(row)
+
+    def message(self, text: str) -> None:
+        """Prints a line of its own."""
+        self._console.message(text)
+
+    def sync(self) -> None:
+        """Puts the rows so far on disk, so that a checkpoint never knows more than the metrics."""
+        os.fsync(self._file.fileno())
+
+    def summary(self, values: dict[str, Any]) -> None:
+        """Writes summary.json, whose presence means that the run is done."""
+        values = _strict(values)
+        self.sync()
+        write_atomically(self._dir / "summary.json", json.dumps(values, allow_nan=False, indent=1) + "\n")
+        if self._wandb:
+            self._wandb.send(lambda run: run.summary.update(values))
+
+    def close(self, exit_code: int = 0) -> None:
+        """Ends the live line and the W&B run; takes bounded time, whatever the network does."""
+        self._console.close()
+        self._file.close()
+        if self._wandb:
+            self._wandb.close(exit_code)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strict(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Console:
+    """One live line on a terminal; elsewhere a plain line now and then, and one for every evaluation."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total = total_steps
+        self._live = sys.stdout.isatty()
+        self._latest: Row = {}
+        self._start: tuple[float, int] | None = None  # (time, step) of the first row, after compilation and warm-up
+        self._shown = (-math.inf, -1)  # (time, step) of the last line
+        self._lock = threading.Lock()  # W&B's thread prints too
+
+    def row(self, row: Row) -> None:
+        now, step = time.monotonic(), row["step"]
+        with self._lock:
+            self._latest = {**self._latest, **row} if self._live else row  # the live line keeps the last evaluation
+            self._start = self._start or (now, step)
+            waited = now - self._shown[0]
+            if waited >= (REDRAW if self._live else PLAIN) or (not self._live and "val/loss" in row):
+                self._show()
+
+    def message(self, text: str) -> None:
+        with self._lock:
+            sys.stdout.write(f"\r\x1b[K{text}\n" if self._live else f"{text}\n")
+            sys.stdout.flush()
+            if self._live and self._latest:
+                self._show()
+
+    def close(self) -> None:
+        with self._lock:
+            if self._latest and (self._live or self._shown[1] != self._latest["step"]):
+                self._show()
+            if self._latest and self._live:
+                sys.stdout.write("\n")
+                sys.stdout.flush()
+            self._latest = {}  # later messages stand alone
+
+    def _show(self) -> None:
+        text = self._text()
+        sys.stdout.write(f"\r{self._with_bar(text)}\x1b[K" if self._live else f"{text}\n")
+        sys.stdout.flush()
+        self._shown = (time.monotonic(), self._latest["step"])
+
+    def _text(self) -> str:
+        row, step = self._latest, self._latest["step"]
+        parts = [f"step {step}/{self._total}"]
+        for key, form in (
+            ("train/loss", "loss {:.4f}"),
+            ("val/loss", "val {:.4f}"),
+            ("perf/tokens_per_second", "{:,.0f} tokens/s"),
+            ("perf/mfu", "MFU {:.1%}"),
+        ):
+            if row.get(key) is not None:
+                parts.append(form.format(row[key]))
+        if row.get("skipped"):
+            parts.append(f"skipped {row['skipped']}")
+        if self._start and step > self._start[1]:
+            pace = (time.monotonic() - self._start[0]) / (step - self._start[1])
+            minutes, seconds = divmod(round(pace * (self._total - step)), 60)
+            parts.append(f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left")
+        return "  ".join(parts)
+
+    def _with_bar(self, text: str) -> str:
+        # The last column stays free: a full line would make some terminals wrap.
+        width = shutil.get_terminal_size().columns - 1
+        bar = min(20, width - len(text) - 4)
+        if bar < 5:
+            return text[:width]
+        filled = min(bar, bar * self._latest["step"] // max(1, self._total))
+        return f"[{'#' * filled}{'.' * (bar - filled)}]  {text}"
+
+
+def wandb_mode(mode: str) -> tuple[str, str | None]:
+    """(online, offline or off; a notice for the user or None), from tracking.mode, WANDB_MODE and the known keys."""
+    if mode == "auto":
+        mode = {"offline": "offline", "disabled": "off", "online": "online"}.get(os.environ.get("WANDB_MODE", ""), "auto")
+    if mode in ("auto", "online") and has_wandb_key():
+        return "online", None
+    if mode == "auto":
+        return "off", "W&B: no key found, tracking off (tracking.mode=offline records without one)"
+    if mode == "online":  # W&B would ask for a key on the terminal
+        return "offline", "W&B: no key found, recording offline (`wandb login` stores a key)"
+    return mode, None
+
+
+def has_wandb_key() -> bool:
+    """Whether W&B would find credentials for its host. Its own answer costs an import of a third of a second."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    settings = configparser.ConfigParser(interpolation=None)
+    try:
+        settings.read(Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser() / "settings")
+        stored = dict(settings["default"]) if "default" in settings else {}
+        if stored.get("api_key"):
+            return True
+        url = os.environ.get("WANDB_BASE_URL") or stored.get("base_url") or "https://api.wandb.ai"
+        entries = netrc.netrc(Path(os.environ.get("NETRC", "~/.netrc")).expanduser())
+        return entries.authenticators(urlsplit(url).netloc) is not None
+    except (OSError, configparser.Error, netrc.NetrcParseError):
+        return False
+
+
+class Wandb:
+    """A W&B run on a thread of its own, so that a slow or absent network costs the training nothing.
+
+    Calls queue up until the run has started. Where no online run starts, it is recorded offline. Whatever goes wrong
+    becomes a notice, never an exception.
+    """
+
+    def __init__(self, mode: str, timeout: float, arguments: dict[str, Any], notice: Callable[[str], None]) -> None:
+        self._mode = mode
+        self._timeout = timeout
+        self._arguments = arguments
+        self._notice = notice
+        self._queue: SimpleQueue[Callable[[Any], object] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+
+    def send(self, call: Callable[[Any], object]) -> None:
+        """Queues a call on the run."""
+        if self._thread.is_alive():  # else W&B has failed, and nobody empties the queue
+            self._queue.put(call)
+
+    def close(self, exit_code: int) -> None:
+        """Finishes the run, within the time of a failed start and of an upload without a network."""
+        if exit_code == EXIT_PREEMPTED:
+            self.send(lambda run: run.mark_preempting())
+        self.send(lambda run: run.finish(exit_code))
+        self._queue.put(None)
+        self._thread.join(self._timeout + 2 * FINISH)
+        if self._thread.is_alive():
+            self._notice(f"W&B: did not finish in time{self._remedy()}")
+
+    def _work(self) -> None:
+        try:
+            run = self._start()
+            while (call := self._queue.get()) is not None:
+                call(run)
+        except Exception as error:  # noqa: BLE001  any error of W&B's is worth less than the run
+            self._notice(f"W&B: tracking ended, {_first_line(error)}{self._remedy()}")
+            with contextlib.suppress(Exception):
+                _teardown()
+
+    def _start(self) -> Any:
+        import wandb
+
+        wandb.setup(settings=wandb.Settings(silent=True))  # wandb.init alone would still print a line about the key
+        settings = wandb.Settings(
+            init_timeout=self._timeout,
+            finish_timeout=FINISH,
+            finish_timeout_raises=True,
+            # W&B's service dies at once of the SIGTERM that Slurm sends to every process of a job, and takes with it
+            # what it has not yet written: by default the last 15 seconds.
+            x_transaction_log_flush_interval=1.0,
+            console="off",  # it would catch each redraw of the live line
+            silent=True,
+            reinit="create_new",  # a sweep may train several runs in one process
+        )
+        try:
+            run = wandb.init(mode=self._mode, settings=settings, **self._arguments)  # type: ignore[arg-type]
+            if self._mode == "online":
+                self._notice(f"W&B: {run.url}")
+        except Exception as error:
+            if self._mode != "online":
+                raise
+            self._notice(f"W&B: recording offline, {_first_line(error)}{self._remedy()}")
+            _teardown()  # the failed run would still hold the id
+            run = wandb.init(mode="offline", settings=settings, **self._arguments)
+        for name in AXES:
+            run.define_metric(name)
+        run.define_metric("*", step_metric="step")
+        return run
+
+    def _remedy(self) -> str:
+        return f"; `wandb sync {self._arguments['dir']}/wandb/*run-*` uploads what was recorded"
+
+
+def _teardown() -> None:
+    """Ends W&B's service, which otherwise fails or waits again when the interpreter exits."""
+    import wandb
+
+    wandb.teardown()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

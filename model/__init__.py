@@ -1,0 +1,5 @@
+"""The transformer, its lazy logits, and what is done with a trained one."""
+
+from model.gpt import GPT, GPTConfig, KeyValueCache, checkpoint_path, load
+
+__all__ = ["GPT", "GPTConfig", "KeyValueCache", "checkpoint_path", "load"]

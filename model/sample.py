@@ -1,0 +1,109 @@
+"""Text from a trained model: python -m model.sample run=DIR prompt="def " tokens=200 temperature=0.8 top_k=200 top_p=1.0 seed=0"""
+
+import codecs
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from omegaconf import MISSING
+from torch import Tensor
+
+from conf.schema import key
+from data import Tokenizer
+from model.gpt import GPT, KeyValueCache, checkpoint_path, load
+
+
+@torch.no_grad()
+def generate(
+    model: GPT,
+    prompt: list[int],
+    num_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+    use_cache: bool = True,
+) -> Iterator[int]:
+    """Yields `num_tokens` token ids that continue the prompt, one by one.
+
+    Temperature 0 takes the likeliest token; top_k keeps the k likeliest, top_p the fewest whose probability reaches p.
+    Each token reads the keys and values of those before it from a cache, until the context is full: from then on the last
+    half of it is read anew as a prompt. Raises ValueError for an empty prompt or a setting out of range."""
+    if not prompt:
+        raise ValueError("prompt is empty; give at least one token")
+    if temperature < 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
+        raise ValueError(f"temperature={temperature} top_k={top_k} top_p={top_p}: need temperature >= 0, top_k >= 1, 0 < top_p <= 1")
+    device, length = model.embedding.weight.device, model.config.max_length
+    generator = torch.Generator().manual_seed(seed)
+    tokens, caches = list(prompt), None
+    for _ in range(num_tokens):
+        if caches is None or caches[0].length >= length:
+            context = tokens[-length:] if caches is None else tokens[-(length // 2 + 1) :]
+            caches = [KeyValueCache() for _ in model.blocks]
+        else:
+            context = tokens[-1:]
+        logits_V = model(torch.tensor([context], device=device), caches)[0, -1].float().cpu()
+        if not use_cache:
+            caches = None
+        tokens.append(choose(logits_V, temperature, top_k, top_p, generator))
+        yield tokens[-1]
+
+
+def choose(logits_V: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator) -> int:
+    """One token id drawn from softmax(logits / temperature) cut to top_k and top_p."""
+    if temperature == 0:
+        return int(logits_V.argmax())
+    logits_V, ids_V = logits_V.div(temperature).sort(descending=True)
+    logits_V = logits_V[:top_k]
+    p_V = logits_V.softmax(0)
+    p_V[p_V.cumsum(0) - p_V >= top_p] = 0.0  # the likeliest always stays: nothing comes before it
+    return int(ids_V[torch.multinomial(p_V, 1, generator=generator)])
+
+
+@dataclass
+class Options:
+    """What `python -m model.sample` takes."""
+
+    run: str = key(MISSING, "run folder")
+    step: int | None = key(None, "step of the checkpoint; default the newest")
+    prompt: str = key("", "text to continue; default the start of a document")
+    tokens: int = key(256, "tokens to generate", low=1)
+    temperature: float = key(0.8, "0 takes the likeliest token", low=0.0)
+    top_k: int | None = key(200, "draw among the k likeliest tokens", low=1)
+    top_p: float = key(1.0, "draw among the fewest tokens whose probability reaches p", above=0.0, high=1.0)
+    seed: int = key(0, "seed of the draws", low=0)
+    device: str = key("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"))
+    precision: str = key("auto", "as in training", choices=("auto", "bf16", "fp32"))
+
+
+def main(arguments: list[str]) -> None:
+    """Streams a continuation to stdout."""
+    from launch.config import parse, user_errors
+    from launch.process import autocast, choose_device, choose_precision
+
+    with user_errors():
+        options, _ = parse(Options, arguments)
+        device = choose_device(options.device)
+        path = checkpoint_path(options.run, options.step)
+        model, tokenizer = load(options.run, options.step).to(device), Tokenizer.load(path / "tokenizer")
+        prompt = list(tokenizer.encode(options.prompt)) or [tokenizer.eot]
+        sys.stdout.write(options.prompt)
+        with autocast(device, choose_precision(options.precision, device)):
+            tokens = generate(model, prompt, options.tokens, options.temperature, options.top_k, options.top_p, options.seed)
+            for text in decode_stream(tokens, tokenizer.decode_bytes):
+                sys.stdout.write(text)
+                sys.stdout.flush()
+        print()
+
+
+def decode_stream(tokens: Iterator[int], decode_bytes: Callable[[list[int]], bytes]) -> Iterator[str]:
+    """The text of tokens as it becomes certain: a character cut between two tokens waits for its last byte."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in tokens:
+        yield decoder.decode(decode_bytes([token]))
+    yield decoder.decode(b"", final=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,340 @@
+"""Trains a decoder-only language model: python train.py [KEY=VALUE ...]; python train.py help=true lists every key.
+
+The story of a run: derive the plan, claim the run folder, open the data, build the model, pick up the newest checkpoint, then
+
+    batches -> gradient rule -> p.grad -> clip -> base optimiser
+
+step by step, with evaluations, rows and checkpoints in between. Started again it goes on where the checkpoint stands, and ends
+with the weights of a run that never stopped.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from conf.schema import Config
+from data import Loader, Prefetcher, Validation, prepare, unigram_bigram
+from launch import checkpoint, config, identity
+from launch.evaluate import evaluate
+from launch.lock import RunLock
+from launch.plan import Plan, describe, make_plan
+from launch.preemption import EXIT_PREEMPTED, Preemption
+from launch.process import autocast, choose_device, choose_precision, compile_model, peak_flops, random_state, seed_everything, set_random_state
+from launch.snapshot import snapshot_code
+from launch.tracking import Tracker
+from model import GPT, checkpoint_path, load
+from model.sample import decode_stream, generate
+from optim import Gradient, build_optimizer
+from optim.adamw import describe_groups, load_state_tensors, state_tensors
+
+EXIT_DIVERGED = 3
+
+
+@dataclass
+class Progress:
+    """How far a run has come: with weights, optimiser and random state, all that the next step depends on."""
+
+    step: int = 0
+    tokens: int = 0  # counted targets trained on
+    flops: int = 0
+    forwards: float = 0.0  # passes over a step's batch
+    backwards: float = 0.0
+    seconds: float = 0.0  # spent in steps, over all starts
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    skipped_in_a_row: int = 0
+    loss_sum: float = 0.0  # since the last row
+    loss_tokens: int = 0
+    evaluated: int = -1  # step of the last evaluation
+    validation: dict[str, float] = field(default_factory=dict)  # what it found
+    row: dict[str, Any] = field(default_factory=dict)  # of this step, not logged yet: it waits for the step's evaluation
+
+
+def main(settings: Config) -> int:
+    """One run, from its configuration to the exit code of the process."""
+    if settings.help:
+        print(config.table())
+        return 0
+    plan = make_plan(settings)
+    name = identity.run_name(settings)
+    if settings.plan_only:
+        print(describe(settings, plan, name))
+        return 0
+    folder = Path(settings.dir or f"runs/{name}")
+    with RunLock(folder), Preemption(settings.minutes) as preemption:
+        identity.claim(folder, settings)
+        if (folder / "summary.json").exists():
+            print(f"finished already: {folder}/summary.json has its figures; another seed or dir starts another run")
+            return 0
+        snapshot_code(folder)
+        return Run(settings, plan, name, folder, preemption).train()
+
+
+class Run:
+    """A run under way."""
+
+    def __init__(self, settings: Config, plan: Plan, name: str, folder: Path, preemption: Preemption) -> None:
+        self.settings, self.plan, self.name, self.folder, self.preemption = settings, plan, name, folder, preemption
+        self.device = choose_device(settings.device)
+        self.dtype = choose_precision(settings.precision, self.device)
+        seed_everything(settings.seed, settings.deterministic)
+
+        # Data: any batch is a pure function of (seed, step), so there is no position to save.
+        batch = settings.batch
+        self.corpus = prepare(settings.data, settings.tokenizer)
+        self.micro = batch.micro or batch.sequences
+        self.loader = Loader(self.corpus.train, self.corpus.weights, batch.length, batch.sequences, settings.seed)
+        self.sets = {
+            key: Validation(tokens, batch.length, self.corpus.tokenizer, settings.evaluation.tokens) for key, tokens in self.corpus.validation.items()
+        }
+
+        # Weights are drawn on the meta device's shapes, each from a generator of its own.
+        with self.device:
+            self.model = GPT(plan.model, settings.seed)
+        self.optimizer = build_optimizer(self.model, settings.optim)
+        self.rule = Gradient(self.model)
+        self.progress, wandb_id = Progress(), None
+        if saved := checkpoint.load_newest(folder):
+            self.restore(saved)
+            wandb_id = saved.state["wandb_id"]
+        elif settings.init.run:
+            self.branch()
+        self.start = self.progress.step
+        compile_model(self.model, settings.compile, self.device)
+
+        self.tracker = Tracker(folder, settings.tracking, name, asdict(settings), wandb_id, plan.schedule.steps, self.start if saved else -1)
+        say = self.tracker.message
+        say(f"{name}: {plan.num_parameters:,} parameters, {plan.num_non_embedding:,} without embeddings; {plan.schedule.steps:,} steps of "
+            f"{plan.tokens_per_step:,} tokens on {self.device.type} in {str(self.dtype).removeprefix('torch.')}")  # fmt: skip
+        say(describe_groups(self.optimizer))
+        if self.start:
+            say(f"resumed from {saved.path}" if saved else f"branched from step {self.start} of {settings.init.run}")
+
+    def train(self) -> int:
+        """Steps, evaluates, logs and saves until the horizon, or until somebody asks to stop; returns the exit code."""
+        progress, steps, code = self.progress, self.plan.schedule.steps, 0
+        self.prefetcher = Prefetcher(self.loader, progress.step, self.device)
+        self.mark_interval()
+        profile = self.profiler() if self.settings.profile else None
+        while True:
+            self.evaluate_if_due()
+            stopping = self.preemption.requested if progress.step < steps else None
+            if progress.row and not self.evaluation_due():
+                self.log()
+            if stopping or self.checkpoint_due():
+                self.save(needed=bool(stopping) or progress.step == steps)
+            if stopping:
+                self.tracker.message(f"{stopping}: saved step {progress.step}; the same command goes on from there")
+                code = EXIT_PREEMPTED
+            if stopping or progress.step == steps:
+                break
+            self.step()
+            if progress.skipped_in_a_row >= self.settings.max_skipped:
+                self.tracker.message(f"error: {progress.skipped_in_a_row} steps in a row were not finite (max_skipped), up to batch "
+                                     f"{progress.step - 1}; the last checkpoint is intact; lower optim.lr or look at the data")  # fmt: skip
+                code = EXIT_DIVERGED
+                break
+            if profile:
+                profile.step()
+        if profile:
+            profile.stop()
+        self.prefetcher.close()
+        if code == 0:
+            self.finish()
+        self.tracker.close(code)
+        return code
+
+    def step(self) -> None:
+        """One optimiser step. A loss or gradient that is not finite leaves weights and optimiser as they are."""
+        progress, optim = self.progress, self.settings.optim
+        began = time.perf_counter()
+        tokens_BxT, targets_BxT = (half.to(self.device, non_blocking=True) for half in self.prefetcher.next())
+        batches = list(zip(tokens_BxT.split(self.micro), targets_BxT.split(self.micro), strict=True))
+        lr = self.plan.schedule.lr(progress.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.autocast():
+            result = self.rule.gradient(batches)
+        norm = clip_grad_norm_(self.model.parameters(), optim.clip or math.inf).item()
+        loss = result.loss.item()
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.optimizer.step()
+            progress.skipped_in_a_row = 0
+            progress.loss_sum += loss * result.tokens
+            progress.loss_tokens += result.tokens
+        else:
+            progress.skipped += 1
+            progress.skipped_in_a_row += 1
+            self.tracker.message(f"skipped batch {progress.step}: loss {loss}, gradient norm {norm}")
+
+        progress.step += 1
+        progress.tokens += result.tokens
+        progress.forwards += result.forwards
+        progress.backwards += result.backwards
+        progress.flops += round(self.plan.flops_per_step * (result.forwards + 2 * result.backwards) / 3)
+        progress.seconds += time.perf_counter() - began
+        if progress.step % self.plan.tracking_every == 0 or progress.step == self.plan.schedule.steps:
+            self.make_row(lr, norm, result.metrics)
+
+    def make_row(self, lr: float, norm: float, metrics: dict[str, float]) -> None:
+        """What is logged of this step: means and speeds are taken since the last row."""
+        progress = self.progress
+        seconds, tokens = time.perf_counter() - self.interval_began, progress.tokens - self.interval_tokens
+        speed = tokens / seconds
+        progress.row = {
+            "train/loss": progress.loss_sum / progress.loss_tokens if progress.loss_tokens else None,
+            "optim/lr": lr,
+            "grad/norm": norm,
+            "skipped": progress.skipped,
+            **metrics,
+            "perf/tokens_per_second": speed,
+            "perf/data_wait": (self.prefetcher.seconds_waiting - self.interval_waiting) / seconds,
+        }
+        if peak := peak_flops(self.device):
+            progress.row["perf/mfu"] = (progress.flops - self.interval_flops) / seconds / peak
+        progress.loss_sum, progress.loss_tokens = 0.0, 0
+        self.mark_interval()
+
+    def mark_interval(self) -> None:
+        """Begins the interval of the next row; evaluations and saves are no part of it."""
+        self.interval_began = time.perf_counter()
+        self.interval_tokens, self.interval_flops = self.progress.tokens, self.progress.flops
+        self.interval_waiting = self.prefetcher.seconds_waiting
+
+    def evaluation_due(self) -> bool:
+        """At the first step, at every interval and at the end, once."""
+        step, done = self.progress.step, self.progress.evaluated
+        return done < 0 or (done != step and (step % self.plan.evaluation_every == 0 or step == self.plan.schedule.steps))
+
+    def evaluate_if_due(self) -> None:
+        """Evaluates; asked to stop meanwhile, it leaves that to the next start."""
+        if not self.evaluation_due():
+            return
+        with self.pause():
+            found = evaluate(self.model, self.sets, self.micro, self.autocast, stop=lambda: bool(self.preemption.requested))
+        if found is not None:
+            self.progress.evaluated, self.progress.validation = self.progress.step, found
+            self.progress.row |= found
+
+    def log(self) -> None:
+        """Logs the row of this step with how far the run has come."""
+        progress = self.progress
+        counts = {name: getattr(progress, name) for name in ("step", "tokens", "flops", "forwards", "backwards", "seconds")}
+        self.tracker.log(counts | progress.row)
+        progress.row = {}
+
+    def checkpoint_due(self) -> bool:
+        """At every interval, at milestones and at the end, but not where this start began."""
+        step = self.progress.step
+        wanted = step % self.plan.checkpoint_every == 0 or step in self.settings.checkpoint.milestones
+        return step == self.plan.schedule.steps or (wanted and step != self.start)
+
+    def save(self, needed: bool) -> None:
+        """Saves a checkpoint. Where the disk refuses, the run goes on with a warning, unless the checkpoint is `needed`."""
+        model, optimizer, settings = self.model, self.optimizer, self.settings
+        tensors = {
+            "model": model.state_dict(),
+            "optimizer": state_tensors(model, optimizer),
+            "random": random_state(),
+            "rule": self.rule.state_dict(),
+        }
+        state = {
+            "step": self.progress.step,
+            "progress": asdict(self.progress),
+            "model": asdict(model.config),
+            "tokenizer": self.corpus.tokenizer.hash,
+            "data": self.corpus.fingerprint,
+            "identity": identity.canonical(settings),
+            "wandb_id": self.tracker.wandb_id,
+        }
+        with self.pause():
+            self.tracker.sync()
+            try:
+                checkpoint.save(self.folder, tensors, state, self.corpus.tokenizer, settings.checkpoint.keep, settings.checkpoint.milestones)
+            except OSError as error:
+                if needed:
+                    raise
+                self.tracker.message(f"warning: step {self.progress.step} could not be saved ({error}); the checkpoints before it are intact")
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Takes over everything that the next step depends on."""
+        if saved.state["data"] != self.corpus.fingerprint:
+            raise ValueError(f"dir={self.folder}: the data have changed since its checkpoint was made; bring them back, or choose another dir")
+        self.model.load_state_dict(saved.tensors["model"])
+        load_state_tensors(self.model, self.optimizer, saved.tensors["optimizer"])
+        set_random_state(saved.tensors["random"])
+        self.progress = Progress(**saved.state["progress"])
+
+    def branch(self) -> None:
+        """Starts from a checkpoint of another run: its weights, and with init.optimizer its optimiser, step and data order."""
+        init, ours = self.settings.init, identity.canonical(self.settings)
+        path = checkpoint_path(init.run, init.step)
+        saved = checkpoint.load(path)
+        if saved.state["tokenizer"] != self.corpus.tokenizer.hash or saved.state["model"] != asdict(self.model.config):
+            raise ValueError(f"init.run={init.run} has another shape or tokenizer; choose its model, tokenizer and data")
+        self.model.load_state_dict(saved.tensors["model"])
+        if init.optimizer:
+            theirs = saved.state["identity"]
+            order = [key for key in ours if key == "seed" or key.startswith(("data.", "batch.sequences", "batch.length"))]
+            if changed := [key for key in order if ours[key] != theirs.get(key)]:
+                raise ValueError(
+                    f"{changed[0]}={ours[changed[0]]} differs from {theirs.get(changed[0])} in init.run; to go on in its data order, keep it"
+                )
+            self.restore(saved)
+            done = self.progress
+            self.progress = Progress(done.step, done.tokens, done.flops, done.forwards, done.backwards, done.seconds, done.skipped)
+            if done.step >= self.plan.schedule.steps:
+                raise ValueError(f"schedule.steps={self.plan.schedule.steps} ends before step {done.step} of init.run; lengthen the run")
+
+    def finish(self) -> None:
+        """Writes the summary, and prints what the run came to."""
+        progress, settings, say = self.progress, self.settings, self.tracker.message
+        summary = {"name": self.name, "step": progress.step, "tokens": progress.tokens, "flops": progress.flops, "seconds": progress.seconds,
+                   "parameters": self.plan.num_parameters, "non_embedding": self.plan.num_non_embedding, "skipped": progress.skipped,
+                   **progress.validation}  # fmt: skip
+        loss, bits = progress.validation["val/loss"], progress.validation["val/bits_per_byte"]
+        say(f"validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte, after {progress.tokens:,} tokens in {progress.seconds:.0f} s")
+        if settings.evaluation.baselines:
+            first = next(iter(self.sets.values()))
+            unigram, bigram = unigram_bigram(self.corpus.train, first, self.corpus.tokenizer.vocab_size)
+            say(f"beside it: bigram {bigram:.4f}, unigram {unigram:.4f}")
+            summary |= {"baseline/unigram": unigram, "baseline/bigram": bigram}
+        if settings.evaluation.sample:
+            trained = load(self.folder).to(self.device)  # what others will load, and free of compilation
+            with self.autocast():
+                tokens = generate(trained, [self.corpus.tokenizer.eot], settings.evaluation.sample, temperature=0.8, seed=settings.seed)
+                text = "".join(decode_stream(tokens, self.corpus.tokenizer.decode_bytes))
+            say("a sample:\n" + "\n".join(f"    {line}" for line in text.splitlines()))
+        self.tracker.summary(summary)
+        say(f"run folder: {self.folder}\ntry next:\n    python -m model.sample run={self.folder} prompt='def '\n"
+            f"    python -m launch.evaluate run={self.folder}")  # fmt: skip
+
+    def autocast(self) -> AbstractContextManager:
+        """The run's compute precision."""
+        return autocast(self.device, self.dtype)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Stops the clock of the interval."""
+        began = time.perf_counter()
+        yield
+        self.interval_began += time.perf_counter() - began
+
+    def profiler(self) -> torch.profiler.profile:
+        """Traces steps 5 to 8 of this start into the run folder."""
+        schedule = torch.profiler.schedule(skip_first=3, wait=0, warmup=1, active=4, repeat=1)
+        profile = torch.profiler.profile(schedule=schedule, on_trace_ready=lambda p: p.export_chrome_trace(str(self.folder / "trace.json")))
+        profile.start()
+        return profile
+
+
+if __name__ == "__main__":
+    config.main(main)
