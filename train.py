@@ -20,7 +20,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from conf.schema import Config
-from data import Loader, Prefetcher, Validation, prepare, unigram_bigram
+from data import Loader, Prefetcher, Validation, prepare, training_sample, unigram_bigram
 from launch import checkpoint, config, identity
 from launch.evaluate import evaluate
 from launch.lock import RunLock
@@ -119,7 +119,7 @@ class Run:
     def train(self) -> int:
         """Steps, evaluates, logs and saves until the horizon, or until somebody asks to stop; returns the exit code."""
         progress, steps, code = self.progress, self.plan.schedule.steps, 0
-        self.prefetcher = Prefetcher(self.loader, progress.step, self.device)
+        self.prefetcher = Prefetcher(self.loader, progress.step, pin=self.device.type == "cuda")
         self.mark_interval()
         profile = self.profiler() if self.settings.profile else None
         while True:
@@ -276,6 +276,7 @@ class Run:
     def branch(self) -> None:
         """Starts from a checkpoint of another run: its weights, and with init.optimizer its optimiser, step and data order."""
         init, ours = self.settings.init, identity.canonical(self.settings)
+        assert init.run is not None
         path = checkpoint_path(init.run, init.step)
         saved = checkpoint.load(path)
         if saved.state["tokenizer"] != self.corpus.tokenizer.hash or saved.state["model"] != asdict(self.model.config):
@@ -304,7 +305,8 @@ class Run:
         say(f"validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte, after {progress.tokens:,} tokens in {progress.seconds:.0f} s")
         if settings.evaluation.baselines:
             first = next(iter(self.sets.values()))
-            unigram, bigram = unigram_bigram(self.corpus.train, first, self.corpus.tokenizer.vocab_size)
+            counted = training_sample(self.corpus.train, self.corpus.weights)
+            unigram, bigram = unigram_bigram(counted, first, self.corpus.tokenizer.vocab_size)
             say(f"beside it: bigram {bigram:.4f}, unigram {unigram:.4f}")
             summary |= {"baseline/unigram": unigram, "baseline/bigram": bigram}
         if settings.evaluation.sample:

@@ -235,7 +235,7 @@ def walk(section: Any = Config, prefix: str = "") -> Iterator[tuple[str, Field]]
 
 def default_of(entry: Field) -> Any:
     """The default of a key."""
-    return entry.default if entry.default is not MISSING else entry.default_factory()  # type: ignore[misc]
+    return entry.default if entry.default_factory is MISSING else entry.default_factory()
 
 
 def lookup(config: Any, name: str) -> Any:

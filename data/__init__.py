@@ -1,0 +1,18 @@
+"""Text to batches: corpora, tokenizers, token shards and the loader. Knows nothing of models or optimisers."""
+
+from data.baselines import training_sample, unigram_bigram
+from data.loader import Loader, Prefetcher, Validation
+from data.shards import Corpus, Tokens, prepare
+from data.tokenizer import Tokenizer
+
+__all__ = [
+    "Corpus",
+    "Loader",
+    "Prefetcher",
+    "Tokenizer",
+    "Tokens",
+    "Validation",
+    "prepare",
+    "training_sample",
+    "unigram_bigram",
+]

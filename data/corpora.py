@@ -11,7 +11,6 @@ import json
 import mmap
 import os
 import re
-import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -136,12 +135,15 @@ class TextCorpus:
             else:
                 before, after = cut_tail(whole, data.validation_fraction, self.layout)
                 pieces += self._pack(part, before) + self._pack(held_out, after)
-        trained_on = {file.path for files in self.sources.values() for file in files}
         for name, files in self.named.items():
             pieces += self._pack(f"validation/{name}", [(file, 0, extent(file)) for file in files])
-            if shared := [file.path for file in files if file.path in trained_on]:
-                print(f"note: {shared[0]} is both in the training text and in data.validation.{name}", file=sys.stderr)
         return pieces
+
+    def notes(self) -> list[str]:
+        """What a user should know before the text is used: files that are trained and validated on."""
+        trained_on = {file.path for files in self.sources.values() for file in files}
+        shared = [(file.path, name) for name, files in self.named.items() for file in files if file.path in trained_on]
+        return [f"{path} is both in the training text and in data.validation.{name}" for path, name in shared]
 
     def _pack(self, part: str, stretches: Iterable[tuple[File, int, int]], held_out: str | None = None) -> list[Piece]:
         """The pieces of (file, start, stop): spans are put together as long as they stay within PIECE_BYTES."""
@@ -251,7 +253,10 @@ def spans(file: File, start: int, stop: int, layout: Layout) -> Iterator[tuple[S
         while begin < stop:
             match = boundary.search(view, begin + PIECE_BYTES, stop)
             end = match.end() if match else stop
-            yield Span(file, begin, end, begin == start or not is_one_document, end == stop or not is_one_document), end - begin
+            yield (
+                Span(file, begin, end, begin == start or not is_one_document, end == stop or not is_one_document),
+                end - begin,
+            )
             begin = end
 
 

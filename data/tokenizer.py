@@ -9,11 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-
-from conf.schema import TokenizerConfig
 
 if TYPE_CHECKING:
     import tiktoken
@@ -78,7 +76,12 @@ class Tokenizer:
         """Writes tokenizer.json into the folder, in one step."""
         path, temporary = Path(folder) / FILE, Path(folder) / f"{FILE}.{os.getpid()}.tmp"
         ranks = [base64.b64encode(token).decode() for token in self.ranks]
-        content = {"name": self.name, "pattern": self.pattern, "special_tokens": {END_OF_TEXT: self.eot}, "ranks": ranks}
+        content = {
+            "name": self.name,
+            "pattern": self.pattern,
+            "special_tokens": {END_OF_TEXT: self.eot},
+            "ranks": ranks,
+        }
         temporary.write_text(json.dumps(content, indent=0))
         os.replace(temporary, path)
 
@@ -88,7 +91,11 @@ class Tokenizer:
         path = Path(folder) / FILE
         try:
             content = json.loads(path.read_text())
-            tokenizer = cls(content["name"], content["pattern"], tuple(base64.b64decode(token, validate=True) for token in content["ranks"]))
+            tokenizer = cls(
+                content["name"],
+                content["pattern"],
+                tuple(base64.b64decode(token, validate=True) for token in content["ranks"]),
+            )
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file; give a folder that holds a {FILE}") from None
         except (ValueError, KeyError, TypeError, binascii.Error):
@@ -141,21 +148,3 @@ def head(texts: Iterable[str], num_bytes: int) -> Iterator[str]:
         num_bytes -= len(data)
         if num_bytes <= 0:
             return
-
-
-def build_tokenizer(config: TokenizerConfig, sources: Iterable[Iterable[str]]) -> Tokenizer:
-    """The tokenizer of a config; `sources` are the training texts of each source, read only where one is trained."""
-    if config.name == "bytes":
-        return bytes_tokenizer()
-    limit = int(config.train_megabytes * 1e6)
-    return train_bpe((text for texts in sources for text in head(texts, limit)), config.vocab_size)
-
-
-def is_trained(config: TokenizerConfig) -> bool:
-    """Whether the tokenizer depends on the training text."""
-    return config.name == "bpe"
-
-
-def settings(config: TokenizerConfig) -> Any:
-    """What a trained tokenizer depends on beside the text."""
-    return [config.name, config.vocab_size, config.train_megabytes]

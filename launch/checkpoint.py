@@ -5,7 +5,7 @@
         optimizer.safetensors   optimiser state by <weight name>.<key>
         random.safetensors      states of the random generators
         rule.safetensors        what the gradient rule remembers, if anything
-        tokenizer/              the tokenizer
+        tokenizer.json          the tokenizer
         state.json              counters, shape, identity, and size and sha256 of every file above; written last
 
 A checkpoint is written beside its final name, synced and renamed: it exists whole or not at all. The tensor files are what
@@ -57,7 +57,7 @@ def save(run: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
         for name, group in tensors.items():
             if group:
                 save_file({key: value.detach().contiguous() for key, value in group.items()}, partial / f"{name}.safetensors")
-        tokenizer.save(partial / "tokenizer")
+        tokenizer.save(partial)
         files = {str(file.relative_to(partial)): describe(file) for file in sorted(partial.rglob("*")) if file.is_file()}
         write_json(partial / "state.json", state | {"files": files, "checksum": checksum(state | {"files": files})})
         for path in [*partial.rglob("*"), partial]:

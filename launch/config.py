@@ -88,12 +88,12 @@ def parse(options: type[T], arguments: list[str]) -> tuple[T, list[str]]:
             given[name] = value if entries[name].type is str else OmegaConf.from_dotlist([argument])[name]
         else:
             rest.append(argument)
-    parsed = OmegaConf.merge(OmegaConf.structured(options), given)
+    parsed: Any = OmegaConf.merge(OmegaConf.structured(options), given)
     for name, entry in entries.items():
         if OmegaConf.is_missing(parsed, name):
             raise ValueError(f"{name} is missing; give {name}=..., {entry.metadata['meaning']}")
         check_value(name, parsed[name], entry.metadata)
-    return OmegaConf.to_object(parsed), rest  # type: ignore[return-value]
+    return OmegaConf.to_object(parsed), rest
 
 
 def check(composed: DictConfig, overrides: list[str]) -> Config:

@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
         config = compose(overrides) if overrides else own
         device = choose_device(options.device)
         dtype = choose_precision(options.precision, device)
-        corpus = prepare(config.data, config.tokenizer, Tokenizer.load(path / "tokenizer"))
+        corpus = prepare(config.data, Tokenizer.load(path))
         length = options.length or own.batch.length
         sets = {name: Validation(tokens, length, corpus.tokenizer) for name, tokens in corpus.validation.items()}
         model = load(options.run, options.step).to(device)

@@ -86,7 +86,7 @@ def main(arguments: list[str]) -> None:
         options, _ = parse(Options, arguments)
         device = choose_device(options.device)
         path = checkpoint_path(options.run, options.step)
-        model, tokenizer = load(options.run, options.step).to(device), Tokenizer.load(path / "tokenizer")
+        model, tokenizer = load(options.run, options.step).to(device), Tokenizer.load(path)
         prompt = list(tokenizer.encode(options.prompt)) or [tokenizer.eot]
         sys.stdout.write(options.prompt)
         with autocast(device, choose_precision(options.precision, device)):

@@ -10,16 +10,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups: matrices (embeddings among them), which decay, and vectors (norms, biases), which do not. Every trainable
     parameter is in exactly one of them, tied ones once. Each group has a `name` and the `names` of its parameters."""
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = []
-    for group, decay, members in (
-        ("matrices", weight_decay, [(name, p) for name, p in trainable if p.ndim >= 2]),
-        ("vectors", 0.0, [(name, p) for name, p in trainable if p.ndim < 2]),
-    ):
-        if members:
-            names, params = zip(*members, strict=True)
-            groups.append({"params": list(params), "names": list(names), "name": group, "weight_decay": decay})
-    assert sum(len(group["params"]) for group in groups) == len(trainable)
-    return groups
+    matrices = [(name, p) for name, p in trainable if p.ndim >= 2]
+    vectors = [(name, p) for name, p in trainable if p.ndim < 2]
+    groups = [("matrices", weight_decay, matrices), ("vectors", 0.0, vectors)]
+    return [
+        {"name": group, "weight_decay": decay, "names": [name for name, _ in members], "params": [p for _, p in members]}
+        for group, decay, members in groups
+        if members
+    ]
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:

@@ -1,0 +1,143 @@
+"""A live run folder belongs to one process, wherever the others run and however the first one ends."""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from launch import lock
+from launch.lock import RunLock
+
+OWNER = """
+import sys
+from pathlib import Path
+from launch import lock
+lock.HEARTBEAT = float(sys.argv[2])
+with lock.RunLock(Path(sys.argv[1])):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def start_owner(tmp_path):
+    """Starts a process that holds the lock of tmp_path until its stdin closes."""
+    owners = []
+
+    def start(heartbeat=10.0):
+        command = [sys.executable, "-c", OWNER, str(tmp_path), str(heartbeat)]
+        owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        owners.append(owner)
+        assert owner.stdout.readline() == "locked\n"
+        return owner
+
+    yield start
+    for owner in owners:
+        owner.kill()
+        owner.communicate()
+
+
+@pytest.fixture
+def left_behind(tmp_path):
+    """A lock file with the name of a process on another host in it."""
+    path = tmp_path / "lock"
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "start": "yesterday"}))
+    return path
+
+
+def test_second_process_is_refused_and_told_who_holds_it(tmp_path, start_owner, capsys):
+    owner = start_owner()
+    with pytest.raises(ValueError, match=f"dir={tmp_path} is in use by process {owner.pid} on {socket.gethostname()} since") as refusal:
+        RunLock(tmp_path).__enter__()
+    assert "\n" not in str(refusal.value)
+    owner.communicate()
+    assert (tmp_path / "lock").read_text() == ""
+    with RunLock(tmp_path):
+        pass
+    assert capsys.readouterr().err == ""  # a clean exit leaves nothing to take over
+
+
+def test_refused_process_leaves_the_owner_its_lock(tmp_path, start_owner):
+    start_owner()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="in use"):
+            RunLock(tmp_path).__enter__()
+
+
+def test_killed_owner_is_taken_over_with_a_notice(tmp_path, start_owner, capsys):
+    owner = start_owner()
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    with RunLock(tmp_path):
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+    notice = capsys.readouterr().err
+    assert notice.count("\n") == 1
+    assert f"taking over from process {owner.pid} on {socket.gethostname()}" in notice
+
+
+def test_file_cut_short_is_taken_over(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "WATCH", 0.1)
+    (tmp_path / "lock").write_text('{"host": "els')
+    with RunLock(tmp_path):
+        pass
+    assert "taking over" in capsys.readouterr().err
+
+
+def test_one_process_cannot_hold_a_folder_twice(tmp_path):
+    with RunLock(tmp_path):
+        with pytest.raises(ValueError, match=f"process {os.getpid()}"):
+            RunLock(tmp_path).__enter__()
+        newcomer = subprocess.run([sys.executable, "-c", OWNER, tmp_path, "10"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        assert f"in use by process {os.getpid()}" in newcomer.stderr  # the refusal did not drop the kernel's lock
+    with RunLock(tmp_path):
+        pass
+
+
+def test_live_owner_on_another_host_is_respected(tmp_path, left_behind, monkeypatch):
+    monkeypatch.setattr(lock, "WATCH", 20.0)  # ends at the first touch
+    closing = threading.Event()
+
+    def beat():
+        while not closing.wait(0.05):
+            os.utime(left_behind)
+
+    heartbeat = threading.Thread(target=beat)
+    heartbeat.start()
+    try:
+        with pytest.raises(ValueError, match="in use by process 7 on elsewhere since yesterday"):
+            RunLock(tmp_path).__enter__()
+    finally:
+        closing.set()
+        heartbeat.join()
+    assert "elsewhere" in left_behind.read_text()
+
+
+def test_dead_owner_on_another_host_is_taken_over(tmp_path, left_behind, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "WATCH", 0.3)
+    os.utime(left_behind, (2**32, 2**32))  # its clock may be far ahead
+    with RunLock(tmp_path):
+        assert json.loads(left_behind.read_text())["host"] == socket.gethostname()
+    assert "taking over from process 7 on elsewhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("nodes", ["apart", "same"])
+def test_heartbeat_alone_protects_where_kernel_locks_do_not(tmp_path, start_owner, monkeypatch, nodes):
+    owner = start_owner(heartbeat=0.05)
+    monkeypatch.setattr(lock, "WATCH", 20.0)
+
+    def lockf(*_):
+        if nodes == "same":  # a file system without locks
+            raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    if nodes == "apart":  # one that keeps them to each node
+        monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    with pytest.raises(ValueError, match=f"in use by process {owner.pid}"):
+        RunLock(tmp_path).__enter__()
