@@ -103,13 +103,16 @@ class TextCorpus:
             self.sources = {"stdlib": stdlib_files()}
             content: Any = content_hash(self.sources["stdlib"])
         else:
-            if (data.path is None) == (not data.sources):
-                raise ValueError(f"data.path={data.path} with {len(data.sources)} data.sources; give the files to train on in one of the two")
+            sources, validation = data.sources or {}, data.validation or {}
+            if (data.path is None) == (not sources):
+                raise ValueError(f"data.path={data.path} with {len(sources)} data.sources; give the files to train on in one of the two")
+            if not isinstance(validation, dict):
+                raise ValueError(f"data.validation={validation} has no names; write data.validation='{{NAME: FILES}}'")
             paths = {"text": ("data.path", data.path)} if data.path is not None else {
-                name: (f"data.sources.{name}.path", source.path) for name, source in data.sources.items()}  # fmt: skip
+                name: (f"data.sources.{name}.path", source.path) for name, source in sources.items()}  # fmt: skip
             self.sources = {name: find_files(key, path) for name, (key, path) in paths.items()}
-            self.named = {name: find_files(f"data.validation.{name}", path) for name, path in data.validation.items()}
-            self.weights = {name: source.weight for name, source in data.sources.items()} or None
+            self.named = {name: find_files(f"data.validation.{name}", path) for name, path in validation.items()}
+            self.weights = {name: source.weight for name, source in sources.items()} or None
             content = [{name: [file[1:] for file in files] for name, files in group.items()} for group in (self.sources, self.named)]
         for name in [*self.sources, *self.named]:
             if not re.fullmatch(r"[\w.+-]+", name):
@@ -205,13 +208,16 @@ def find_files(key: str, paths: Any) -> list[File]:
 def stdlib_files() -> list[File]:
     """The .py files of the running Python's standard library, without its tests, installed packages and character tables."""
     root = Path(sysconfig.get_path("stdlib"))
-    paths = [path for path in root.rglob("*.py") if not NOT_IN_STDLIB & set(path.relative_to(root).parts[:-1])]
-    return list_files(sorted(map(str, paths)), str(root))
+    paths = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = set(subfolders) - NOT_IN_STDLIB  # not descended into: site-packages may hold a hundred times as much
+        paths += [os.path.join(folder, name) for name in names if name.endswith(".py")]
+    return list_files(sorted(paths), str(root))
 
 
 def list_files(paths: list[str], root: str) -> list[File]:
     stats = [os.stat(path) for path in paths]
-    return [File(path, Path(path).relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)]
+    return [File(path, os.path.relpath(path, root).replace(os.sep, "/"), stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)]
 
 
 def content_hash(files: list[File]) -> str:

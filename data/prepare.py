@@ -4,23 +4,24 @@ import sys
 import time
 
 from data import prepare
-from launch.config import compose, user_errors
 
 
 def main(overrides: list[str]) -> None:
     """Prepares the corpus of a configuration and prints what it came to."""
-    config = compose(overrides)
-    start = time.perf_counter()
-    corpus = prepare(config.data, config.tokenizer)
-    seconds = time.perf_counter() - start
-    parts = corpus.meta["parts"]
-    for part, entry in parts.items():
-        ratio = entry["bytes"] / entry["tokens"]
-        print(f"{part}: {entry['tokens']:,} tokens, {entry['documents']:,} documents, {ratio:.3f} bytes per token, {entry['shards']} shards")
-    megabytes = sum(entry["bytes"] for entry in parts.values()) / 1e6
-    print(f"{megabytes:.1f} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s); vocabulary {corpus.tokenizer.vocab_size}; {corpus.folder}")
+    from launch.config import compose, user_errors
+
+    with user_errors():
+        config = compose(overrides)
+        start = time.perf_counter()
+        corpus = prepare(config.data, config.tokenizer)
+        seconds = time.perf_counter() - start
+        parts = corpus.meta["parts"]
+        for part, entry in parts.items():
+            ratio = entry["bytes"] / entry["tokens"]
+            print(f"{part}: {entry['tokens']:,} tokens, {entry['documents']:,} documents, {ratio:.3f} bytes per token, {entry['shards']} shards")
+        megabytes = sum(entry["bytes"] for entry in parts.values()) / 1e6
+        print(f"{megabytes:.1f} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s); vocabulary {corpus.tokenizer.vocab_size}; {corpus.folder}")
 
 
 if __name__ == "__main__":
-    with user_errors():
-        main(sys.argv[1:])
+    main(sys.argv[1:])

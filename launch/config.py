@@ -65,8 +65,12 @@ def main(run: Callable[[Config], int]) -> None:
         if code:
             sys.exit(code)
 
+    flags = any(argument.startswith("-") for argument in sys.argv[1:])  # -m, --cfg and their like are Hydra's own business
     with user_errors():
-        job()
+        if flags:
+            job()
+        else:
+            sys.exit(run(compose(sys.argv[1:])))
 
 
 def compose(overrides: list[str]) -> Config:

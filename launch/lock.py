@@ -1,5 +1,6 @@
 """One process per run folder: a lock that goes with its process, and that other nodes respect."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -103,10 +104,8 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._closing.wait(HEARTBEAT):
-            try:
+            with contextlib.suppress(OSError):  # a file server may be away for a while
                 os.utime(self._file)
-            except OSError:  # a file server that is away for a while
-                pass
 
     def _refusal(self, owner: dict[str, Any]) -> str:
         return f"dir={self._dir} is in use by {_name(owner)} since {owner.get('start', '?')}; wait for it, stop it, or choose another dir"

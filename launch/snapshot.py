@@ -27,7 +27,7 @@ def snapshot_code(dir: Path, root: Path = ROOT) -> None:
 
     revision.txt        git revision, or "not a git checkout"
     diff.patch          what the working tree has beyond it, with untracked .py files and configs; `git apply` restores it
-    environment.json    a list with an entry per start: versions, devices, scheduler, command line, time
+    environment.json    a list with an entry per start: revision, versions, devices, scheduler, command line, time
 
     Where git cannot tell, the .py and .yaml files themselves are copied instead of the patch. A problem is one line
     on stderr: it never stops a run.
@@ -37,12 +37,13 @@ def snapshot_code(dir: Path, root: Path = ROOT) -> None:
         code.mkdir(parents=True, exist_ok=True)
         try:
             revision, patch = _ask_git(root)
-            (code / "diff.patch").write_bytes(patch)
         except (OSError, subprocess.SubprocessError):
             revision = "not a git checkout"
             _copy_sources(root, code)
+        else:
+            (code / "diff.patch").write_bytes(patch)
         (code / "revision.txt").write_text(revision + "\n")
-        _append(code / "environment.json", _environment())
+        _append(code / "environment.json", {"revision": revision, **_environment()})
     except (OSError, ValueError) as error:
         print(f"the snapshot in {code} is incomplete: {error}", file=sys.stderr)
 
@@ -65,16 +66,8 @@ def _ask_git(root: Path) -> tuple[str, bytes]:
             environment["GIT_INDEX_FILE"] = shutil.copy(root / index, folder)
             git("add", "--intent-to-add", "--pathspec-from-file=-", "--pathspec-file-nul", input=untracked)
         # Spelled out against settings of the user that `git apply` would not understand.
-        patch = git(
-            "diff",
-            "HEAD",
-            "--binary",
-            "--no-color",
-            "--no-ext-diff",
-            "--no-textconv",
-            "--src-prefix=a/",
-            "--dst-prefix=b/",
-        )
+        options = "--binary --no-color --no-ext-diff --no-textconv --src-prefix=a/ --dst-prefix=b/"
+        patch = git("diff", "HEAD", *options.split())
     return revision, patch
 
 
@@ -116,7 +109,9 @@ def _cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
         lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def _version(package: str) -> str | None:

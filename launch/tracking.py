@@ -230,7 +230,9 @@ class Console:
 def wandb_mode(mode: str) -> tuple[str, str | None]:
     """(online, offline or off; a notice for the user or None), from tracking.mode, WANDB_MODE and the known keys."""
     if mode == "auto":
-        mode = {"offline": "offline", "disabled": "off", "online": "online"}.get(os.environ.get("WANDB_MODE", ""), "auto")
+        mode = {"offline": "offline", "disabled": "off", "online": "online"}.get(
+            os.environ.get("WANDB_MODE", ""), "auto"
+        )
     if mode in ("auto", "online") and has_wandb_key():
         return "online", None
     if mode == "auto":
@@ -293,7 +295,7 @@ class Wandb:
             run = self._start()
             while (call := self._queue.get()) is not None:
                 call(run)
-        except Exception as error:  # noqa: BLE001  any error of W&B's is worth less than the run
+        except Exception as error:  # no error of W&B's is worth a run
             self._notice(f"W&B: tracking ended, {_first_line(error)}{self._remedy()}")
             with contextlib.suppress(Exception):
                 _teardown()

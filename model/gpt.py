@@ -122,8 +122,8 @@ class GPT(nn.Module):
         device = torch.get_default_device()
         padded_vocab_size = -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         with torch.device("meta"):
-            self.embedding = nn.Embedding(padded_vocab_size, config.width)  # also the head
-            self.positions = nn.Embedding(config.max_length, config.width)
+            self.embedding = table(padded_vocab_size, config.width)  # also the head
+            self.positions = table(config.max_length, config.width)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
             self.norm = nn.LayerNorm(config.width, eps=config.norm_eps, bias=config.bias)
         if device.type != "meta":
@@ -172,13 +172,13 @@ class GPT(nn.Module):
 
     def _draw(self, name: str, values: Tensor, generator: torch.Generator) -> None:
         """Fills one weight matrix, out x in, by the rules of `init_weights`."""
-        D, table = self.config.width, name in ("embedding.weight", "positions.weight")
+        D = self.config.width
         if self.config.init == "gpt2":
             std = 0.01 if name == "positions.weight" else 0.02
             if name.endswith(("attention.out.weight", "mlp.down.weight")):
                 std /= math.sqrt(2 * self.config.num_layers)
             values.normal_(0.0, std, generator=generator)
-        elif table:
+        elif name in ("embedding.weight", "positions.weight"):
             values.normal_(0.0, D**-0.5, generator=generator)
         else:
             out = D if name.endswith("qkv.weight") else values.shape[0]
@@ -189,6 +189,11 @@ class GPT(nn.Module):
         """Parameters, without the vocabulary's padding; `embedding=False` leaves out token and position embeddings."""
         total = sum(p.numel() for name, p in self.named_parameters() if name not in ("embedding.weight", "positions.weight"))
         return total + embedding * (self.config.vocab_size + self.config.max_length) * self.config.width
+
+
+def table(rows: int, width: int) -> nn.Embedding:
+    """An embedding that is not initialised: nn.Embedding's own draw on the meta device imports the compiler, which takes seconds."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:

@@ -35,7 +35,7 @@ def start_owner(tmp_path):
         command = [sys.executable, "-c", OWNER, str(tmp_path), str(heartbeat)]
         owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         owners.append(owner)
-        assert owner.stdout.readline() == "locked\n"
+        assert owner.stdout and owner.stdout.readline() == "locked\n"
         return owner
 
     yield start
@@ -54,7 +54,9 @@ def left_behind(tmp_path):
 
 def test_second_process_is_refused_and_told_who_holds_it(tmp_path, start_owner, capsys):
     owner = start_owner()
-    with pytest.raises(ValueError, match=f"dir={tmp_path} is in use by process {owner.pid} on {socket.gethostname()} since") as refusal:
+    with pytest.raises(
+        ValueError, match=f"dir={tmp_path} is in use by process {owner.pid} on {socket.gethostname()} since"
+    ) as refusal:
         RunLock(tmp_path).__enter__()
     assert "\n" not in str(refusal.value)
     owner.communicate()
@@ -94,7 +96,9 @@ def test_one_process_cannot_hold_a_folder_twice(tmp_path):
     with RunLock(tmp_path):
         with pytest.raises(ValueError, match=f"process {os.getpid()}"):
             RunLock(tmp_path).__enter__()
-        newcomer = subprocess.run([sys.executable, "-c", OWNER, tmp_path, "10"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        newcomer = subprocess.run(
+            [sys.executable, "-c", OWNER, tmp_path, "10"], stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
         assert f"in use by process {os.getpid()}" in newcomer.stderr  # the refusal did not drop the kernel's lock
     with RunLock(tmp_path):
         pass

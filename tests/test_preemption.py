@@ -25,8 +25,10 @@ sys.exit(EXIT_PREEMPTED)
 
 
 def start(behaviour: str) -> subprocess.Popen:
-    run = subprocess.Popen([sys.executable, "-c", RUN, behaviour], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert run.stdout is not None and run.stdout.readline() == "running\n"
+    run = subprocess.Popen(
+        [sys.executable, "-c", RUN, behaviour], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert run.stdout and run.stdout.readline() == "running\n"
     return run
 
 
@@ -36,7 +38,10 @@ def test_first_signal_lets_the_run_end_by_itself(number):
     run.send_signal(number)
     output, errors = run.communicate(timeout=20)
     assert output == f"{number.name}\n"
-    assert errors == f"received {number.name}: saving after this step, then exiting with code 75; a second signal exits at once\n"
+    assert (
+        errors
+        == f"received {number.name}: saving after this step, then exiting with code 75; a second signal exits at once\n"
+    )
     assert run.returncode == EXIT_PREEMPTED == 75
 
 
@@ -44,7 +49,7 @@ def test_first_signal_lets_the_run_end_by_itself(number):
 def test_second_signal_exits_at_once(second):
     run = start("hang")
     run.send_signal(signal.SIGTERM)
-    assert run.stdout.readline() == "SIGTERM\n"
+    assert run.stdout and run.stdout.readline() == "SIGTERM\n"
     run.send_signal(second)
     run.communicate(timeout=20)
     assert run.returncode == 128 + second

@@ -83,7 +83,12 @@ def test_copy_of_this_repository_holds_its_sources(tmp_path, monkeypatch):
 
 
 def test_each_start_adds_its_environment_without_secrets(checkout, tmp_path, monkeypatch):
-    for name, value in {"SLURM_JOB_ID": "17", "SLURM_JWT": "hush", "WANDB_API_KEY": "hush", "OMP_NUM_THREADS": "3"}.items():
+    for name, value in {
+        "SLURM_JOB_ID": "17",
+        "SLURM_JWT": "hush",
+        "WANDB_API_KEY": "hush",
+        "OMP_NUM_THREADS": "3",
+    }.items():
         monkeypatch.setenv(name, value)
     snapshot_code(tmp_path / "run", checkout)
     monkeypatch.setenv("SLURM_JOB_ID", "18")

@@ -4,7 +4,6 @@ import json
 import os
 import pty
 import re
-import signal
 import struct
 import subprocess
 import sys
@@ -82,7 +81,9 @@ def test_rows_leave_out_a_torn_last_line(tmp_path):
 @pytest.mark.parametrize(("step", "kept"), [(-1, []), (0, [0]), (4, [0, 2, 4]), (5, [0, 2, 4]), (99, [0, 2, 4, 6])])
 def test_cut_keeps_rows_up_to_a_step(tmp_path, step, kept):
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": s, "train/loss": s / 7}) + "\n" for s in (0, 2, 4, 6)) + '{"step": 8, "tr')
+    path.write_text(
+        "".join(json.dumps({"step": s, "train/loss": s / 7}) + "\n" for s in (0, 2, 4, 6)) + '{"step": 8, "tr'
+    )
     assert cut_metrics(path, step) == 6
     assert read_rows(path) == [{"step": s, "train/loss": s / 7} for s in kept]
     assert path.read_text().count("\n") == len(kept)
@@ -110,10 +111,19 @@ def test_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
 def test_each_row_is_strict_json_in_the_file_at_once(tmp_path):
     tracker = make_tracker(tmp_path)
     tracker.log({"step": 1, "train/loss": float("nan"), "grad/norm": float("inf"), "optim/lr": 0.1})
-    assert strict_json((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "train/loss": None, "grad/norm": None, "optim/lr": 0.1}
+    assert strict_json((tmp_path / "metrics.jsonl").read_text()) == {
+        "step": 1,
+        "train/loss": None,
+        "grad/norm": None,
+        "optim/lr": 0.1,
+    }
     assert not (tmp_path / "summary.json").exists()
     tracker.summary({"val/loss": float("inf"), "steps": [1, float("-inf")], "nested": {"x": 2.5}})
-    assert strict_json((tmp_path / "summary.json").read_text()) == {"val/loss": None, "steps": [1, None], "nested": {"x": 2.5}}
+    assert strict_json((tmp_path / "summary.json").read_text()) == {
+        "val/loss": None,
+        "steps": [1, None],
+        "nested": {"x": 2.5},
+    }
     tracker.close()
     assert tracker.wandb_id is None
 
@@ -201,7 +211,7 @@ def test_wide_terminal_shows_a_bar_and_everything(tmp_path, monkeypatch, capsys)
 
 def wandb_records(path: Path):
     """The records of a .wandb file: 7 bytes of header, then a LevelDB log of protobufs in blocks of 32 KiB."""
-    from wandb.proto import wandb_internal_pb2
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made at run time
 
     content, position, parts = path.read_bytes(), 7, b""
     while position + 7 <= len(content):
@@ -213,7 +223,7 @@ def wandb_records(path: Path):
         parts += content[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # whole, or the last part
-            record = wandb_internal_pb2.Record()
+            record = Record()
             record.ParseFromString(parts)
             parts = b""
             yield record
@@ -223,16 +233,22 @@ def read_wandb(dir: Path) -> list[types.SimpleNamespace]:
     """What the starts of a run recorded offline, oldest first."""
     starts = []
     for path in sorted(dir.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
-        start = types.SimpleNamespace(rows=[], summary={}, metrics={}, run=None, config={}, preempting=False, exit_code=None)
+        start = types.SimpleNamespace(
+            rows=[], summary={}, metrics={}, run=None, config={}, preempting=False, exit_code=None
+        )
         for record in wandb_records(path):
             kind = record.WhichOneof("record_type")
             if kind == "run":
                 start.run = record.run
                 start.config = {item.key: json.loads(item.value_json) for item in record.run.config.update}
             elif kind == "history":
-                start.rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+                start.rows.append(
+                    {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+                )
             elif kind == "summary":
-                start.summary |= {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.summary.update}
+                start.summary |= {
+                    item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.summary.update
+                }
             elif kind == "metric":
                 start.metrics[record.metric.name or record.metric.glob_name] = record.metric.step_metric
             elif kind == "preempting":
@@ -256,13 +272,19 @@ run.close(0)
     wandb_id = run_script(tmp_path, script).splitlines()[0]
     (start,) = read_wandb(tmp_path)
     assert [row["step"] for row in start.rows] == list(range(1, 302))
-    assert start.rows[9] | {"step": 10, "tokens": 640, "flops": 1e7, "seconds": 1.25, "train/loss": 4.9} == start.rows[9]
+    assert (
+        start.rows[9] | {"step": 10, "tokens": 640, "flops": 1e7, "seconds": 1.25, "train/loss": 4.9} == start.rows[9]
+    )
     assert "val/loss" not in start.rows[300]
     assert start.config | CONFIG == start.config
     assert start.metrics == {"step": "", "tokens": "", "flops": "", "seconds": "", "*": "step"}
     assert start.summary["val/loss"] == 3.5
     assert (start.run.run_id, start.run.display_name, start.run.project) == (wandb_id, "my-run", "flatgpt")
-    assert (start.run.run_group, start.run.job_type, list(start.run.tags)) == ("tiny-stdlib", "train", ["sam", "tiny", "mine"])
+    assert (start.run.run_group, start.run.job_type, list(start.run.tags)) == (
+        "tiny-stdlib",
+        "train",
+        ["sam", "tiny", "mine"],
+    )
     assert start.exit_code == 0
     assert not start.preempting
 
@@ -310,13 +332,16 @@ run.close(0)
 run.message("closed")
 """
     output = run_script(tmp_path, script, WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="a" * 40)
-    assert re.search(r"20 rows\n(.*\n)*W&B: recording offline, CommError.* uploads what was recorded\n(.*\n)*closed\n", output)
+    assert re.search(
+        r"20 rows\n(.*\n)*W&B: recording offline, CommError.* uploads what was recorded\n(.*\n)*closed\n", output
+    )
     (start,) = read_wandb(tmp_path)
     assert [row["step"] for row in start.rows] == list(range(1, 21))
     assert start.metrics["*"] == "step"
     assert start.exit_code == 0
 
 
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the service in /proc")
 def test_run_survives_the_end_of_wandbs_service(tmp_path):
     """Slurm sends SIGTERM to every process of a job, and W&B's service dies of it."""
     script = """
