@@ -75,7 +75,7 @@ class DataConfig:
 
 @dataclass
 class BatchConfig:
-    sequences: int = key(32, "sequences per step, over all devices", low=1)
+    sequences: int = key(16, "sequences per step, over all devices", low=1)
     micro: int | None = key(None, "sequences per forward per device; must divide batch.sequences; default all", low=1)
     length: int = key(256, "tokens per sequence T", low=1)
 

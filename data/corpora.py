@@ -217,7 +217,9 @@ def stdlib_files() -> list[File]:
 
 def list_files(paths: list[str], root: str) -> list[File]:
     stats = [os.stat(path) for path in paths]
-    return [File(path, os.path.relpath(path, root).replace(os.sep, "/"), stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)]
+    return [
+        File(path, os.path.relpath(path, root).replace(os.sep, "/"), stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)
+    ]
 
 
 def content_hash(files: list[File]) -> str:

@@ -97,7 +97,8 @@ def parse(options: type[T], arguments: list[str]) -> tuple[T, list[str]]:
         if OmegaConf.is_missing(parsed, name):
             raise ValueError(f"{name} is missing; give {name}=..., {entry.metadata['meaning']}")
         check_value(name, parsed[name], entry.metadata)
-    return OmegaConf.to_object(parsed), rest
+    typed: T = OmegaConf.to_object(parsed)  # type: ignore[assignment]
+    return typed, rest
 
 
 def check(composed: DictConfig, overrides: list[str]) -> Config:

@@ -1,6 +1,7 @@
 import math
 import time
 from collections import Counter, defaultdict
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tests.test_shards import make_tokens, numbered
 def brute_force(train: list[int], vocab_size: int):
     """p1(w) and p2(w, h) with dictionaries, as the equations stand."""
     counts, followers = Counter(train), defaultdict(Counter)
-    for head, word in zip(train[:-1], train[1:], strict=True):
+    for head, word in pairwise(train):
         followers[head][word] += 1
 
     def unigram(word):

@@ -26,7 +26,7 @@ def starts(loader: Loader, steps: range) -> np.ndarray:
 def test_permute_permutes(size):
     images = [permute(np.arange(size), size, mix(key)).tolist() for key in range(20)]
     assert all(sorted(image) == list(range(size)) for image in images)
-    if size > 4:
+    if size > 10:
         assert len({tuple(image) for image in images}) == 20
     keys = mix(np.arange(size) % 2)
     both = permute(np.arange(size), size, keys)  # elementwise keys

@@ -196,7 +196,7 @@ def test_nanogpts_numbers(tmp_path):
 @pytest.mark.parametrize("split", ["documents", "tail"])
 def test_an_empty_part_is_refused(tmp_path, split):
     path = write_rows(tmp_path / "one.jsonl", ["the only text"])
-    with pytest.raises(ValueError, match="validation/validation empty; set data.validation_split=tail"):
+    with pytest.raises(ValueError, match=r"validation/validation empty; set data\.validation_split=tail"):
         prepare(text_config(path, cache=str(tmp_path / "cache"), validation_split=split, validation_fraction=0.001), BYTES)
     (tmp_path / "empty.txt").touch()
     with pytest.raises(ValueError, match="validation/v has no text"):
@@ -206,7 +206,7 @@ def test_an_empty_part_is_refused(tmp_path, split):
 def test_a_cache_that_cannot_be_made(config, tmp_path):
     (tmp_path / "file").touch()
     config.cache = str(tmp_path / "file" / "cache")
-    with pytest.raises(ValueError, match="data.cache=.* cannot be made"):
+    with pytest.raises(ValueError, match=r"data\.cache=.* cannot be made"):
         prepare(config, BYTES)
 
 

@@ -103,7 +103,7 @@ def test_saved_and_loaded(bpe, tmp_path):
 def test_the_pattern_is_gpt2s():
     from tiktoken_ext import openai_public
 
-    assert GPT2_PATTERN == openai_public.r50k_pat_str
+    assert openai_public.r50k_pat_str == GPT2_PATTERN
 
 
 def test_gpt2_fits_in():
