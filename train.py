@@ -97,6 +97,7 @@ class Run:
         # Weights are drawn on the meta device's shapes, each from a generator of its own.
         with self.device:
             self.model = GPT(plan.model, settings.seed)
+        self.model.checkpoint_activations = settings.activation_checkpointing
         self.optimizer = build_optimizer(self.model, settings.optim)
         self.rule = Gradient(self.model)
         self.progress, wandb_id = Progress(), None

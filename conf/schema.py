@@ -31,10 +31,20 @@ class ModelConfig:
     num_layers: int = key(2, "transformer blocks", low=1)
     num_heads: int = key(2, "attention heads; must divide the width", low=1)
     width: int = key(64, "residual width D", low=1)
-    mlp_width: int | None = key(None, "hidden width of the MLP; default 4 D", low=1)
+    num_kv_heads: int | None = key(None, "heads of keys and values; fewer than num_heads: grouped-query attention", low=1)
+    mlp_width: int | None = key(None, "hidden width of the MLP; default 4 D, for swiglu 8/3 D", low=1)
     max_length: int = key(1024, "longest sequence the learned positions cover", low=1)
     bias: bool = key(False, "biases in linear layers and LayerNorm (GPT-2: true, NanoDO: false)")
-    norm_eps: float = key(1e-6, "epsilon of LayerNorm (NanoDO 1e-6, GPT-2 1e-5)", above=0.0)
+    norm: str = key("layernorm", "normalisation", choices=("layernorm", "rmsnorm"))
+    norm_eps: float = key(1e-6, "its epsilon (NanoDO 1e-6, GPT-2 1e-5)", above=0.0)
+    positions: str = key("learned", "position encoding", choices=("learned", "rope"))
+    rope_base: float = key(10000.0, "base of the rotary angles", above=0.0, read_when=("model.positions", ("rope",)))
+    activation: str = key("gelu", "non-linearity of the MLP", choices=("gelu", "swiglu", "relu2"))
+    qk_norm: bool = key(False, "RMSNorm of every head's queries and keys")
+    tied: bool = key(True, "the head is the token embedding")
+    dropout: float = key(0.0, "probability, on embeddings, attention and both outputs of a block", low=0.0, high=0.99)
+    logit_softcap: float | None = key(None, "logits become c tanh(logits / c)", above=0.0)
+    z_loss: float = key(0.0, "weight of logsumexp(logits)^2 in the training loss", low=0.0)
     init: str = key("nanodo", "initialisation", choices=("nanodo", "gpt2"))
 
 
@@ -203,6 +213,8 @@ class Config:
     device: str = key("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"), mutable=True)
     precision: str = key("auto", "bf16: autocast over fp32 weights; auto: bf16 on CUDA and on CPUs with bf16 instructions",
                          choices=("auto", "bf16", "fp32"))  # fmt: skip
+    activation_checkpointing: bool = key(False, "blocks keep their input only and run again in the backward: less memory, a third more time",
+                                         mutable=True)  # fmt: skip
     compile: bool | None = key(None, "torch.compile; default on CUDA only")
     deterministic: bool = key(False, "deterministic kernels only, at some cost in speed")
     profile: bool = key(False, "write a trace of steps 5 to 8 of this start into the run folder", mutable=True)

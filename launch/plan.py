@@ -63,7 +63,7 @@ def memory_estimate(config: Config, plan: Plan) -> dict[str, float]:
     device = choose_device(config.device)
     size = choose_precision(config.precision, device).itemsize
     shape, micro = plan.model, config.batch.micro or config.batch.sequences
-    tokens, D, M = micro * config.batch.length, shape.width, shape.mlp_width or 4 * shape.width
+    tokens, D, M = micro * config.batch.length, shape.width, shape.hidden_width
     per_token = shape.num_layers * (2 * 4 * D + size * (2 * D + 4 * D + 2 * M))
     chunk = min(tokens * shape.vocab_size, CHUNK_ELEMENTS[device.type])
     return {

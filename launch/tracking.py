@@ -230,9 +230,7 @@ class Console:
 def wandb_mode(mode: str) -> tuple[str, str | None]:
     """(online, offline or off; a notice for the user or None), from tracking.mode, WANDB_MODE and the known keys."""
     if mode == "auto":
-        mode = {"offline": "offline", "disabled": "off", "online": "online"}.get(
-            os.environ.get("WANDB_MODE", ""), "auto"
-        )
+        mode = {"offline": "offline", "disabled": "off", "online": "online"}.get(os.environ.get("WANDB_MODE", ""), "auto")
     if mode in ("auto", "online") and has_wandb_key():
         return "online", None
     if mode == "auto":

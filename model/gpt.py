@@ -1,8 +1,8 @@
-"""A decoder-only transformer that covers NanoDO and GPT-2. Shapes: B batch, T time, D width, H heads, V vocabulary.
+"""A decoder-only transformer that covers NanoDO, GPT-2 and Llama. Shapes: B batch, T time, D width, H heads, d = D/H, V vocabulary.
 
-x = E[tokens] + P[0..T)
-x = x + Attention(LayerNorm(x));  x = x + MLP(LayerNorm(x))       for each block
-logits = LayerNorm(x) E^T
+x = E[tokens] + P[0..T)                                          without P for rotary positions
+x = x + Attention(Norm(x));  x = x + MLP(Norm(x))                for each block
+logits = Norm(x) U^T                                             U = E where the head is tied
 """
 
 import hashlib
@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.logits import LazyLogits
 
+CHOICES = {"norm": ("layernorm", "rmsnorm"), "positions": ("learned", "rope"), "activation": ("gelu", "swiglu", "relu2"), "init": ("nanodo", "gpt2")}
 VOCAB_MULTIPLE = 64  # rows of the embedding are padded to this: matrix units want it, and nobody else sees it
 
 
@@ -30,16 +32,48 @@ class GPTConfig:
     num_layers: int
     num_heads: int
     width: int
-    mlp_width: int | None = None  # default 4 D
+    num_kv_heads: int | None = None  # fewer than num_heads: grouped-query attention (2305.13245)
+    mlp_width: int | None = None  # default 4 D; for swiglu 8/3 D, rounded up to a multiple of 64
     bias: bool = False
+    norm: str = "layernorm"  # or rmsnorm
     norm_eps: float = 1e-6
-    init: str = "nanodo"
+    positions: str = "learned"  # or rope
+    rope_base: float = 10000.0
+    activation: str = "gelu"  # or swiglu (2002.05202), relu2 (2109.08668)
+    qk_norm: bool = False  # RMSNorm of every head's q and k (2302.05442)
+    tied: bool = True
+    dropout: float = 0.0
+    logit_softcap: float | None = None  # c tanh(logits / c) (2408.00118)
+    z_loss: float = 0.0  # adds z_loss * logsumexp(logits)^2 to the training loss (2204.02311)
+    init: str = "nanodo"  # or gpt2
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads:
             raise ValueError(f"model.width={self.width} is not divisible by model.num_heads={self.num_heads}; choose a divisor of the width")
-        if self.init not in ("nanodo", "gpt2"):
-            raise ValueError(f"model.init={self.init} is unknown; choose nanodo or gpt2")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"model.num_kv_heads={self.kv_heads} does not divide model.num_heads={self.num_heads}; choose a divisor of it")
+        if self.positions == "rope" and self.head_width % 2:
+            raise ValueError(f"model.num_heads={self.num_heads} makes heads of odd width {self.head_width}, which rope cannot rotate; choose another")
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"model.{name}={value} is unknown; choose one of {', '.join(choices)}")
+
+    @property
+    def head_width(self) -> int:
+        """Width d of a head."""
+        return self.width // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def hidden_width(self) -> int:
+        """Hidden width M of the MLP."""
+        if self.mlp_width:
+            return self.mlp_width
+        return -(-8 * self.width // (3 * 64)) * 64 if self.activation == "swiglu" else 4 * self.width
 
 
 class KeyValueCache:
@@ -59,62 +93,102 @@ class KeyValueCache:
         return self.k, self.v
 
 
+def build_norm(config: GPTConfig, width: int) -> nn.Module:
+    """LayerNorm or RMSNorm over the last `width` numbers."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(width, eps=config.norm_eps)
+    return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
+
+
+def rotary_table(config: GPTConfig, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, T x d each, of the angles position * base^(-2i/d), i < d/2, once for either half of a head (2104.09864)."""
+    half = torch.arange(0, config.head_width, 2, device=positions_T.device, dtype=torch.float32)
+    angles = positions_T.float()[:, None] * config.rope_base ** (-half / config.head_width)
+    angles = torch.cat([angles, angles], dim=1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BxHxTxd: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns each pair (x_i, x_{i + d/2}) by its angle, in fp32 or wider."""
+    x, (cos, sin) = x_BxHxTxd.to(torch.promote_types(x_BxHxTxd.dtype, torch.float32)), rotary
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x_BxHxTxd.dtype)
+
+
 class Attention(nn.Module):
-    """Causal self-attention with H heads."""
+    """Causal self-attention with H heads of queries and as many, or fewer, of keys and values."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.bias)
+        self.config = config
+        self.qkv = nn.Linear(config.width, (config.num_heads + 2 * config.kv_heads) * config.head_width, bias=config.bias)
         self.out = nn.Linear(config.width, config.width, bias=config.bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps)
 
-    def forward(self, x_BxTxD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x_BxTxD: Tensor, rotary: tuple[Tensor, Tensor] | None = None, cache: KeyValueCache | None = None) -> Tensor:
         B, T, D = x_BxTxD.shape
-        qkv = self.qkv(x_BxTxD).view(B, T, 3, self.num_heads, D // self.num_heads)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # B x H x T x D/H
+        H, G = self.config.num_heads, self.config.kv_heads
+        heads = self.qkv(x_BxTxD).view(B, T, H + 2 * G, self.config.head_width).transpose(1, 2)
+        q, k, v = heads.split([H, G, G], dim=1)  # B x H x T x d, and G heads of k and v
+        if self.config.qk_norm:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
         causal = True
         if cache is not None:  # a prompt into an empty cache is causal; a single token after it sees everything
             assert T == 1 or cache.length == 0
             causal = T > 1
             k, v = cache.extend(k, v)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        dropout = self.config.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=G < H)
         return self.out(y.transpose(1, 2).reshape(B, T, D))
 
 
 class MLP(nn.Module):
-    """Two linear layers around a tanh-approximated GELU."""
+    """Two linear layers around tanh-approximated GELU or squared ReLU, or three around SwiGLU: down(silu(gate x) * up x)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        hidden = config.mlp_width or 4 * config.width
-        self.up = nn.Linear(config.width, hidden, bias=config.bias)
-        self.down = nn.Linear(hidden, config.width, bias=config.bias)
+        self.activation = config.activation
+        self.up = nn.Linear(config.width, config.hidden_width, bias=config.bias)
+        if config.activation == "swiglu":
+            self.gate = nn.Linear(config.width, config.hidden_width, bias=config.bias)
+        self.down = nn.Linear(config.hidden_width, config.width, bias=config.bias)
 
     def forward(self, x_BxTxD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_BxTxD), approximate="tanh"))
+        up = self.up(x_BxTxD)
+        if self.activation == "swiglu":
+            return self.down(F.silu(self.gate(x_BxTxD)) * up)
+        return self.down(F.gelu(up, approximate="tanh") if self.activation == "gelu" else F.relu(up).square())
 
 
 class Block(nn.Module):
-    """Pre-LayerNorm attention and MLP, each added to the residual."""
+    """Pre-norm attention and MLP, each added to the residual."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.width, eps=config.norm_eps, bias=config.bias)
+        self.attention_norm = build_norm(config, config.width)
         self.attention = Attention(config)
-        self.mlp_norm = nn.LayerNorm(config.width, eps=config.norm_eps, bias=config.bias)
+        self.mlp_norm = build_norm(config, config.width)
         self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BxTxD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        x_BxTxD = x_BxTxD + self.attention(self.attention_norm(x_BxTxD), cache)
-        return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD))
+    def forward(self, x_BxTxD: Tensor, rotary: tuple[Tensor, Tensor] | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        x_BxTxD = x_BxTxD + self.dropout(self.attention(self.attention_norm(x_BxTxD), rotary, cache))
+        return x_BxTxD + self.dropout(self.mlp(self.mlp_norm(x_BxTxD)))
 
 
 class GPT(nn.Module):
     """`GPT(config)(tokens_BxT int64) -> logits_BxTxV`; `loss` never holds tokens x vocabulary.
 
     The weights are drawn from `seed` (see `init_weights`), unless the default device is meta: then the caller
-    materialises the parameters and calls `init_weights`.
+    materialises the parameters and calls `init_weights`. With `checkpoint_activations` a block keeps its input only, and its
+    backward runs its forward again.
     """
+
+    checkpoint_activations = False
 
     def __init__(self, config: GPTConfig, seed: int = 0) -> None:
         super().__init__()
@@ -122,33 +196,53 @@ class GPT(nn.Module):
         device = torch.get_default_device()
         padded_vocab_size = -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         with torch.device("meta"):
-            self.embedding = table(padded_vocab_size, config.width)  # also the head
-            self.positions = table(config.max_length, config.width)
+            self.embedding = table(padded_vocab_size, config.width)
+            if config.positions == "learned":
+                self.positions = table(config.max_length, config.width)
+            self.dropout = nn.Dropout(config.dropout)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-            self.norm = nn.LayerNorm(config.width, eps=config.norm_eps, bias=config.bias)
+            self.norm = build_norm(config, config.width)
+            if not config.tied:
+                self.head = nn.Linear(config.width, padded_vocab_size, bias=False)
         if device.type != "meta":
             self.to_empty(device=device)
             self.init_weights(seed)
+
+    @property
+    def unembedding(self) -> Tensor:
+        """U_VxD, padded rows included; the embedding where the head is tied."""
+        return self.embedding.weight if self.config.tied else self.head.weight
 
     def hidden(self, tokens_BxT: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
         """Final hidden states h_BxTxD, which the head turns into logits. `caches`, one per block, hold the past."""
         past, T = (caches[0].length if caches else 0), tokens_BxT.shape[1]
         if past + T > self.config.max_length:
             raise ValueError(f"{past + T} tokens exceed model.max_length={self.config.max_length}; shorten the sequence")
-        x_BxTxD = self.embedding(tokens_BxT) + self.positions(torch.arange(past, past + T, device=tokens_BxT.device))
+        positions_T = torch.arange(past, past + T, device=tokens_BxT.device)
+        x_BxTxD, rotary = self.embedding(tokens_BxT), None
+        if self.config.positions == "learned":
+            x_BxTxD = x_BxTxD + self.positions(positions_T)
+        else:
+            rotary = rotary_table(self.config, positions_T)
+        x_BxTxD = self.dropout(x_BxTxD)
         for layer, block in enumerate(self.blocks):
-            x_BxTxD = block(x_BxTxD, caches[layer] if caches else None)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x_BxTxD = checkpoint(block, x_BxTxD, rotary, use_reentrant=False)
+            else:
+                x_BxTxD = block(x_BxTxD, rotary, caches[layer] if caches else None)
         return self.norm(x_BxTxD)
 
     def logits(self, h_BxTxD: Tensor) -> LazyLogits:
         """The logits of hidden states, as the pair (h, unembedding) until somebody asks for them."""
-        return LazyLogits(h_BxTxD, self.embedding.weight, self.config.vocab_size)
+        z_loss = self.config.z_loss if self.training else 0.0
+        return LazyLogits(h_BxTxD, self.unembedding, self.config.vocab_size, self.config.logit_softcap, z_loss)
 
     def forward(self, tokens_BxT: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
         return self.logits(self.hidden(tokens_BxT, caches)).dense()
 
     def loss(self, tokens_BxT: Tensor, targets_BxT: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy in nats, summed over the counted targets (those that are not -100), and their number."""
+        """Cross-entropy in nats, summed over the counted targets (those that are not -100), and their number; in training with
+        the z-loss, if the model has one."""
         return self.logits(self.hidden(tokens_BxT)).cross_entropy(targets_BxT)
 
     @torch.no_grad()
@@ -166,7 +260,7 @@ class GPT(nn.Module):
             if name.endswith("norm.weight"):
                 values.fill_(1.0)
             elif not name.endswith("bias"):
-                rows = self.config.vocab_size if name == "embedding.weight" else parameter.shape[0]
+                rows = self.config.vocab_size if name in ("embedding.weight", "head.weight") else parameter.shape[0]
                 self._draw(name, values[:rows], named_generator(seed, name))
             parameter.copy_(values)
 
@@ -181,14 +275,19 @@ class GPT(nn.Module):
         elif name in ("embedding.weight", "positions.weight"):
             values.normal_(0.0, D**-0.5, generator=generator)
         else:
-            out = D if name.endswith("qkv.weight") else values.shape[0]
-            bound = math.sqrt(6 / (out + values.shape[1]))
-            values.uniform_(-bound, bound, generator=generator)
+            kv = self.config.kv_heads * self.config.head_width
+            parts = values.split([D, kv, kv]) if name.endswith("qkv.weight") else [values]
+            for part in parts:
+                bound = math.sqrt(6 / (part.shape[0] + part.shape[1]))
+                part.uniform_(-bound, bound, generator=generator)
 
     def num_parameters(self, embedding: bool = True) -> int:
-        """Parameters, without the vocabulary's padding; `embedding=False` leaves out token and position embeddings."""
-        total = sum(p.numel() for name, p in self.named_parameters() if name not in ("embedding.weight", "positions.weight"))
-        return total + embedding * (self.config.vocab_size + self.config.max_length) * self.config.width
+        """Parameters, without the vocabulary's padding; `embedding=False` leaves out what grows with the vocabulary or the length:
+        token and position embeddings and an untied head."""
+        shape = {"embedding.weight": self.config.vocab_size, "head.weight": self.config.vocab_size, "positions.weight": self.config.max_length}
+        body = sum(p.numel() for name, p in self.named_parameters() if name not in shape)
+        tables = sum(rows * self.config.width for name, rows in shape.items() if name in dict(self.named_parameters()))
+        return body + embedding * tables
 
 
 def table(rows: int, width: int) -> nn.Embedding:

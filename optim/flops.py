@@ -9,10 +9,11 @@ from model.gpt import GPTConfig
 class ForwardFlops:
     """FLOPs of one forward per token; a backward costs twice as much.
 
-    body       2 (4 D^2 + 2 D M) L     the linear maps of L blocks with MLP width M (24 D^2 L at M = 4 D)
-    attention  4 T D L                 q k^T and its product with v over the whole T x T square, as PaLM counts
-                                       (2204.02311, appendix B); the causal half of it is skipped by good kernels
-    head       2 D V                   exactly; the embedding look-up costs nothing
+    body       2 (2 D^2 + 2 D G d + n D M) L    the linear maps of L blocks: q and out, k and v with G heads of width d, and the n maps
+                                                of the MLP, 3 for SwiGLU, else 2 (24 D^2 L at G d = D, M = 4 D, n = 2)
+    attention  4 T D L                          q k^T and its product with v over the whole T x T square, as PaLM counts (2204.02311,
+                                                appendix B); good kernels skip the half of it that causality hides
+    head       2 D V                            exactly; the embedding look-up costs nothing
     """
 
     body: int
@@ -27,5 +28,6 @@ class ForwardFlops:
 
 def forward_flops(config: GPTConfig, length: int) -> ForwardFlops:
     """The forward FLOPs per token of a model on sequences of `length` tokens."""
-    D, M, L = config.width, config.mlp_width or 4 * config.width, config.num_layers
-    return ForwardFlops(body=2 * (4 * D * D + 2 * D * M) * L, attention=4 * length * D * L, head=2 * D * config.vocab_size)
+    D, M, L, kv = config.width, config.hidden_width, config.num_layers, config.kv_heads * config.head_width
+    maps = 3 if config.activation == "swiglu" else 2
+    return ForwardFlops(body=2 * (2 * D * D + 2 * D * kv + maps * D * M) * L, attention=4 * length * D * L, head=2 * D * config.vocab_size)
