@@ -23,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 	@touch $@
 
 train: .venv/.base
-	$(BIN)/python train.py $(ARGS)
+	$(BIN)/python train.py experiment=quickstart $(ARGS)
 
 test: .venv/.test
 	$(BIN)/python -m pytest $(ARGS)

@@ -18,11 +18,13 @@ from typing import Any, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.schema import Config, SourceConfig, default_of, lookup, walk
+from conf.schema import Config, DataConfig, SourceConfig, lookup, walk
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 KEYS = dict(walk())
@@ -68,6 +70,7 @@ def main(run: Callable[[Config], int]) -> None:
     flags = any(argument.startswith("-") for argument in sys.argv[1:])  # -m, --cfg and their like are Hydra's own business
     with user_errors():
         if flags:
+            check_overrides([argument for argument in sys.argv[1:] if argument[:1] in "+~" or ("=" in argument and not argument.startswith("-"))])
             job()
         else:
             sys.exit(run(compose(sys.argv[1:])))
@@ -77,35 +80,61 @@ def compose(overrides: list[str]) -> Config:
     """The checked configuration of a list of overrides, without Hydra's application around it.
 
     Raises a HydraException, an OmegaConfBaseException or a ValueError for a user's mistake (see `user_errors`)."""
+    check_overrides(overrides)
     with hydra.initialize_config_dir(CONF, version_base="1.3"):
         return check(hydra.compose("config", overrides), overrides)
 
 
-def parse(options: type[T], arguments: list[str]) -> tuple[T, list[str]]:
-    """The key=value arguments of a tool as its typed `options`, and those that are not its own. Raises ValueError for a missing key
-    or a value out of range."""
+def parse(options: type[T], arguments: list[str], others: tuple[str, ...] = ()) -> tuple[T, list[str]]:
+    """The key=value arguments of a tool as its typed `options`, and those whose first part is among `others`. Raises ValueError for
+    an argument that is neither, a missing one, a wrong type or a value out of range."""
     entries = {entry.name: entry for entry in fields(options)}  # type: ignore[arg-type]
-    given, rest = {}, []
+    parsed, rest = OmegaConf.structured(options), []
     for argument in arguments:
-        name, _, value = argument.partition("=")
-        if name in entries:
-            given[name] = value if entries[name].type is str else OmegaConf.from_dotlist([argument])[name]
-        else:
+        name, equals, value = argument.partition("=")
+        if equals and re.split("[.@]", name)[0] in others:
             rest.append(argument)
-    parsed: Any = OmegaConf.merge(OmegaConf.structured(options), given)
+            continue
+        if not equals or name not in entries:
+            near = difflib.get_close_matches(name, entries, 1)
+            raise ValueError(f"{argument}: no such option; " + (f"did you mean {near[0]}=? " if near else "") + f"it takes {', '.join(entries)}")
+        try:
+            parsed[name] = None if value == "null" and entries[name].type is not str else value
+        except OmegaConfBaseException:
+            raise ValueError(wrong_type(entries[name], argument)) from None
     for name, entry in entries.items():
         if OmegaConf.is_missing(parsed, name):
             raise ValueError(f"{name} is missing; give {name}=..., {entry.metadata['meaning']}")
         check_value(name, parsed[name], entry.metadata)
-    typed: T = OmegaConf.to_object(parsed)  # type: ignore[assignment]
+    typed: Any = OmegaConf.to_object(parsed)
     return typed, rest
+
+
+def check_overrides(overrides: list[str]) -> None:
+    """Raises ValueError for an override that is malformed, of neither key nor group, or by `+` or `~`: Hydra would drop a key of the
+    schema without a word. A number for a bool, which OmegaConf would take, is refused as well."""
+    choices = groups()
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException:
+            raise ValueError(f"{text} is malformed; write key=value, and quotes around a value with any of , = : ( ) [ ] {{ }} in it") from None
+        name, value = override.key_or_group, override.value()
+        if name.startswith(("hydra.", "hydra/")):
+            continue
+        if override.type != OverrideType.CHANGE:
+            raise ValueError(f"{text}: keys are neither added nor taken away; write {name}=VALUE")
+        if override.package or not (name in choices or any(f"{name}.".startswith(f"{key}.") for key in KEYS)):
+            raise ValueError(no_such_key(name, text))
+        if name in choices and (value is None or isinstance(value, (int, float))):
+            raise ValueError(f"{text}: no such choice; choose one of {', '.join(choices[name])}")
+        if name in KEYS and KEYS[name].type in (bool, bool | None) and isinstance(value, (int, float)) and not isinstance(value, bool):
+            raise ValueError(wrong_type(KEYS[name], text))
 
 
 def check(composed: DictConfig, overrides: list[str]) -> Config:
     """The typed configuration of a composed one. Raises ValueError for a value out of range or a contradiction, and notes once
     which of the given keys the chosen method does not read."""
-    if unknown := [name for name in leaves(OmegaConf.to_container(composed)) if not any(f"{name}.".startswith(f"{known}.") for known in KEYS)]:
-        raise ValueError(f"{unknown[0]}: no such key; python train.py help=true lists all")
     config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
     config.data.sources, config.data.validation = named_sources(config.data.sources), config.data.validation or {}
     for name, entry in KEYS.items():
@@ -118,17 +147,19 @@ def check(composed: DictConfig, overrides: list[str]) -> Config:
 
 
 def named_sources(sources: Any) -> dict[str, SourceConfig]:
-    """data.sources with its entries typed. Raises ValueError for anything that is not name: {path, weight}."""
+    """data.sources with its entries typed, by name. Raises ValueError for anything that is not name: {path, weight}."""
     try:
-        return {name: SourceConfig(**entry) for name, entry in (sources or {}).items()}
-    except (AttributeError, TypeError):
+        entries = {name: OmegaConf.merge(OmegaConf.structured(SourceConfig), entry) for name, entry in sorted((sources or {}).items())}
+        return {name: OmegaConf.to_object(entry) for name, entry in entries.items()}  # type: ignore[misc]
+    except (AttributeError, TypeError, OmegaConfBaseException):
         raise ValueError(f"data.sources={sources} is malformed; write data.sources='{{NAME: {{path: FILES, weight: 1.0}}}}'") from None
 
 
-def leaves(plain: Any, prefix: str = "") -> Iterator[str]:
-    """The dotted names of everything in nested dictionaries that is no dictionary."""
-    for name, value in plain.items():
-        yield from leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [prefix + name]
+def named_files(data: DataConfig) -> dict[str, Any]:
+    """Every file, glob or list of them in the configuration, by its key."""
+    files = {"data.path": data.path} if data.path is not None else {}
+    files |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
+    return files | {f"data.validation.{name}": paths for name, paths in data.validation.items()}
 
 
 def check_value(name: str, value: Any, rules: Any) -> None:
@@ -162,13 +193,17 @@ def check_contradictions(config: Config) -> None:
         )
     if optim.path != "none":
         raise ValueError(f"optim.path={optim.path} is declared but not yet trained; use optim.path=none")
-    for source, entry in data.sources.items():
-        check_value(f"data.sources.{source}.weight", entry.weight, {"above": 0.0})
-    for name in ("model.name", "optim.name", "data.name"):
-        if not re.fullmatch(r"[\w.+-]+", lookup(config, name)):
-            raise ValueError(f"{name}={lookup(config, name)} goes into a folder's name; use letters, digits and _ . + - only")
-    if config.init.step is not None and config.init.run is None:
-        raise ValueError(f"init.step={config.init.step} needs a run to take it from; set init.run=DIR")
+    for name, files in named_files(data).items():
+        if not files or not all(isinstance(file, str) and file for file in (files if isinstance(files, list) else [files])):
+            raise ValueError(f"{name}={files} names no files; give a file, a glob or a list of them")
+    for name, source in data.sources.items():
+        check_value(f"data.sources.{name}.weight", source.weight, {"above": 0.0})
+    names = [(name, lookup(config, name)) for name in ("model.name", "optim.name", "data.name")]
+    for name, value in names + [("data.sources", name) for name in data.sources] + [("data.validation", name) for name in data.validation]:
+        if not re.fullmatch(r"\w[\w.+-]*", str(value)):
+            raise ValueError(f"{name}={value} goes into a folder's name; use letters, digits and _ . + - only, the first a letter or digit")
+    if config.init.run is None and (config.init.step is not None or config.init.optimizer):
+        raise ValueError(f"init.step={config.init.step} init.optimizer={config.init.optimizer} need a run to take it from; set init.run=DIR")
 
 
 def is_read(config: Config, name: str) -> bool:
@@ -179,36 +214,51 @@ def is_read(config: Config, name: str) -> bool:
 
 def explain(error: Exception) -> str:
     """One line for an error of Hydra or OmegaConf: the key, the value and the remedy."""
-    text = " ".join(str(error).split())
-    cause = " ".join(str(error.__cause__ or error).split())
-    reason = cause.split(" full_key")[0].split(" See https")[0]
-    full_key = match[1] if (match := re.search(r"full_key: (\S+)", cause)) else None
-    if match := re.search(r"Could not find '([^']*)/([^'/]*)'", text):
-        return f"{match[1]}={match[2]}: no such choice; choose one of {', '.join(groups().get(match[1], []))}"
-    if "Could not override" in text or re.search(r"Key '[^']*' (not in|is not in struct)", cause):
-        name = full_key or re.search(r"Could not override '([^'@]*)", text)[1]  # type: ignore[index]
-        near = difflib.get_close_matches(name, [*KEYS, *groups()], 1)
-        return f"{name}: no such key; " + (f"did you mean {near[0]}? " if near else "") + "python train.py help=true lists all"
-    if match := re.search(r"Error merging override (\S+)", text):
-        return f"{match[1]}: {reason}; python train.py help=true lists the type of every key"
+    text, cause = (" ".join(str(part).split()) for part in (error, error.__cause__ or error))
+    full_key = match[1] if (match := re.search(r"full_key: (\S+)", text + " " + cause)) else ""
+    if match := re.search(r"Could not find '([^']*)/([^'/]*)'(?: Available options in \S+ (.*?) Config search path)?", text):
+        return f"{match[1]}={match[2]}: no such choice; choose one of {(match[3] or '').replace(' ', ', ')}"
+    if (match := re.match(r"Error merging override (([^=]*)=.*)", text)) and match[2] in KEYS:
+        return wrong_type(KEYS[match[2]], match[1])
+    if match := re.search(r"Could not override '([^']*)'", text):
+        return no_such_key(match[1], match[1])
+    if re.search(r"Key '[^']*' (not in|is not in struct)", text):
+        return no_such_key(full_key, full_key)
+    reason = text.split(" full_key")[0].split(" See https")[0]
     return (f"{full_key}: " if full_key else "") + f"{reason}; overrides are written key=value, and python train.py help=true lists all"
+
+
+def no_such_key(name: str, text: str) -> str:
+    near = [known for known in KEYS if known.endswith(f".{name}")] or difflib.get_close_matches(name, [*KEYS, *groups()], 1)
+    return f"{text}: no such key; " + (f"did you mean {' or '.join(near)}? " if near else "") + "python train.py help=true lists all"
+
+
+def wrong_type(entry: Any, text: str) -> str:
+    return f"{text} has the wrong type; give {type_name(entry)}: {meaning(entry)}"
+
+
+def type_name(entry: Any) -> str:
+    return re.sub(r"<class '(\w+)'>|typing\.", r"\1", str(entry.type))
 
 
 def groups() -> dict[str, list[str]]:
     """The groups of conf/ and their choices."""
-    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in sorted(Path(CONF).iterdir()) if folder.is_dir()}
+    files = sorted(Path(CONF).glob("*/*.yaml"))
+    return {group: [file.stem for file in files if file.parent.name == group] for group in sorted({file.parent.name for file in files})}
 
 
 def table() -> str:
     """Every group and every key: type, default, meaning."""
-    rows = [
-        (name, str(entry.type).removeprefix("<class '").removesuffix("'>"), json.dumps(default_of(entry)), meaning(entry))
-        for name, entry in KEYS.items()
-    ]
+    choices, defaults = groups(), compose([])
+    values = {name: lookup(defaults, name) for name in KEYS}
+    shown = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+    rows = [(name, type_name(entry), shown[name], meaning(entry)) for name, entry in KEYS.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [f"{name:{widths[0]}}  {kind:{widths[1]}}  {default:{widths[2]}}  {text}" for name, kind, default, text in rows]
-    choices = [f"{group}={'|'.join(names)}" for group, names in groups().items() if names]
-    return "\n".join(["Groups", *choices, "", "Keys: type, default, meaning (a group's choice may set another default)", *lines])
+    return "\n".join(
+        ["Groups: choices", *(f"{group:{widths[0]}}  {' | '.join(names)}" for group, names in choices.items())]
+        + ["", "Keys: type, default (another choice of a group may set another), meaning"]
+        + [f"{name:{widths[0]}}  {kind:{widths[1]}}  {default:{widths[2]}}  {text}" for name, kind, default, text in rows]
+    )
 
 
 def meaning(entry: Any) -> str:
@@ -218,5 +268,8 @@ def meaning(entry: Any) -> str:
     if "choices" in rules:
         text += f" [{' | '.join(rules['choices'])}]"
     if "read_when" in rules:
-        text += f" (with {rules['read_when'][0]}={'|'.join(rules['read_when'][1])})"
+        other, values = rules["read_when"]
+        idle = [choice for choice in KEYS[other].metadata.get("choices", ()) if choice not in values]
+        shown = [f"{other}={'null' if value is None else value}" for value in (idle if 0 < len(idle) < len(values) else values)]
+        text += f" ({'unless' if 0 < len(idle) < len(values) else 'with'} {' or '.join(shown)})"
     return text

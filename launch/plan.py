@@ -86,7 +86,8 @@ def describe(config: Config, plan: Plan, name: str) -> str:
         ("name", name),
         ("model", f"{shape.num_layers} layers x {shape.width}, {shape.num_heads} heads, vocabulary {shape.vocab_size:,}"),
         ("parameters", f"{plan.num_parameters:,}, of which {plan.num_non_embedding:,} without embeddings"),
-        ("tokens per step", f"{plan.tokens_per_step:,} = {config.batch.sequences} sequences x {config.batch.length}, {config.batch.sequences // micro} x {micro}"),
+        ("tokens per step", f"{plan.tokens_per_step:,} = {config.batch.sequences} sequences x {config.batch.length}, "
+                            f"in {config.batch.sequences // micro} micro-batches of {micro}"),
         ("steps", f"{schedule.steps:,}, of which {schedule.warmup:,} warm-up"
                   + (f"; {config.schedule.tokens_per_parameter:g} tokens per parameter, {counted.replace('_', '-')} ones counted"
                      if config.schedule.name == "chinchilla" else "")),

@@ -75,13 +75,13 @@ def cross_entropy_and_gradients(h_NxD: Tensor, weight_VxD: Tensor, targets_N: Te
         z = (h @ weight_VxD.T).to(wide)
         if cap is not None:
             z.div_(cap).tanh_().mul_(cap)
-            slope = 1 - (z / cap).square() if gradients else None
+        slope = 1 if cap is None or not gradients else 1 - (z / cap).square()
         z[:, vocab_size:] = float("-inf")
         lse = z.logsumexp(1, keepdim=True)
         total += (lse - z.gather(1, index) + z_loss * lse.square()).where(counted, 0).sum()
         if gradients:
             r = z.sub_(lse).exp_().mul_(1 + 2 * z_loss * lse).scatter_add_(1, index, torch.full_like(lse, -1.0))
-            r = (r if cap is None else r.mul_(slope)).mul_(counted).to(h.dtype)
+            r = r.mul_(slope).mul_(counted).to(h.dtype)
             dh_NxD[begin : begin + size] = r @ weight_VxD
             dW_VxD += r.T @ h
     return total, dh_NxD, dW_VxD
