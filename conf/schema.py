@@ -9,8 +9,9 @@ Each key is declared once, by `key(default, meaning, ...)`:
     mutable    may differ when a run is resumed, so it is no part of the identity either
 """
 
+import re
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any
 
 PATHS = ("full", "functional", "logit", "angle")  # optim.path of every rule that moves the weights
@@ -149,13 +150,13 @@ class OptimConfig:
 @dataclass
 class ScheduleConfig:
     name: str = key("fixed", "horizon: a number of steps or tokens, or tokens per parameter", choices=("fixed", "chinchilla"))
-    steps: int | None = key(None, "optimiser steps", low=1, read_when=("schedule.name", ("fixed",)))
+    steps: int | None = key(None, "optimiser steps", low=1, read_when=("schedule.tokens", (None,)))
     tokens: float | None = key(None, "training tokens, instead of schedule.steps", above=0.0, read_when=("schedule.name", ("fixed",)))
     tokens_per_parameter: float = key(20.0, "training tokens per parameter", above=0.0, read_when=("schedule.name", ("chinchilla",)))
     parameters: str = key("non_embedding", "which parameters are counted", choices=("non_embedding", "all"),
                           read_when=("schedule.name", ("chinchilla",)))  # fmt: skip
     shape: str = key("cosine", "learning rate after the warm-up", choices=("cosine", "linear", "wsd", "constant"))
-    warmup: float = key(0.05, "warm-up as a fraction of the horizon", low=0.0, high=1.0)
+    warmup: float = key(0.05, "warm-up as a fraction of the horizon", low=0.0, high=1.0, read_when=("schedule.warmup_steps", (None,)))
     warmup_steps: int | None = key(None, "warm-up in steps, instead of the fraction", low=0)
     start: float = key(0.0, "learning rate at step 0 as a fraction of the peak", low=0.0, high=1.0)
     final: float = key(0.1, "learning rate at the end as a fraction of the peak", low=0.0, high=1.0,
@@ -245,13 +246,30 @@ def walk(section: Any = Config, prefix: str = "") -> Iterator[tuple[str, Field]]
             yield from walk(entry.type, f"{prefix}{entry.name}.")
 
 
-def default_of(entry: Field) -> Any:
-    """The default of a key."""
-    return entry.default if entry.default_factory is MISSING else entry.default_factory()
-
-
 def lookup(config: Any, name: str) -> Any:
     """The value of a dotted name."""
     for part in name.split("."):
         config = getattr(config, part) if is_dataclass(config) else config[part]
     return config
+
+
+KEYS = dict(walk())
+
+
+def type_name(entry: Field) -> str:
+    """The type of a key, as a person writes it."""
+    return re.sub(r"<class '(\w+)'>|typing\.", r"\1", str(entry.type))
+
+
+def meaning(entry: Field) -> str:
+    """The meaning of a key with its choices and when it is read."""
+    rules = entry.metadata
+    text = rules["meaning"]
+    if "choices" in rules:
+        text += f" [{' | '.join(rules['choices'])}]"
+    if "read_when" in rules:
+        other, values = rules["read_when"]
+        idle = [choice for choice in KEYS[other].metadata.get("choices", ()) if choice not in values]
+        shown = [f"{other}={'null' if value is None else value}" for value in (idle if 0 < len(idle) < len(values) else values)]
+        text += f" ({'unless' if 0 < len(idle) < len(values) else 'with'} {' or '.join(shown)})"
+    return text

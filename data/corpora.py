@@ -216,10 +216,8 @@ def stdlib_files() -> list[File]:
 
 
 def list_files(paths: list[str], root: str) -> list[File]:
-    stats = [os.stat(path) for path in paths]
-    return [
-        File(path, os.path.relpath(path, root).replace(os.sep, "/"), stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)
-    ]
+    named = ((path, os.path.relpath(path, root).replace(os.sep, "/"), os.stat(path)) for path in paths)
+    return [File(path, name, stat.st_size, stat.st_mtime_ns) for path, name, stat in named]
 
 
 def content_hash(files: list[File]) -> str:

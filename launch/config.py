@@ -24,10 +24,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.schema import Config, DataConfig, SourceConfig, lookup, walk
+from conf.schema import KEYS, Config, DataConfig, SourceConfig, lookup, meaning, type_name
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
-KEYS = dict(walk())
 EXIT_USER_ERROR = 2
 T = TypeVar("T")
 
@@ -136,7 +135,7 @@ def check(composed: DictConfig, overrides: list[str]) -> Config:
     """The typed configuration of a composed one. Raises ValueError for a value out of range or a contradiction, and notes once
     which of the given keys the chosen method does not read."""
     config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
-    config.data.sources, config.data.validation = named_sources(config.data.sources), config.data.validation or {}
+    name_files(config.data)
     for name, entry in KEYS.items():
         check_value(name, lookup(config, name), entry.metadata)
     check_contradictions(config)
@@ -146,20 +145,17 @@ def check(composed: DictConfig, overrides: list[str]) -> Config:
     return config
 
 
-def named_sources(sources: Any) -> dict[str, SourceConfig]:
-    """data.sources with its entries typed, by name. Raises ValueError for anything that is not name: {path, weight}."""
+def name_files(data: DataConfig) -> None:
+    """Types data.sources and data.validation, in place. Raises ValueError for anything that is not name: {path, weight}, name: files."""
     try:
-        entries = {name: OmegaConf.merge(OmegaConf.structured(SourceConfig), entry) for name, entry in sorted((sources or {}).items())}
-        return {name: OmegaConf.to_object(entry) for name, entry in entries.items()}  # type: ignore[misc]
-    except (AttributeError, TypeError, OmegaConfBaseException):
-        raise ValueError(f"data.sources={sources} is malformed; write data.sources='{{NAME: {{path: FILES, weight: 1.0}}}}'") from None
-
-
-def named_files(data: DataConfig) -> dict[str, Any]:
-    """Every file, glob or list of them in the configuration, by its key."""
-    files = {"data.path": data.path} if data.path is not None else {}
-    files |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
-    return files | {f"data.validation.{name}": paths for name, paths in data.validation.items()}
+        given = sorted((data.sources if data.sources is not None else {}).items())
+        entries = {str(name): OmegaConf.merge(OmegaConf.structured(SourceConfig), entry) for name, entry in given}
+        data.sources = {name: OmegaConf.to_object(entry) for name, entry in entries.items()}
+    except (AttributeError, TypeError, ValueError, OmegaConfBaseException):
+        raise ValueError(f"data.sources={data.sources} is malformed; write data.sources='{{NAME: {{path: FILES, weight: 1.0}}}}'") from None
+    if not isinstance(data.validation, (dict, type(None))):
+        raise ValueError(f"data.validation={data.validation} is malformed; write data.validation='{{NAME: FILES}}'")
+    data.validation = {str(name): files for name, files in (data.validation or {}).items()}
 
 
 def check_value(name: str, value: Any, rules: Any) -> None:
@@ -193,7 +189,10 @@ def check_contradictions(config: Config) -> None:
         )
     if optim.path != "none":
         raise ValueError(f"optim.path={optim.path} is declared but not yet trained; use optim.path=none")
-    for name, files in named_files(data).items():
+    files_of = {} if data.path is None else {"data.path": data.path}
+    files_of |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
+    files_of |= {f"data.validation.{name}": files for name, files in data.validation.items()}
+    for name, files in files_of.items():
         if not files or not all(isinstance(file, str) and file for file in (files if isinstance(files, list) else [files])):
             raise ValueError(f"{name}={files} names no files; give a file, a glob or a list of them")
     for name, source in data.sources.items():
@@ -202,8 +201,10 @@ def check_contradictions(config: Config) -> None:
     for name, value in names + [("data.sources", name) for name in data.sources] + [("data.validation", name) for name in data.validation]:
         if not re.fullmatch(r"\w[\w.+-]*", str(value)):
             raise ValueError(f"{name}={value} goes into a folder's name; use letters, digits and _ . + - only, the first a letter or digit")
-    if config.init.run is None and (config.init.step is not None or config.init.optimizer):
-        raise ValueError(f"init.step={config.init.step} init.optimizer={config.init.optimizer} need a run to take it from; set init.run=DIR")
+    if config.init.run is None and config.init.step is not None:
+        raise ValueError(f"init.step={config.init.step} needs a run to take it from; set init.run=DIR")
+    if config.init.run is None and config.init.optimizer:
+        raise ValueError("init.optimizer=true needs a run to take it from; set init.run=DIR")
 
 
 def is_read(config: Config, name: str) -> bool:
@@ -234,11 +235,7 @@ def no_such_key(name: str, text: str) -> str:
 
 
 def wrong_type(entry: Any, text: str) -> str:
-    return f"{text} has the wrong type; give {type_name(entry)}: {meaning(entry)}"
-
-
-def type_name(entry: Any) -> str:
-    return re.sub(r"<class '(\w+)'>|typing\.", r"\1", str(entry.type))
+    return f"{text} has the wrong type; give {text.split('=')[0]}=<{type_name(entry)}>, {meaning(entry)}"
 
 
 def groups() -> dict[str, list[str]]:
@@ -259,17 +256,3 @@ def table() -> str:
         + ["", "Keys: type, default (another choice of a group may set another), meaning"]
         + [f"{name:{widths[0]}}  {kind:{widths[1]}}  {default:{widths[2]}}  {text}" for name, kind, default, text in rows]
     )
-
-
-def meaning(entry: Any) -> str:
-    """The meaning of a key with its choices and when it is read."""
-    rules = entry.metadata
-    text = rules["meaning"]
-    if "choices" in rules:
-        text += f" [{' | '.join(rules['choices'])}]"
-    if "read_when" in rules:
-        other, values = rules["read_when"]
-        idle = [choice for choice in KEYS[other].metadata.get("choices", ()) if choice not in values]
-        shown = [f"{other}={'null' if value is None else value}" for value in (idle if 0 < len(idle) < len(values) else values)]
-        text += f" ({'unless' if 0 < len(idle) < len(values) else 'with'} {' or '.join(shown)})"
-    return text

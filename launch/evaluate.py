@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> None:
     from launch.process import autocast, choose_device, choose_precision
 
     with user_errors():
-        options, overrides = parse(Options, arguments)
+        options, overrides = parse(Options, arguments, others=("data",))
         path = checkpoint_path(options.run, options.step)
         own = load_config(Path(options.run))
         config = compose(overrides) if overrides else own

@@ -8,8 +8,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from conf.schema import Config, lookup
-from launch.config import KEYS, is_read, named_sources
+from conf.schema import KEYS, Config, lookup
+from launch.config import is_read, name_files
 
 
 def canonical(config: Config) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def canonical(config: Config) -> dict[str, Any]:
 
 def run_name(config: Config) -> str:
     """model-method[-rho]-data-horizon-s<seed>-<8 hex of the canonical configuration>."""
-    digest = hashlib.sha256(json.dumps(canonical(config), sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(sorted(canonical(config).items())).encode()).hexdigest()[:8]
     rho = [f"{config.optim.rho:g}"] if is_read(config, "optim.rho") else []
     schedule = config.schedule
     if schedule.name == "chinchilla":
@@ -51,5 +51,5 @@ def load_config(run: Path) -> Config:
     if not file.exists():
         raise ValueError(f"run={run} holds no config.yaml; name the folder of a run")
     config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(file)))  # type: ignore[assignment]
-    config.data.sources, config.data.validation = named_sources(config.data.sources), config.data.validation or {}
+    name_files(config.data)
     return config

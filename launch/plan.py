@@ -100,7 +100,8 @@ def describe(config: Config, plan: Plan, name: str) -> str:
     ]  # fmt: skip
     for device in ("A100", "H100", "H200"):
         hours = flops / (PEAK_FLOPS[device] * ASSUMED_MFU) / 3600
-        rows.append((f"hours on one {device}", f"{hours:.2f} at an assumed {ASSUMED_MFU:.0%} of its dense bf16 peak"))
+        shown = f"{hours:,.2f}" if hours >= 0.1 else f"{hours:.2g}"
+        rows.append((f"hours on one {device}", f"{shown} at an assumed {ASSUMED_MFU:.0%} of its dense bf16 peak"))
     return "\n".join(f"{label:22}{text}" for label, text in rows)
 
 

@@ -240,10 +240,10 @@ class GPT(nn.Module):
     def forward(self, tokens_BxT: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
         return self.logits(self.hidden(tokens_BxT, caches)).dense()
 
-    def loss(self, tokens_BxT: Tensor, targets_BxT: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy in nats, summed over the counted targets (those that are not -100), and their number; in training with
-        the z-loss, if the model has one."""
-        return self.logits(self.hidden(tokens_BxT)).cross_entropy(targets_BxT)
+    def loss(self, tokens_BxT: Tensor, targets_BxT: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """`scale` times the cross-entropy in nats summed over the counted targets (those that are not -100), and their number; in
+        training with the z-loss, if the model has one."""
+        return self.logits(self.hidden(tokens_BxT)).cross_entropy(targets_BxT, scale)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -6,8 +6,9 @@
 A soft-cap c replaces z by z' = c tanh(z / c) in l, so that r gains the factor 1 - (z'/c)^2; a z-loss b adds b logsumexp(z')^2 to l,
 so that softmax in r gains the factor 1 + 2 b logsumexp(z').
 
-The loss and its two gradients are computed together, chunk of tokens by chunk of tokens, so that z and r exist for one
-chunk only and the head costs its three matrix products and nothing twice. Shapes: N tokens, D width, V vocabulary.
+The loss and its two gradients are computed together, chunk of tokens by chunk of tokens, so that the head costs its three matrix
+products and nothing twice. A chunk is large enough for the products; within it, z turns into r in blocks of rows that stay in
+a CPU's cache, where the softmax is free of memory traffic. Shapes: N tokens, D width, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 IGNORED = -100  # a target that is not counted
-CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}  # logits per chunk: a core's cache on CPU, a small part of memory on CUDA
+CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**27}  # logits per chunk, in the compute dtype
+BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**27}  # logits per block of rows, in fp32: what a core's cache holds on CPU
 
 
 @dataclass
@@ -35,11 +37,11 @@ class LazyLogits:
         z = torch.nn.functional.linear(self.h_BxTxD, self.weight_VxD)[..., : self.vocab_size]
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
-    def cross_entropy(self, targets_BxT: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy in nats summed over the counted targets, in fp32 or wider, and their number."""
+    def cross_entropy(self, targets_BxT: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """`scale` times the cross-entropy in nats summed over the counted targets, in fp32 or wider, and their number."""
         targets_N = targets_BxT.reshape(-1)
         h_NxD = self.h_BxTxD.reshape(-1, self.h_BxTxD.shape[-1])
-        settings = Settings(self.vocab_size, self.softcap, self.z_loss, compute_dtype(h_NxD), torch.is_grad_enabled())
+        settings = Settings(self.vocab_size, self.softcap, self.z_loss, scale, compute_dtype(h_NxD), torch.is_grad_enabled())
         total, _, _ = _CrossEntropy.apply(h_NxD, self.weight_VxD, targets_N, settings)
         return total, (targets_N != IGNORED).sum()
 
@@ -50,6 +52,7 @@ class Settings(NamedTuple):
     vocab_size: int
     softcap: float | None
     z_loss: float
+    scale: float
     dtype: torch.dtype
     gradients: bool
 
@@ -61,30 +64,45 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def cross_entropy_and_gradients(h_NxD: Tensor, weight_VxD: Tensor, targets_N: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum of l, dl/dh_NxD, dl/dW_VxD) by chunks; h and W in the compute dtype, softmax and dl/dW in fp32 or wider."""
-    vocab_size, cap, z_loss, _, gradients = settings
+    """(scale * sum of l, its gradients by h_NxD and W_VxD); h and W in the compute dtype, softmax and dl/dW in fp32 or wider."""
+    device, gradients = h_NxD.device.type, settings.gradients
     wide = torch.promote_types(h_NxD.dtype, torch.float32)
     total = torch.zeros((), dtype=wide, device=h_NxD.device)
     dh_NxD = torch.empty_like(h_NxD) if gradients else h_NxD.new_empty(0)
-    dW_VxD = torch.zeros_like(weight_VxD, dtype=wide) if gradients else h_NxD.new_empty(0)
-    size = max(1, CHUNK_ELEMENTS.get(h_NxD.device.type, 2**24) // weight_VxD.shape[0])
-    for begin in range(0, len(targets_N), size):
-        h, targets = h_NxD[begin : begin + size], targets_N[begin : begin + size]
-        counted = (targets != IGNORED)[:, None]
-        index = targets[:, None].where(counted, 0)
-        z = (h @ weight_VxD.T).to(wide)
-        if cap is not None:
-            z.div_(cap).tanh_().mul_(cap)
-        slope = 1 if cap is None or not gradients else 1 - (z / cap).square()
-        z[:, vocab_size:] = float("-inf")
-        lse = z.logsumexp(1, keepdim=True)
-        total += (lse - z.gather(1, index) + z_loss * lse.square()).where(counted, 0).sum()
-        if gradients:
-            r = z.sub_(lse).exp_().mul_(1 + 2 * z_loss * lse).scatter_add_(1, index, torch.full_like(lse, -1.0))
-            r = r.mul_(slope).mul_(counted).to(h.dtype)
-            dh_NxD[begin : begin + size] = r @ weight_VxD
-            dW_VxD += r.T @ h
+    dW_VxD = h_NxD.new_empty(0)
+    chunk, block = (max(1, sizes.get(device, 2**24) // weight_VxD.shape[0]) for sizes in (CHUNK_ELEMENTS, BLOCK_ELEMENTS))
+    for begin in range(0, len(targets_N), chunk):
+        h_CxD, targets_C = h_NxD[begin : begin + chunk], targets_N[begin : begin + chunk]
+        z_CxV = h_CxD @ weight_VxD.T
+        for first in range(0, len(targets_C), block):
+            total += softmax_block(z_CxV[first : first + block], targets_C[first : first + block], settings, wide)
+        if gradients:  # z holds r now
+            torch.mm(z_CxV, weight_VxD, out=dh_NxD[begin : begin + chunk])
+            product = z_CxV.T @ h_CxD
+            dW_VxD = dW_VxD.add_(product) if begin else product.to(wide)
+    if gradients and not len(targets_N):
+        dW_VxD = torch.zeros_like(weight_VxD, dtype=wide)
     return total, dh_NxD, dW_VxD
+
+
+def softmax_block(z_CxV: Tensor, targets_C: Tensor, settings: Settings, wide: torch.dtype) -> Tensor:
+    """scale * sum of l over a block of rows; where gradients are wanted, z is overwritten by scale * r."""
+    vocab_size, cap, z_loss, scale, _, gradients = settings
+    counted = (targets_C != IGNORED)[:, None]
+    index = targets_C[:, None].where(counted, 0)
+    factor = counted.to(wide) * scale  # of each row
+    z = z_CxV[:, :vocab_size].to(wide)
+    if cap is not None:
+        z = cap * torch.tanh(z / cap)
+    log_p = torch.log_softmax(z, dim=1)
+    log_p_target = log_p.gather(1, index)
+    lse = z.gather(1, index) - log_p_target
+    loss = (z_loss * lse.square() - log_p_target).mul(factor).sum()
+    if gradients:
+        r = log_p.exp_().mul_(factor * (1 + 2 * z_loss * lse)).scatter_add_(1, index, -factor)
+        z_CxV[:, :vocab_size] = r if cap is None else r.mul_(1 - (z / cap).square())
+        z_CxV[:, vocab_size:] = 0
+    return loss
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -107,5 +125,7 @@ class _CrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         dh_NxD, dW_VxD = ctx.saved_tensors
+        if grad.device.type == "cpu" and grad == 1:  # spares a pass over dW; on CUDA the question would cost more than the pass
+            return dh_NxD.to(ctx.dtypes[0]), dW_VxD.to(ctx.dtypes[1]), None, None
         h_dtype, weight_dtype = ctx.dtypes
         return (dh_NxD * grad).to(h_dtype), (dW_VxD * grad).to(weight_dtype), None, None

@@ -58,8 +58,9 @@ def build_schedule(config: ScheduleConfig, optim: OptimConfig, tokens_per_step: 
         steps = config.steps
     warmup = round(config.warmup * steps) if config.warmup_steps is None else config.warmup_steps
     decay_steps = max(1, round(config.decay * steps)) if config.shape == "wsd" else 0
-    if warmup >= steps and (warmup > 0 or steps < 1):
-        raise ValueError(f"schedule.warmup_steps={warmup} reaches beyond the horizon of {steps} steps; shorten the warm-up or lengthen the run")
+    if warmup >= steps:
+        given = f"schedule.warmup={config.warmup:g}" if config.warmup_steps is None else f"schedule.warmup_steps={warmup}"
+        raise ValueError(f"{given} reaches beyond the horizon of {steps} steps; shorten the warm-up or lengthen the run")
     if warmup + decay_steps > steps:
         raise ValueError(f"schedule.decay={config.decay:g} overlaps the warm-up of {warmup} steps in {steps}; lower schedule.decay or the warm-up")
     if optim.path != "none" and (optim.start if optim.start >= 1 else optim.start * steps) >= steps:

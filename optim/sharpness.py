@@ -43,10 +43,10 @@ class Gradient:
         tokens = sum(int((targets != IGNORED).sum()) for _, targets in batches)
         total = torch.zeros((), dtype=torch.float64)
         for inputs_BxT, targets_BxT in batches:
-            loss, _ = self.model.loss(inputs_BxT, targets_BxT)
-            (loss / max(1, tokens)).backward()
+            loss, _ = self.model.loss(inputs_BxT, targets_BxT, scale=1 / max(1, tokens))
+            loss.backward()
             total = total.to(loss.device) + loss.detach()
-        return RuleResult(loss=total / max(1, tokens), perturbed_loss=None, tokens=tokens)
+        return RuleResult(loss=total, perturbed_loss=None, tokens=tokens)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold for the next step to be the same; the plain gradient remembers nothing."""

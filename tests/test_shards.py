@@ -94,11 +94,12 @@ def test_a_killed_preparation_is_taken_up_and_ends_with_the_same_bytes(many_rows
         wait_until(lambda: len(list(tmp_path.rglob("*.bin"))) >= num_shards or process.poll() is not None)  # noqa: B023
         workers = descendants(process.pid)
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.wait()
         if not list(tmp_path.rglob("meta.json")):
             num_hits += 1
             assert workers or not Path("/proc/self/task").exists()
         wait_until(lambda: not any(alive(pid) for pid in workers), 10)  # noqa: B023
+        process.communicate()
         for path, mtime in kept.items():
             assert path.stat().st_mtime_ns == mtime, "a finished shard was made again"
         names = [path.name for path in tmp_path.rglob("*.bin")]  # a piece makes two shards, and is made again if it has but one
@@ -125,6 +126,18 @@ def test_two_processes_at_once(many_rows, uninterrupted, tmp_path):
     assert err.count("waiting for another process that prepares") == 1
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.bin")} == written
     assert contents(tmp_path) == uninterrupted[1]
+
+
+def test_a_shard_is_whole_or_not_there(config, tmp_path, monkeypatch):
+    def die(descriptor: int) -> None:
+        raise OSError("killed while writing")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="killed"):
+        patched.setattr(os, "fsync", die)
+        prepare(config, BYTES)
+    assert not list(tmp_path.rglob("*.bin")) and list(tmp_path.rglob("*.tmp"))
+    prepare(config, BYTES)
+    assert list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.tmp"))
 
 
 def test_a_mistake_in_a_worker_comes_back_as_one_line(tmp_path):

@@ -1,0 +1,391 @@
+"""Every choice composes, every key is described, and a mistake costs one line and exit code 2 and leaves nothing behind."""
+
+import json
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+
+import train
+from conf.schema import KEYS, Config, OptimConfig, lookup, walk
+from launch import config
+from launch.config import CONF, compose, groups
+from launch.plan import describe, make_plan, memory_estimate
+from optim import build_schedule
+
+CHOICES = [(group, name) for group, names in groups().items() if group != "local" for name in names]
+FILE = "data.path=corpus.txt"  # named, never opened: nothing is read before a configuration is found to be in order
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Calls train.py with arguments, in this process and in an empty folder; returns (exit code, stdout, stderr)."""
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # which train.py sets, to be put back
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        with pytest.raises(SystemExit) as end:
+            config.main(train.main)
+        assert Path.cwd() == folder
+        assert not list(folder.iterdir())
+        return end.value.code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def refusal(command):
+    """What train.py says to arguments that it refuses."""
+
+    def call(*arguments: str) -> str:
+        code, out, err = command(*arguments)
+        assert (code, out) == (2, ""), f"{arguments} was not refused: exit code {code}"
+        assert re.fullmatch(r"error: .+\n", err), err
+        return err
+
+    return call
+
+
+@pytest.fixture
+def conf(tmp_path, monkeypatch):
+    """A copy of conf/ that train.py reads instead."""
+    copy = tmp_path / "conf"
+    shutil.copytree(CONF, copy, ignore=shutil.ignore_patterns("local", "__pycache__"))
+    monkeypatch.setattr(config, "CONF", str(copy))
+    return copy
+
+
+# Choices
+
+
+def leaves(plain: Any, prefix: str) -> dict[str, Any]:
+    """Everything in nested dictionaries by dotted name; a key that takes any value is not looked into."""
+    if not isinstance(plain, dict) or prefix in KEYS:
+        return {prefix: plain}
+    return {name: value for key, part in plain.items() for name, value in leaves(part, f"{prefix}.{key}".strip(".")).items()}
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES)
+def test_choice_composes_and_says_what_it_means(group, name, capsys):
+    needed = [FILE] if (group, name) == ("data", "text") or group == "experiment" else []
+    composed = compose([f"{group}={name}", *needed])
+    text = (Path(CONF) / group / f"{name}.yaml").read_text()
+    content = yaml.safe_load(text)
+    content.pop("defaults", None)
+    for key, value in leaves(content, "" if "@package _global_" in text else group).items():
+        kind = KEYS[key].type
+        assert kind is Any or type(value) in (kind, *get_args(kind)), f"{key}={value!r} is no {kind}"  # OmegaConf would convert it
+        assert lookup(composed, key) == value
+    if group in ("model", "experiment"):
+        assert make_plan(composed).num_parameters > 0
+    assert not needed or "note" not in capsys.readouterr().err or composed.data.source == "stdlib"
+
+
+def test_every_group_has_a_default_and_no_other_folder_counts():
+    assert set(groups()) - {"local"} == {"model", "tokenizer", "data", "optim", "schedule", "parallel", "tracking", "task", "experiment"}
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("tiny", 0.1), ("nanodo_500k", 0.5), ("nanodo_2500k", 2.6), ("nanodo_10m", 10.6), ("nanodo_24m", 23.9), ("nanodo_43m", 42.5),
+     ("nanodo_118m", 117.9), ("nanodo_1208m", 1208.0), ("gpt2_124m", 124.4), ("gpt2_355m", 354.8), ("gpt2_774m", 774.0), ("gpt2_1558m", 1557.6)],
+)  # fmt: skip
+def test_shapes_have_the_published_sizes(name, millions):
+    tokenizer = ["tokenizer=bpe", "tokenizer.vocab_size=50257"] if name.startswith("gpt2") else []
+    plan = make_plan(compose([f"model={name}", *tokenizer]))
+    count = plan.num_parameters if tokenizer else plan.num_non_embedding
+    assert count / 1e6 == pytest.approx(millions, abs=0.09)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["optim.rh=0.1"], "optim.rh=0.1: no such key; did you mean optim.rho?"),
+        (["optmi.rho=0.1"], "did you mean optim.rho?"),
+        (["lr=3e-4"], "did you mean optim.lr?"),
+        (["steps=5"], "did you mean schedule.steps?"),
+        (["modell=tiny"], "modell=tiny: no such key; did you mean model?"),
+        (["foo=1"], "foo=1: no such key; python train.py help=true"),
+        (["optim.lr.x=3"], "optim.lr"),
+        (["model@foo=tiny"], "model@foo=tiny: no such key"),
+        (["data.sources.wiki.weight=2"], "data.sources.wiki.weight: no such key"),
+        (["model=huge"], "model=huge: no such choice; choose one of gpt2_124m, "),
+        (["data=hub"], "data=hub: no such choice; choose one of stdlib, text"),
+        (["experiment=nope"], "experiment=nope: no such choice"),
+        (["optim=null"], "optim=null: no such choice; choose one of adamw"),
+        (["seed=1,2"], "'seed=1,2'"),
+        (["+foo=1"], "+foo=1: keys are neither added"),
+        (["+optim.rho=0.3"], "write optim.rho=VALUE"),
+        (["++optim.rho=0.3"], "write optim.rho=VALUE"),
+        (["~optim.rho"], "~optim.rho: keys are neither added nor taken away"),
+        (["~model"], "~model: keys are neither added nor taken away"),
+        (["optim.rho"], "optim.rho is malformed; write key=value"),
+        (["optim.rho==3"], "optim.rho==3 is malformed"),
+        (["optim.rho=[1,2"], "optim.rho=[1,2 is malformed"),
+        (["optim.rho=${nope}"], "optim.rho: Interpolation key 'nope' not found"),
+        (["dir=${oc.env:NO_SUCH_VARIABLE}"], "dir: "),
+        (["=3"], "=3: no such key"),
+        (["batch.sequences=32", "batch.micro=5"], "batch.sequences=32 is not divisible by batch.micro=5; choose a divisor"),
+        (["batch.sequences=32", "batch.micro=64"], "batch.micro=64"),
+        (["batch.length=2048"], "batch.length=2048 exceeds model.max_length=1024; shorten"),
+        (["model.width=100", "model.num_heads=3"], "model.width=100 is not divisible by model.num_heads=3; choose"),
+        (["model.num_heads=4", "model.width=64", "model.num_kv_heads=3"], "model.num_kv_heads=3 does not divide model.num_heads=4; choose"),
+        (["schedule.steps=10", "schedule.warmup_steps=10"], "schedule.warmup_steps=10 reaches beyond the horizon of 10 steps; shorten"),
+        (["schedule.warmup=1"], "schedule.warmup=1 reaches beyond the horizon"),
+        (["schedule.tokens=10", "schedule.warmup_steps=3"], "schedule.warmup_steps=3 reaches beyond the horizon of 1 steps"),
+        (["schedule.shape=wsd", "schedule.decay=0.99"], "schedule.decay=0.99 overlaps the warm-up"),
+        (["schedule.steps=null"], "schedule.steps=null leaves no horizon; set"),
+        (["data=text"], "data=text needs one of the two: data.path=FILES or data.sources"),
+        (["data=text", FILE, "data.sources={a: {path: x}}"], "data=text needs one of the two"),
+        (["data=text", "data.path="], "data.path= names no files; give a file"),
+        (["data=text", "data.path=3"], "data.path=3 names no files"),
+        (["data=text", "data.path={a: b}"], "data.path={'a': 'b'} names no files"),
+        (["data=text", "data.path=[a,3]"], "data.path=['a', 3] names no files"),
+        (["data=text", "data.sources=3"], "data.sources=3 is malformed; write data.sources='{NAME: {path: FILES, weight: 1.0}}'"),
+        (["data=text", "data.sources=[a]"], "data.sources=['a'] is malformed"),
+        (["data=text", "data.sources={a: b}"], "data.sources={'a': 'b'} is malformed"),
+        (["data=text", "data.sources={a: {path: x, wieght: 2}}"], "'wieght': 2}} is malformed"),
+        (["data=text", "data.sources={a: {weight: 2}}"], "is malformed"),
+        (["data=text", "data.sources={a: {path: x, weight: heavy}}"], "is malformed"),
+        (["data=text", "data.sources={a: {path: x, weight: true}}"], "is malformed"),
+        (["data=text", "data.sources={a: {path: x, weight: -2}}"], "data.sources.a.weight=-2.0 is out of range; it must be above 0.0"),
+        (["data=text", "data.sources={a: {path: x, weight: nan}}"], "data.sources.a.weight=nan is not finite"),
+        (["data=text", "data.sources={a: {path: null}}"], "data.sources.a.path=None names no files"),
+        (["data=text", "data.sources={../a: {path: x}}"], "data.sources=../a goes into a folder's name"),
+        (["data=text", "data.sources={..: {path: x}}"], "data.sources=.. goes into a folder's name"),
+        (["data=text", FILE, "data.validation=3"], "data.validation=3 is malformed; write data.validation='{NAME: FILES}'"),
+        (["data=text", FILE, "data.validation=[a]"], "data.validation=['a'] is malformed"),
+        (["data=text", FILE, "data.validation={a: 3}"], "data.validation.a=3 names no files"),
+        (["data=text", FILE, "data.validation={a/b: y}"], "data.validation=a/b goes into a folder's name"),
+        (["model.name=a/b"], "model.name=a/b goes into a folder's name; use letters, digits"),
+        (["optim.name=.."], "optim.name=.. goes into a folder's name"),
+        (["data.name="], "data.name= goes into a folder's name"),
+        (["init.step=3"], "init.step=3 needs a run to take it from; set init.run=DIR"),
+        (["init.optimizer=true"], "init.optimizer=true needs a run"),
+        (["tracking.mode=false"], "tracking.mode=False is unknown; choose one of auto, online, offline, off"),
+        (["model.bias=3"], "model.bias=3 has the wrong type; give model.bias=<bool>"),
+        (["model.bias=1"], "model.bias=1 has the wrong type"),
+        (["compile=2"], "compile=2 has the wrong type; give compile=<bool | None>"),
+        (["seed=1e3"], "seed=1e3 has the wrong type; give seed=<int>"),
+        (["model.num_layers=2.0"], "give model.num_layers=<int>"),
+        (["model.num_layers=true"], "give model.num_layers=<int>"),
+        (["model.num_layers={a: 1}"], "model.num_layers={a: 1} has the wrong type"),
+        (["checkpoint.milestones=[1.5]"], "give checkpoint.milestones=<list[int]>"),
+        (["checkpoint.milestones=[1,-2]"], "checkpoint.milestones=-2 is out of range; it must be at least 0"),
+    ],
+)  # fmt: skip
+def test_mistake_is_named_with_its_remedy(refusal, arguments, said):
+    assert said in refusal("model=tiny", *arguments)
+
+
+WRONG = {"int": "2.5", "float": "fast", "bool": "maybe", "str": "[1]", "list[int]": "[1,x]", "list[str]": "a"}
+
+
+@pytest.mark.parametrize("name", [name for name, entry in KEYS.items() if entry.type is not Any])
+def test_value_of_another_type_is_refused(refusal, name):
+    kinds = get_args(KEYS[name].type) if type(None) in get_args(KEYS[name].type) else [KEYS[name].type]
+    value = WRONG[kinds[0].__name__ if isinstance(kinds[0], type) and not get_args(kinds[0]) else str(kinds[0])]
+    assert f"error: {name}={value} has the wrong type; give {name}=<" in refusal(f"{name}={value}")
+
+
+def beyond(name: str) -> list[str]:
+    """Overrides that lie just outside the range of a key."""
+    rules, is_list = KEYS[name].metadata, str(KEYS[name].type).startswith("list")
+    is_float, values = "float" in str(KEYS[name].type), []
+    if "low" in rules:
+        values.append(rules["low"] - (1e-9 if is_float else 1))
+    if "high" in rules:
+        values.append(rules["high"] + (1e-9 if is_float else 1))
+    if "above" in rules:
+        values.append(rules["above"])
+    if is_float:
+        values += ["nan", "inf", "-inf"]
+    return [f"{name}=[{value}]" if is_list else f"{name}={value}" for value in values]
+
+
+NUMBERS = [name for name, entry in KEYS.items() if re.search("int|float", str(entry.type))]
+
+
+@pytest.mark.parametrize("override", [override for name in NUMBERS for override in beyond(name)])
+def test_number_out_of_range_is_refused(refusal, override):
+    name, value = override.split("=")
+    said = refusal(override)
+    assert f"error: {name}=" in said
+    assert re.search("finite; give a number" if re.search("nan|inf", value) else "is out of range; it must be (at|above)", said)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_a_range(name):
+    assert {"low", "above"} & set(KEYS[name].metadata), f"{name} takes any number; give it a low or above in conf/schema.py"
+
+
+@pytest.mark.parametrize("name", [name for name, entry in KEYS.items() if "choices" in entry.metadata])
+def test_unknown_choice_of_a_key_is_refused(refusal, name):
+    assert f"error: {name}=nope is unknown; choose one of {', '.join(KEYS[name].metadata['choices'])}" in refusal(f"{name}=nope")
+
+
+def test_rule_that_begins_beyond_the_horizon_is_refused():
+    schedule = compose(["schedule.steps=100"]).schedule
+    for start in (100, 5000):
+        with pytest.raises(ValueError, match=f"optim.start={start} lies beyond the horizon of 100 steps.*start earlier"):
+            build_schedule(schedule, OptimConfig(path="full", start=start), 1000, 1)
+        assert build_schedule(schedule, OptimConfig(path="none", start=start), 1000, 1).steps == 100  # nobody reads it
+    for start in (0, 0.99, 1, 99):
+        assert build_schedule(schedule, OptimConfig(path="full", start=start), 1000, 1).steps == 100
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("optim:\n  foo: 1", "optim.foo: no such key"),
+        ("foo: 1", "foo: no such key"),
+        ("model:\n  num_layers: two", "model.num_layers: .*'two'"),
+        ("optim:\n  lr: -1", "optim.lr=-1.0 is out of range"),
+        ("defaults:\n  - override /model: huge", "model=huge: no such choice; choose one of gpt2_124m"),
+        ("optim: {", "expected the node content|while parsing"),
+    ],
+)
+def test_mistake_in_a_file_is_named(conf, refusal, text, said):
+    (conf / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
+    assert re.search(said, refusal("experiment=mine"))
+
+
+# Keys that a run does not read
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["optim.rho=0.1", "optim.start=5000", "optim.metric=adam", "tokenizer.vocab_size=500", "schedule.tokens_per_parameter=10", "data.path=x",
+     "data.sources={a: {path: x}}", "optim.angle=10"],
+)  # fmt: skip
+def test_key_that_is_not_read_is_noted_once(command, override):
+    def name(*arguments):
+        code, out, err = command("model=tiny", "plan_only=true", *arguments)
+        assert code == 0
+        return out.split()[1], err
+
+    key = override.split("=")[0]
+    plain, silence = name()
+    noted, note = name(override)
+    assert silence == ""
+    assert note == f"note: not read by this run, so left out of its name and identity: {key}\n"
+    assert noted == plain
+
+
+def test_one_note_names_all(capsys):
+    compose(["optim.rho=0.1", "optim.angle=3", "schedule.steps=5", "schedule.tokens=1e6", "schedule.warmup=0.1", "schedule.warmup_steps=0"])
+    assert capsys.readouterr().err.endswith(": optim.rho, optim.angle, schedule.steps, schedule.warmup\n")
+
+
+def test_only_what_was_typed_is_noted(conf, capsys):
+    (conf / "experiment" / "mine.yaml").write_text("# @package _global_\noptim: {rho: 0.3}\ntokenizer: {vocab_size: 500}\n")
+    compose(["experiment=mine", "schedule=chinchilla", "data=text", FILE])
+    assert capsys.readouterr().err == ""
+
+
+# This site's own settings
+
+
+def test_local_settings_are_honoured(conf, command, capsys):
+    (conf / "local").mkdir()
+    (conf / "local" / "default.yaml").write_text("data: {cache: /scratch/cache}\ntracking: {entity: us, mode: 'off'}\n")
+    composed = compose([])
+    assert (composed.data.cache, composed.tracking.entity, composed.tracking.mode) == ("/scratch/cache", "us", "off")
+    assert compose(["data.cache=/tmp/mine"]).data.cache == "/tmp/mine"  # the command line has the last word
+    assert compose(["experiment=quickstart"]).data.cache == "/scratch/cache"
+    (conf / "local" / "default.yaml").write_text("data: {cahce: /scratch/cache}\n")
+    code, _, err = command()
+    assert (code, err.count("\n")) == (2, 1)
+    assert "data.cahce: no such key; did you mean data.cache?" in err
+
+
+# What is printed
+
+
+def test_help_lists_every_key_and_choice(command):
+    code, out, err = command("help=true")
+    assert (code, err) == (0, "")
+    lines = {line.split()[0]: line for line in out.splitlines() if line}
+    for name, entry in KEYS.items():
+        _, kind, rest = re.split(r"  +", lines[name], maxsplit=2)
+        assert entry.metadata["meaning"] in rest
+        assert re.fullmatch(r"(int|float|bool|str|Any|list\[\w+\])( \| None)?", kind)
+        default = yaml.safe_load(rest.split(entry.metadata["meaning"])[0])
+        assert default == lookup(compose([]), name) or str(default) == str(lookup(compose([]), name))
+        assert all(choice in rest for choice in entry.metadata.get("choices", ()))
+    for group, choices in groups().items():
+        assert lines[group].split()[1:] == " | ".join(choices).split()
+    assert max(map(len, out.splitlines())) < 220
+
+
+@pytest.mark.parametrize("name", dict(CHOICES and [(name, None) for group, name in CHOICES if group == "model"]))
+def test_plan_of_every_model_is_quick(name):
+    composed = compose([f"model={name}", "schedule=chinchilla"])
+    began = time.perf_counter()
+    plan = make_plan(composed)
+    text = describe(composed, plan, "x")
+    assert time.perf_counter() - began < 5
+    assert f"{plan.num_parameters:,}" in text
+
+
+def test_plan_prints_everything_derived(command):
+    code, out, err = command("plan_only=true", "model=gpt2_124m", "batch.sequences=48", "batch.micro=12", "batch.length=1024", "device=cpu",
+                             "tokenizer=bpe", "tokenizer.vocab_size=50257", "schedule.tokens=1e9", "schedule.warmup=0.1")  # fmt: skip
+    assert (code, err) == (0, "")
+    rows = {line[:22].strip(): line[22:] for line in out.splitlines()}
+    D, L, V, T = 768, 12, 50257, 1024
+    body = L * (12 * D * D + 13 * D) + 2 * D
+    steps = -(-1_000_000_000 // (48 * T))
+    flops = 3 * (24 * D * D * L + 4 * T * D * L + 2 * D * V) * 48 * T
+    total = body + (V + T) * D
+    assert total == 124_439_808
+    assert rows["name"].startswith("gpt2_124m-adamw-stdlib-1e+09tokens-s0-")
+    assert rows["parameters"].startswith(f"{total:,}, of which {body:,} without embeddings")
+    assert rows["tokens per step"].startswith(f"{48 * T:,} = 48 sequences x 1024") and "4 " in rows["tokens per step"]
+    assert rows["steps"] == f"{steps:,}, of which {round(0.1 * steps):,} warm-up"
+    assert rows["tokens"] == f"{steps * 48 * T:,}"
+    assert rows["tokens per parameter"] == f"{steps * 48 * T / body:.2f} without embeddings, {steps * 48 * T / total:.2f} with"
+    assert rows["FLOPs"].startswith(f"{flops * steps:.3e} in all, {flops:.3e} a step")
+    assert rows["checkpoint"] == f"{12 * total / 2**30:.1f} GiB"
+    assert rows["hours on one H100"].startswith(f"{flops * steps / (0.4 * 989e12) / 3600:.2f} ")
+    assert {"hours on one A100", "memory, about"} <= set(rows)
+
+
+@pytest.mark.parametrize("counted", ["non_embedding", "all"])
+def test_chinchilla_counts_and_says_what(command, counted):
+    _, out, _ = command("plan_only=true", "model=tiny", "schedule=chinchilla", "schedule.tokens_per_parameter=30", f"schedule.parameters={counted}")
+    plan = make_plan(compose(["model=tiny"]))
+    count = plan.num_non_embedding if counted == "non_embedding" else plan.num_parameters
+    steps = -(-30 * count // plan.tokens_per_step)
+    assert f"{steps:,}, of which" in out
+    assert f"30 tokens per parameter, {counted.replace('_', '-')} ones counted" in out
+
+
+def test_memory_estimate_holds_weights_gradients_and_moments():
+    composed = compose(["model=nanodo_10m", "device=cpu"])
+    plan = make_plan(composed)
+    memory = memory_estimate(composed, plan)
+    assert memory["weights"] + memory["gradients"] + memory["Adam's moments"] == 16 * plan.num_parameters
+    assert memory_estimate(compose(["model=nanodo_10m", "device=cpu", "batch.micro=4"]), plan)["activations"] == memory["activations"] / 4
+
+
+def test_schema_is_consistent():
+    """A condition names a key and values that it can have; a default keeps to its own rules."""
+    assert list(KEYS) == [name for name, _ in walk(Config)]
+    for name, entry in KEYS.items():
+        config.check_value(name, lookup(Config(), name), {} if lookup(Config(), name) is None else entry.metadata)
+        if "read_when" in entry.metadata:
+            other, values = entry.metadata["read_when"]
+            assert set(values) <= {*KEYS[other].metadata.get("choices", ()), None}, name
+        assert json.dumps(lookup(Config(), name)) is not None
