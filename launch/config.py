@@ -23,6 +23,7 @@ from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from conf.schema import KEYS, Config, DataConfig, SourceConfig, lookup, meaning, type_name
 
@@ -40,7 +41,7 @@ def user_errors() -> Iterator[None]:
         yield
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error))
-    except ValueError as error:
+    except (ValueError, YAMLError) as error:
         if os.environ.get("FLATGPT_TRACEBACK"):
             raise
         fail(" ".join(str(error).split()))

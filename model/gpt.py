@@ -22,6 +22,8 @@ from model.logits import LazyLogits
 CHOICES = {"norm": ("layernorm", "rmsnorm"), "positions": ("learned", "rope"), "activation": ("gelu", "swiglu", "relu2"), "init": ("nanodo", "gpt2")}
 VOCAB_MULTIPLE = 64  # rows of the embedding are padded to this: matrix units want it, and nobody else sees it
 
+SHORT = 256  # longest sequence for `short_attention`
+
 
 @dataclass
 class GPTConfig:
@@ -115,6 +117,16 @@ def rotate(x_BxHxTxd: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x_BxHxTxd.dtype)
 
 
+def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention that writes out its B H x T x T scores, in bf16; the softmax computes in fp32. On CPUs, on short sequences, it
+    takes a third of the time of the fused kernel, whose backward is slow there (tests/benchmarks/attention.py)."""
+    B, H, T, d = q.shape
+    mask_TxT = torch.full((T, T), float("-inf"), dtype=q.dtype).triu(1)
+    q, k, v = (heads.reshape(B * H, T, d) for heads in (q, k, v))
+    scores = torch.baddbmm(mask_TxT.expand(B * H, T, T), q, k.transpose(1, 2), alpha=d**-0.5)
+    return torch.bmm(scores.softmax(-1).to(v.dtype), v).view(B, H, T, d)
+
+
 class Attention(nn.Module):
     """Causal self-attention with H heads of queries and as many, or fewer, of keys and values."""
 
@@ -142,7 +154,10 @@ class Attention(nn.Module):
             causal = T > 1
             k, v = cache.extend(k, v)
         dropout = self.config.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=G < H)
+        if causal and G == H and dropout == 0 and q.dtype == torch.bfloat16 and q.device.type == "cpu" and T <= SHORT:
+            y = short_attention(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=G < H)
         return self.out(y.transpose(1, 2).reshape(B, T, D))
 
 
