@@ -119,7 +119,7 @@ def rotate(x_BxHxTxd: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention that writes out its B H x T x T scores, in bf16; the softmax computes in fp32. On CPUs, on short sequences, it
-    takes a third of the time of the fused kernel, whose backward is slow there (tests/benchmarks/attention.py)."""
+    takes a third of the time of the fused kernel, whose backward is slow there (tests/benchmarks/kernels.py)."""
     B, H, T, d = q.shape
     mask_TxT = torch.full((T, T), float("-inf"), dtype=q.dtype).triu(1)
     q, k, v = (heads.reshape(B * H, T, d) for heads in (q, k, v))

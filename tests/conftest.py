@@ -1,11 +1,13 @@
 """What several tests share: a cache of prepared data, and a way to train as a user does."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for a busy core spin: ten times slower beside other work
 ROOT = Path(__file__).resolve().parent.parent
 
 
