@@ -26,10 +26,11 @@ from launch.evaluate import evaluate
 from launch.lock import RunLock
 from launch.plan import Plan, describe, make_plan
 from launch.preemption import EXIT_PREEMPTED, Preemption
-from launch.process import autocast, choose_device, choose_precision, compile_model, peak_flops, random_state, seed_everything, set_random_state
+from launch.process import autocast, choose_device, choose_precision, peak_flops, random_state, seed_everything, set_random_state
 from launch.snapshot import snapshot_code
 from launch.tracking import Tracker
 from model import GPT, checkpoint_path, load
+from model.parallelize import parallelize
 from model.sample import decode_stream, generate
 from optim import Gradient, build_optimizer
 from optim.adamw import describe_groups, load_state_tensors, state_tensors
@@ -51,6 +52,7 @@ class Progress:
     skipped_in_a_row: int = 0
     loss_sum: float = 0.0  # since the last row
     loss_tokens: int = 0
+    logged: int = -1  # step of the last row
     evaluated: int = -1  # step of the last evaluation
     validation: dict[str, float] = field(default_factory=dict)  # what it found
     row: dict[str, Any] = field(default_factory=dict)  # of this step, not logged yet: it waits for the step's evaluation
@@ -72,6 +74,7 @@ def main(settings: Config) -> int:
         if (folder / "summary.json").exists():
             print(f"finished already: {folder}/summary.json has its figures; another seed or dir starts another run")
             return 0
+        checkpoint.remove_partial(folder)
         snapshot_code(folder)
         return Run(settings, plan, name, folder, preemption).train()
 
@@ -97,7 +100,6 @@ class Run:
         # Weights are drawn on the meta device's shapes, each from a generator of its own.
         with self.device:
             self.model = GPT(plan.model, settings.seed)
-        self.model.checkpoint_activations = settings.activation_checkpointing
         self.optimizer = build_optimizer(self.model, settings.optim)
         self.rule = Gradient(self.model)
         self.progress, wandb_id = Progress(), None
@@ -107,15 +109,16 @@ class Run:
         elif settings.init.run:
             self.branch()
         self.start = self.progress.step
-        compile_model(self.model, settings.compile, self.device)
+        self.restored = self.start if saved else None  # a checkpoint of this step is there already
+        parallelize(self.model, settings.compile, settings.activation_checkpointing, self.device)
 
-        self.tracker = Tracker(folder, settings.tracking, name, asdict(settings), wandb_id, plan.schedule.steps, self.start if saved else -1)
+        self.tracker = Tracker(folder, settings.tracking, name, asdict(settings), wandb_id, plan.schedule.steps, self.progress.logged)
         say = self.tracker.message
         say(f"{name}: {plan.num_parameters:,} parameters, {plan.num_non_embedding:,} without embeddings; {plan.schedule.steps:,} steps of "
             f"{plan.tokens_per_step:,} tokens on {self.device.type} in {str(self.dtype).removeprefix('torch.')}")  # fmt: skip
         say(describe_groups(self.optimizer))
-        if self.start:
-            say(f"resumed from {saved.path}" if saved else f"branched from step {self.start} of {settings.init.run}")
+        if saved or settings.init.run:
+            say(f"resumed from {saved.path}" if saved else f"branched from {checkpoint_path(settings.init.run or '', settings.init.step)}")
 
     def train(self) -> int:
         """Steps, evaluates, logs and saves until the horizon, or until somebody asks to stop; returns the exit code."""
@@ -125,10 +128,10 @@ class Run:
         profile = self.profiler() if self.settings.profile else None
         while True:
             self.evaluate_if_due()
-            stopping = self.preemption.requested if progress.step < steps else None
+            stopping = self.preemption.requested if progress.step < steps or self.evaluation_due() else None
             if progress.row and not self.evaluation_due():
                 self.log()
-            if stopping or self.checkpoint_due():
+            if self.checkpoint_due(bool(stopping)):
                 self.save(needed=bool(stopping) or progress.step == steps)
             if stopping:
                 self.tracker.message(f"{stopping}: saved step {progress.step}; the same command goes on from there")
@@ -213,7 +216,7 @@ class Run:
     def evaluation_due(self) -> bool:
         """At the first step, at every interval and at the end, once."""
         step, done = self.progress.step, self.progress.evaluated
-        return done < 0 or (done != step and (step % self.plan.evaluation_every == 0 or step == self.plan.schedule.steps))
+        return done < 0 or (step not in (done, self.progress.logged) and (step % self.plan.evaluation_every == 0 or step == self.plan.schedule.steps))
 
     def evaluate_if_due(self) -> None:
         """Evaluates; asked to stop meanwhile, it leaves that to the next start."""
@@ -230,13 +233,14 @@ class Run:
         progress = self.progress
         counts = {name: getattr(progress, name) for name in ("step", "tokens", "flops", "forwards", "backwards", "seconds")}
         self.tracker.log(counts | progress.row)
-        progress.row = {}
+        progress.row, progress.logged = {}, progress.step
 
-    def checkpoint_due(self) -> bool:
-        """At every interval, at milestones and at the end, but not where this start began."""
+    def checkpoint_due(self, stopping: bool) -> bool:
+        """At every interval, at milestones, at a stop and at the end. What this start was restored from is never written again:
+        a kill meanwhile would lose it."""
         step = self.progress.step
-        wanted = step % self.plan.checkpoint_every == 0 or step in self.settings.checkpoint.milestones
-        return step == self.plan.schedule.steps or (wanted and step != self.start)
+        at_interval = step % self.plan.checkpoint_every == 0 and step != self.start
+        return step != self.restored and (stopping or at_interval or step in (self.plan.schedule.steps, *self.settings.checkpoint.milestones))
 
     def save(self, needed: bool) -> None:
         """Saves a checkpoint. Where the disk refuses, the run goes on with a warning, unless the checkpoint is `needed`."""
@@ -262,7 +266,8 @@ class Run:
                 checkpoint.save(self.folder, tensors, state, self.corpus.tokenizer, settings.checkpoint.keep, settings.checkpoint.milestones)
             except OSError as error:
                 if needed:
-                    raise
+                    raise ValueError(f"step {self.progress.step} could not be saved ({error}); make room on the disk of {self.folder} and start "
+                                     "the same command again: it goes on from the checkpoint before") from None  # fmt: skip
                 self.tracker.message(f"warning: step {self.progress.step} could not be saved ({error}); the checkpoints before it are intact")
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
@@ -279,7 +284,10 @@ class Run:
         init, ours = self.settings.init, identity.canonical(self.settings)
         assert init.run is not None
         path = checkpoint_path(init.run, init.step)
-        saved = checkpoint.load(path)
+        try:
+            saved = checkpoint.load(path)
+        except checkpoint.DamagedCheckpoint as error:
+            raise ValueError(f"init.run={init.run}: {path} is damaged ({error}); choose another of its checkpoints with init.step") from None
         if saved.state["tokenizer"] != self.corpus.tokenizer.hash or saved.state["model"] != asdict(self.model.config):
             raise ValueError(f"init.run={init.run} has another shape or tokenizer; choose its model, tokenizer and data")
         self.model.load_state_dict(saved.tensors["model"])

@@ -216,7 +216,8 @@ class Config:
                          choices=("auto", "bf16", "fp32"))  # fmt: skip
     activation_checkpointing: bool = key(False, "blocks keep their input only and run again in the backward: less memory, a third more time",
                                          mutable=True)  # fmt: skip
-    compile: bool | None = key(None, "torch.compile; default on CUDA only")
+    compile: str = key("auto", "torch.compile: each block, the whole body, or none; auto: block on CUDA, none on CPUs",
+                       choices=("auto", "none", "block", "whole"))  # fmt: skip
     deterministic: bool = key(False, "deterministic kernels only, at some cost in speed")
     profile: bool = key(False, "write a trace of steps 5 to 8 of this start into the run folder", mutable=True)
     minutes: float | None = key(None, "save and stop after so many minutes, as a preempted run does", above=0.0, mutable=True)

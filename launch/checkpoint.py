@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -65,10 +66,11 @@ def save(run: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         fsync(final.parent)
-    except OSError:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
-    for old in [path for path in steps(run) if step_of(path) not in milestones][:-keep]:
+        raise error if isinstance(error, OSError) else OSError(str(error)) from None
+    # Later ones can only be damaged: they must not push out those that are not.
+    for old in [path for path in steps(run) if step_of(path) <= state["step"] and step_of(path) not in milestones][:-keep]:
         shutil.rmtree(old)
     return final
 
@@ -79,11 +81,12 @@ def load(path: Path, only: tuple[str, ...] = TENSORS) -> Checkpoint:
         state = json.loads((path / "state.json").read_text())
         if state.pop("checksum") != checksum(state):
             raise DamagedCheckpoint("state.json does not match its checksum")
-        for name, described in state.pop("files").items():
+        files = state.pop("files")
+        for name, described in files.items():
             if described != describe(path / name):
                 raise DamagedCheckpoint(f"{name} does not match its size or checksum")
-        tensors = {name: load_file(file) if (file := path / f"{name}.safetensors").exists() else {} for name in only}
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        tensors = {name: load_file(path / file) if (file := f"{name}.safetensors") in files else {} for name in only}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise DamagedCheckpoint(f"{type(error).__name__}: {error}") from None
     return Checkpoint(tensors, state, path)
 

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from conf.schema import KEYS, Config, lookup
 from launch.config import is_read, name_files
+from launch.tracking import write_atomically
 
 
 def canonical(config: Config) -> dict[str, Any]:
@@ -39,10 +40,9 @@ def claim(run: Path, config: Config) -> None:
         if changed:
             diff = ", ".join(f"{name} {theirs.get(name, 'unread')} -> {ours.get(name, 'unread')}" for name in changed)
             raise ValueError(f"dir={run} holds another run ({diff}); choose another dir, or leave dir out to have one named")
-    run.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(".config.yaml.partial")
-    partial.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
-    partial.rename(file)
+    if not (run / "summary.json").exists():  # a finished run stays as it is
+        run.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
 
 
 def load_config(run: Path) -> Config:

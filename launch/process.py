@@ -1,12 +1,10 @@
-"""What a process computes on, and how: device, precision, determinism, compilation."""
+"""What a process computes on, and how: device, precision, determinism."""
 
 import os
-import shutil
-import sys
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # Dense peak in bf16, FLOP/s, by a part of the device's name. An unknown device has none, and no MFU is better than a wrong one.
 PEAK_FLOPS = {
@@ -78,14 +76,3 @@ def set_random_state(state: dict[str, Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def compile_model(model: nn.Module, wanted: bool | None, device: torch.device) -> None:
-    """Compiles each block in place; `wanted=None` means on CUDA only. Without a compiler it stays eager, with a notice."""
-    if not (device.type == "cuda" if wanted is None else wanted):
-        return
-    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "c++"))):
-        print("note: compile=true, but there is no C++ compiler here; running eagerly", file=sys.stderr)
-        return
-    for block in model.get_submodule("blocks").children():
-        block.compile()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -329,8 +330,12 @@ def checkpoint_path(run: str | Path, step: int | None = None) -> Path:
 def load(run: str | Path, step: int | None = None) -> GPT:
     """The GPT of a run, from its newest checkpoint or that of a step. Raises ValueError where there is none."""
     path = checkpoint_path(run, step)
-    config = GPTConfig(**json.loads((path / "state.json").read_text())["model"])
+    try:
+        config = GPTConfig(**json.loads((path / "state.json").read_text())["model"])
+        weights = load_file(path / "model.safetensors")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged ({error}); choose another step of the run") from None
     with torch.device("meta"):
         model = GPT(config)
-    model.load_state_dict(load_file(path / "model.safetensors"), assign=True)
+    model.load_state_dict(weights, assign=True)
     return model

@@ -1,28 +1,27 @@
 """Hugging Face in and out: GPT-2 and Llama checkpoints, folders of config.json, safetensors and tokenizer.json.
 
 A format says what it can express of a GPTConfig and what it calls each of our tensors; both directions read the same table. Neither
-needs transformers, and neither unpickles anything.
+needs transformers, and neither unpickles anything. model/export.py writes a whole folder, model/hf_tokenizer.py does the tokenizers.
 """
 
 import json
-import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from data.tokenizer import BYTES_PATTERN, END_OF_TEXT, GPT2_PATTERN, Tokenizer, byte_alphabet
+from data import Tokenizer
 from model.gpt import GPT, GPTConfig
+from model.hf_tokenizer import read_tokenizer
 
-FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}  # of an export
-MARK = {"format": "pt", "writer": "flatgpt"}  # in model.safetensors: transformers asks for the one, we know our exports by the other
 TABLES = ("embedding.weight", "positions.weight", "head.weight")
 TRAINING = {"dropout", "z_loss", "init"}  # keys of GPTConfig that a trained model's logits do not depend on
+
+GELU = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu2": "relu2"}  # their names of activations to ours; theirs of "gelu" is another
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ class Format:
 
     architecture: str
     expresses: dict[str, tuple]  # the values of GPTConfig's keys that it has; keys that are not listed are free
+    computable: dict[str, tuple]  # the values of config.json's keys that a GPT has, where there is more than its sizes
     prefix: str  # of every tensor but the head's
     outer: dict[str, str]  # our modules to its modules
     layers: str
@@ -42,6 +42,8 @@ FORMATS = {
     "gpt2": Format(
         "GPT2LMHeadModel",
         {"norm": ("layernorm",), "positions": ("learned",), "activation": ("gelu", "relu2"), "qk_norm": (False,), "logit_softcap": (None,)},
+        {"activation_function": tuple(GELU), "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
+         "add_cross_attention": (False,)},
         "transformer.",
         {"embedding": "wte", "positions": "wpe", "norm": "ln_f", "head": "lm_head"},
         "h",
@@ -52,6 +54,7 @@ FORMATS = {
     "llama": Format(
         "LlamaForCausalLM",
         {"norm": ("rmsnorm",), "positions": ("rope",), "activation": ("swiglu",), "qk_norm": (False,), "logit_softcap": (None,)},
+        {"hidden_act": ("silu",), "rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1.0,)},
         "model.",
         {"embedding": "embed_tokens", "norm": "norm", "head": "lm_head"},
         "layers",
@@ -66,13 +69,18 @@ FORMATS = {
 # Shapes
 
 
+def override(key: str, value: Any) -> str:
+    """A key of GPTConfig with its value, as a person would type it."""
+    return f"model.{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
 def choose_format(config: GPTConfig, format: str = "auto") -> str:
     """The format, gpt2 or llama, that expresses a shape. Raises ValueError naming the keys that none does, or not the one asked for."""
     objections = {}
     for name, candidate in FORMATS.items():
         values = asdict(config) | {"num_kv_heads": config.kv_heads}
         expresses = candidate.expresses | ({"num_kv_heads": (config.num_heads,)} if name == "gpt2" else {})
-        objections[name] = [f"model.{key}={json.dumps(values[key]).strip('"')}" for key, allowed in expresses.items() if values[key] not in allowed]
+        objections[name] = [override(key, values[key]) for key, allowed in expresses.items() if values[key] not in allowed]
     closest = min(objections, key=lambda name: len(objections[name])) if format == "auto" else format
     if objections[closest]:
         other = next((name for name in FORMATS if not objections[name]), None)
@@ -81,11 +89,11 @@ def choose_format(config: GPTConfig, format: str = "auto") -> str:
     return closest
 
 
-def to_config(config: GPTConfig, format: str, eot: int) -> dict[str, Any]:
-    """The config.json of a shape."""
+def to_config(config: GPTConfig, format: str) -> dict[str, Any]:
+    """The config.json of a shape, but for its special tokens."""
     common = {
         "architectures": [FORMATS[format].architecture], "model_type": format, "torch_dtype": "float32", "vocab_size": config.vocab_size,
-        "tie_word_embeddings": config.tied, "bos_token_id": eot, "eos_token_id": eot,
+        "tie_word_embeddings": config.tied,
     }  # fmt: skip
     if format == "gpt2":
         return common | {
@@ -107,36 +115,27 @@ def from_config(theirs: dict[str, Any]) -> GPTConfig:
     """The shape that a config.json describes, without dropout. Raises ValueError for what a GPT cannot be, KeyError for what is missing."""
     if theirs["model_type"] not in FORMATS:
         raise ValueError(f"model_type={theirs['model_type']} is not among {', '.join(FORMATS)}; choose a model of theirs")
-
-    def need(key: str, allowed: tuple, value: Any) -> None:
-        if value not in allowed:
-            raise ValueError(f"{key}={value} is not what a GPT computes, which is {' or '.join(map(str, allowed))}; choose another model")
-
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}  # of transformers 5, and 4, which had rope_theta outside
+    theirs = theirs | rope
+    for key, allowed in FORMATS[theirs["model_type"]].computable.items():
+        if theirs.get(key, allowed[0]) not in allowed:
+            raise ValueError(f"{key}={theirs[key]} is not what a GPT computes ({', '.join(map(str, allowed))}); choose another model")
     if theirs["model_type"] == "gpt2":
-        activations = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu2": "relu2"}
-        activation = theirs.get("activation_function", "gelu_new")
-        need("activation_function", tuple(activations), activation)
-        need("scale_attn_weights", (True,), theirs.get("scale_attn_weights", True))
-        need("scale_attn_by_inverse_layer_idx", (False,), theirs.get("scale_attn_by_inverse_layer_idx", False))
-        need("add_cross_attention", (False,), theirs.get("add_cross_attention", False))
         return GPTConfig(
             theirs["vocab_size"], theirs["n_positions"], theirs["n_layer"], theirs["n_head"], theirs["n_embd"], mlp_width=theirs.get("n_inner"),
-            bias=True, norm_eps=theirs.get("layer_norm_epsilon", 1e-5), activation=activations[activation],
+            bias=True, norm_eps=theirs.get("layer_norm_epsilon", 1e-5), activation=GELU[theirs.get("activation_function", "gelu_new")],
             tied=theirs.get("tie_word_embeddings", True), init="gpt2",
         )  # fmt: skip
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}  # of transformers 5, and 4
-    width, num_heads = theirs["hidden_size"], theirs["num_attention_heads"]
-    need("hidden_act", ("silu",), theirs.get("hidden_act", "silu"))
-    need("rope_type", ("default",), rope.get("rope_type", rope.get("type", "default")))
-    need("partial_rotary_factor", (1.0,), rope.get("partial_rotary_factor", 1.0))
-    need("head_dim", (width // num_heads,), theirs.get("head_dim") or width // num_heads)
-    return GPTConfig(
-        theirs["vocab_size"], theirs["max_position_embeddings"], theirs["num_hidden_layers"], num_heads, width,
+    config = GPTConfig(
+        theirs["vocab_size"], theirs["max_position_embeddings"], theirs["num_hidden_layers"], theirs["num_attention_heads"], theirs["hidden_size"],
         num_kv_heads=theirs.get("num_key_value_heads"), mlp_width=theirs["intermediate_size"],
         bias=theirs.get("attention_bias", False) or theirs.get("mlp_bias", False), norm="rmsnorm", norm_eps=theirs.get("rms_norm_eps", 1e-6),
-        positions="rope", rope_base=rope.get("rope_theta", theirs.get("rope_theta", 10000.0)), activation="swiglu",
-        tied=theirs.get("tie_word_embeddings", False), init="gpt2",
+        positions="rope", rope_base=theirs.get("rope_theta", 10000.0), activation="swiglu", tied=theirs.get("tie_word_embeddings", False),
+        init="gpt2",
     )  # fmt: skip
+    if theirs.get("head_dim") not in (None, config.head_width):
+        raise ValueError(f"head_dim={theirs['head_dim']} is not the width over the heads, {config.head_width}; choose another model")
+    return config
 
 
 # Weights
@@ -206,7 +205,9 @@ def find_folder(name_or_dir: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name_or_dir), allow_patterns=["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]))
+        return Path(
+            snapshot_download(str(name_or_dir), allow_patterns=["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"])
+        )
     except (OSError, ValueError) as error:  # what huggingface_hub raises for no network, no such name, and no name at all
         reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(
@@ -233,9 +234,10 @@ def read_state(folder: Path, config: GPTConfig, theirs: dict[str, Any]) -> dict[
     index = folder / "model.safetensors.index.json"
     files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
     if missing := [file for file in files if not (folder / file).exists()]:
-        if list(folder.glob("*.bin")):
-            raise ValueError(f"{folder} holds pickled weights, which can run code; load them with transformers and save_pretrained them as safetensors")
-        raise ValueError(f"{folder / missing[0]}: no such file; fetch the folder again")
+        raise ValueError(
+            f"{folder} has no {missing[0]}; save_pretrained of transformers writes it, from pickled weights (*.bin) too, which are not read here: "
+            "they can run code"
+        )
     try:
         return from_tensors({name: tensor for file in files for name, tensor in load_file(folder / file).items()}, config, theirs)
     except (ValueError, SafetensorError) as error:
@@ -264,7 +266,6 @@ def start_from(model: GPT, name_or_dir: str, tokenizer: Tokenizer) -> None:
     ours, wanted = ({**asdict(shape), "num_kv_heads": shape.kv_heads, "mlp_width": shape.hidden_width} for shape in (model.config, config))
     unused = TRAINING | ({"rope_base"} if config.positions == "learned" else {"max_length"})
     if differing := [key for key in wanted if key not in unused and wanted[key] != ours[key]]:
-        remedy = " ".join(f"model.{key}={json.dumps(wanted[key]).strip('"')}" for key in differing)
-        has = ", ".join(f"model.{key}={json.dumps(ours[key]).strip('"')}" for key in differing)
+        has, remedy = (" ".join(override(key, shape[key]) for key in differing) for shape in (ours, wanted))
         raise ValueError(f"init.hf={name_or_dir} has another shape than {has}; set {remedy}")
     model.load_state_dict(read_state(folder, config, theirs))

@@ -179,7 +179,6 @@ def test_shapes_have_the_published_sizes(name, millions):
         (["tracking.mode=false"], "tracking.mode=False is unknown; choose one of auto, online, offline, off"),
         (["model.bias=3"], "model.bias=3 has the wrong type; give model.bias=<bool>"),
         (["model.bias=1"], "model.bias=1 has the wrong type"),
-        (["compile=2"], "compile=2 has the wrong type; give compile=<bool | None>"),
         (["seed=1e3"], "seed=1e3 has the wrong type; give seed=<int>"),
         (["model.num_layers=2.0"], "give model.num_layers=<int>"),
         (["model.num_layers=true"], "give model.num_layers=<int>"),

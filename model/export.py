@@ -1,0 +1,85 @@
+"""A run as a Hugging Face folder: python -m model.export run=DIR out=DIR [step=S] [format=auto|gpt2|llama]"""
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import MISSING
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from conf.schema import key
+from data import Tokenizer
+from data.tokenizer import END_OF_TEXT
+from model.gpt import GPT, checkpoint_path, load
+from model.hf import FORMATS, choose_format, to_config, to_tensors
+from model.hf_tokenizer import to_tokenizers
+
+FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+MARK = {"format": "pt", "writer": "flatgpt"}  # in model.safetensors: transformers asks for the one, we know our exports by the other
+
+
+def to_hf(model: GPT, tokenizer: Tokenizer, out: str | Path, format: str = "auto") -> str:
+    """Writes a folder that AutoModelForCausalLM and AutoTokenizer load, in fp32, and returns its format. It appears whole or not at all,
+    in the place of an earlier export. Raises ValueError where the format (gpt2, llama; auto: whichever can) does not express the model, and
+    where the folder holds anything else."""
+    config, out = model.config, Path(out)
+    format = choose_format(config, format)
+    if out.exists() and not is_replaceable(out):
+        raise ValueError(f"out={out} exists and is no earlier export; name a new or an empty folder")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(to_tensors(model, FORMATS[format]), partial / "model.safetensors", metadata=MARK)
+    to_tokenizers(tokenizer).save(str(partial / "tokenizer.json"), pretty=False)
+    special = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.eot}  # a document begins after another's end
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "model_max_length": config.max_length,
+        "clean_up_tokenization_spaces": False, "split_special_tokens": True,  # as in training: the name in a text is only text
+    }  # fmt: skip
+    for name, content in {"config": to_config(config, format) | special, "generation_config": special, "tokenizer_config": settings}.items():
+        (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    if out.exists():
+        shutil.rmtree(out)
+    partial.rename(out)
+    return format
+
+
+def is_replaceable(out: Path) -> bool:
+    """Whether a folder is empty, or an export with nothing beside it and its weights as we wrote them."""
+    if not out.is_dir() or not {path.name for path in out.iterdir()} <= FILES:
+        return False
+    try:
+        with safe_open(out / "model.safetensors", "pt") as file:
+            return file.metadata() == MARK
+    except (OSError, SafetensorError):
+        return not any(out.iterdir())
+
+
+@dataclass
+class Options:
+    """What `python -m model.export` takes."""
+
+    run: str = key(MISSING, "run folder")
+    out: str = key(MISSING, "folder to write")
+    step: int | None = key(None, "step of the checkpoint; default the newest")
+    format: str = key("auto", "auto: gpt2 for LayerNorm and learned positions, llama for RMSNorm, RoPE and SwiGLU", choices=("auto", *FORMATS))
+
+
+def main(arguments: list[str]) -> None:
+    """Exports a run, and says how to load it."""
+    from launch.config import parse, user_errors
+
+    with user_errors():
+        options, _ = parse(Options, arguments)
+        path = checkpoint_path(options.run, options.step)
+        model = load(options.run, options.step)
+        format = to_hf(model, Tokenizer.load(path), options.out, options.format)
+        print(f"{path} -> {options.out}: {FORMATS[format].architecture}, {model.num_parameters():,} parameters; it loads by")
+        print(f"    AutoModelForCausalLM.from_pretrained({options.out!r}), AutoTokenizer.from_pretrained({options.out!r})")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
