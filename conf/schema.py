@@ -205,6 +205,7 @@ class InitConfig:
     run: str | None = key(None, "start from a checkpoint of this run folder")
     step: int | None = key(None, "its step; default the newest", low=0)
     optimizer: bool = key(False, "take over the optimiser's state, the step and the data order too: the run branches")
+    hf: str | None = key(None, "start from the weights of a Hugging Face folder or hub name, GPT-2 or Llama")
 
 
 @dataclass

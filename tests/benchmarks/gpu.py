@@ -1,0 +1,154 @@
+"""Everything that is measured on one GPU, in pieces of minutes.
+
+    python tests/benchmarks/gpu.py gpt2 [--peer DIR_OF_NANOGPT]        GPT-2 124M, length 1024, beside nanoGPT's compiled step
+    python tests/benchmarks/gpu.py large                               the 1208M shape, length 2048
+    python tests/benchmarks/gpu.py shakespeare --data .../input.txt    shakespeare_char: the best evaluation of 5000 steps
+
+Needs torch and safetensors; `shakespeare` also what train.py imports. Steps are bf16, compiled block by block, with fused AdamW. The
+utilisation counts forward and backward as optim/flops.py does, over the dense bf16 peak. --profile prints the kernels that take longest.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conf.schema import OptimConfig
+from launch.process import autocast, peak_flops
+from model import GPT, GPTConfig
+from model.parallelize import parallelize
+from optim import Gradient, build_optimizer, forward_flops
+
+CUDA = torch.device("cuda")
+GPT2 = GPTConfig(50257, 1024, 12, 12, 768, bias=False, norm_eps=1e-5, init="gpt2")
+LARGE = GPTConfig(32768, 2048, 24, 32, 2048)
+Step = Callable[[], Any]
+
+
+def tokens(shape: GPTConfig, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same random tokens for everyone."""
+    batch = torch.randint(0, shape.vocab_size, (sequences, shape.max_length + 1), generator=torch.Generator().manual_seed(0)).to(CUDA)
+    return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+
+
+def our_step(shape: GPTConfig, sequences: int, checkpoint_activations: bool = False) -> Step:
+    """One step as train.py takes it, without reading anything back."""
+    with CUDA:
+        model = GPT(shape)
+    parallelize(model, "block", checkpoint_activations, CUDA)
+    optimizer, rule, batches = build_optimizer(model, OptimConfig()), Gradient(model), [tokens(shape, sequences)]
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(CUDA, torch.bfloat16):
+            rule.gradient(batches)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def nanogpt_step(folder: str, sequences: int) -> Step:
+    """One step as nanoGPT's train.py takes it, compiled, at its own padded vocabulary."""
+    spec = importlib.util.spec_from_file_location("nanogpt", Path(folder) / "model.py")
+    assert spec and spec.loader
+    nanogpt = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(nanogpt)
+    shape = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304, "dropout": 0.0, "bias": False}
+    with contextlib.redirect_stdout(None):
+        model = nanogpt.GPT(nanogpt.GPTConfig(**shape)).to(CUDA)
+        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cuda")
+    compiled, (inputs, targets) = torch.compile(model), tokens(GPT2, sequences)
+
+    def step() -> None:
+        with autocast(CUDA, torch.bfloat16):
+            _, loss = compiled(inputs, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def seconds(steps: dict[str, Step], rounds: int = 15) -> dict[str, float]:
+    """Median seconds of a step; the contestants take turns, five steps each."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(rounds + 2):
+        for name, step in steps.items():
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            for _ in range(5):
+                step()
+            torch.cuda.synchronize()
+            if round_ > 1:
+                times[name].append((time.perf_counter() - began) / 5)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def report(name: str, shape: GPTConfig, sequences: int, elapsed: float) -> None:
+    """One line of figures."""
+    num_tokens = sequences * shape.max_length
+    flops, peak = 3 * forward_flops(shape, shape.max_length).total * num_tokens, peak_flops(CUDA)
+    utilisation = f", {flops / elapsed / peak:.1%} of the dense bf16 peak" if peak else ""
+    print(
+        f"{name}: {1000 * elapsed:.1f} ms, {num_tokens / elapsed:,.0f} tokens/s{utilisation}, peak memory so far {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    )
+
+
+def profile(step: Step) -> None:
+    """The kernels that take longest."""
+    with torch.profiler.profile() as found:
+        for _ in range(5):
+            step()
+    print(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70))
+
+
+def shakespeare(data: str) -> None:
+    """The best and the last evaluation of nanoGPT's GPU settings."""
+    from launch.tracking import read_rows
+
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = ["experiment=shakespeare_char", f"data.path={data}", f"data.cache={folder}/cache", f"dir={folder}/run", "tracking=none"]
+        subprocess.run([sys.executable, "train.py", *overrides], cwd=Path(__file__).parents[2], check=True)
+        losses = [row["val/loss"] for row in read_rows(Path(folder, "run", "metrics.jsonl")) if "val/loss" in row]
+    print(f"shakespeare_char: best evaluation {min(losses):.4f}, last {losses[-1]:.4f}")
+
+
+def main() -> None:
+    """Runs one piece."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("piece", choices=("gpt2", "large", "shakespeare"))
+    parser.add_argument("--peer", help="a checkout of nanoGPT")
+    parser.add_argument("--data", help="tinyshakespeare/input.txt")
+    parser.add_argument("--sequences", type=int, help="sequences per step")
+    parser.add_argument("--profile", action="store_true")
+    arguments = parser.parse_args()
+    print(f"{date.today()}, torch {torch.__version__}, {torch.cuda.get_device_name()}: {' '.join(sys.argv[1:])}")
+    if arguments.piece == "shakespeare":
+        return shakespeare(arguments.data)
+    shape, sequences = (GPT2, arguments.sequences or 32) if arguments.piece == "gpt2" else (LARGE, arguments.sequences or 8)
+    steps = {"ours": our_step(shape, sequences)}
+    if arguments.peer and arguments.piece == "gpt2":
+        steps["nanoGPT"] = nanogpt_step(arguments.peer, sequences)
+    found = seconds(steps)
+    for name, elapsed in found.items():
+        report(name, shape, sequences, elapsed)
+    if "nanoGPT" in found:
+        print(f"nanoGPT / ours: {found['nanoGPT'] / found['ours']:.2f}")
+    if arguments.profile:
+        profile(steps["ours"])
+
+
+if __name__ == "__main__":
+    main()
