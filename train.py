@@ -30,6 +30,7 @@ from launch.process import autocast, choose_device, choose_precision, peak_flops
 from launch.snapshot import snapshot_code
 from launch.tracking import Tracker
 from model import GPT, checkpoint_path, load
+from model.hf import start_from
 from model.parallelize import parallelize
 from model.sample import decode_stream, generate
 from optim import Gradient, build_optimizer
@@ -108,6 +109,8 @@ class Run:
             wandb_id = saved.state["wandb_id"]
         elif settings.init.run:
             self.branch()
+        elif settings.init.hf:
+            start_from(self.model, settings.init.hf, self.corpus.tokenizer)
         self.start = self.progress.step
         self.restored = self.start if saved else None  # a checkpoint of this step is there already
         parallelize(self.model, settings.compile, settings.activation_checkpointing, self.device)

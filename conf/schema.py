@@ -51,10 +51,12 @@ class ModelConfig:
 
 @dataclass
 class TokenizerConfig:
-    name: str = key("bytes", "bytes: 256 + end of text; bpe: trained on the corpus", choices=("bytes", "bpe"))
+    name: str = key("bytes", "bytes: 256 + end of text; bpe: trained on the corpus; gpt2: tiktoken's own", choices=("bytes", "bpe", "gpt2"))
     vocab_size: int = key(4096, "entries of a trained bpe, end of text included", low=258, high=2**31, read_when=("tokenizer.name", ("bpe",)))
     train_megabytes: float = key(100.0, "text the bpe is trained on, from the start of each training source", above=0.0,
                                  read_when=("tokenizer.name", ("bpe",)))  # fmt: skip
+    path: str | None = key(None, "GPT-2's ranks: gpt2.tiktoken or vocab.bpe, or their folder; default fetched once, into data.cache", mutable=True,
+                           read_when=("tokenizer.name", ("gpt2",)))  # fmt: skip
 
 
 @dataclass
@@ -68,18 +70,23 @@ class SourceConfig:
 @dataclass
 class DataConfig:
     name: str = key("stdlib", "name of the corpus, used in the run's name")
-    source: str = key("stdlib", "where text comes from", choices=("stdlib", "text"))
-    path: Any = key(None, "file, glob or list of .txt, .jsonl, .parquet", read_when=("data.source", ("text",)))
+    source: str = key("stdlib", "where text comes from", choices=("stdlib", "text", "tokens", "hub"))
+    path: Any = key(None, "file, glob or list of .txt, .jsonl, .parquet; tokens: of .bin, or a folder; hub: a dataset's name, or a folder",
+                    read_when=("data.source", ("text", "tokens", "hub")))  # fmt: skip
     sources: Any = key(None, "several weighted sources, name: {path, weight}; instead of data.path",
-                                           read_when=("data.source", ("text",)))  # fmt: skip
-    field: str = key("text", "field of .jsonl and .parquet rows that holds the text", read_when=("data.source", ("text",)))
+                       read_when=("data.source", ("text", "tokens")))  # fmt: skip
+    config: str | None = key(None, "configuration of the dataset, as 'en' of C4", read_when=("data.source", ("hub",)))
+    split: str = key("train", "split of the dataset that is trained on; several as 'a+b'", read_when=("data.source", ("hub",)))
+    revision: str | None = key(None, "branch, tag or commit of the dataset; default what main is at first", read_when=("data.source", ("hub",)))
+    documents: int | None = key(None, "train on the first so many rows of the split only", low=1, read_when=("data.source", ("hub",)))
+    field: str = key("text", "field of rows (.jsonl, .parquet, hub) that holds the text", read_when=("data.source", ("text", "hub")))
     separator: str | None = key(None, "line that ends a document in .txt files; default: a file is a document",
                                 read_when=("data.source", ("text",)))  # fmt: skip
-    validation: Any = key(None, "validation sets, name: file, glob or list; default: held out of the training text",
-                                     read_when=("data.source", ("text",)))  # fmt: skip
+    validation: Any = key(None, "validation sets, name: file, glob or list, hub: split; default: held out of the training text",
+                          read_when=("data.source", ("text", "tokens", "hub")))  # fmt: skip
     validation_fraction: float = key(0.05, "share of the text that is held out where no validation set is given", above=0.0, high=0.5)
-    validation_split: str = key("documents", "hold out random documents, or the tail of the text (as nanoGPT does)",
-                                choices=("documents", "tail"))  # fmt: skip
+    validation_split: str = key("documents", "hold out random documents, or the tail of the text (as nanoGPT does, and data=tokens)",
+                                choices=("documents", "tail"), read_when=("data.source", ("stdlib", "text")))  # fmt: skip
     cache: str = key("~/.cache/flatgpt", "folder of prepared shards and trained tokenizers", mutable=True)
     workers: int | None = key(None, "processes that prepare text; default one per core", low=1, mutable=True)
 

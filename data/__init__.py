@@ -1,8 +1,9 @@
 """Text to batches: corpora, tokenizers, token shards and the loader. Knows nothing of models or optimisers."""
 
 from data.baselines import training_sample, unigram_bigram
+from data.cache import prepare
 from data.loader import Loader, Prefetcher, Validation
-from data.shards import Corpus, Tokens, prepare
+from data.shards import Corpus, Tokens
 from data.tokenizer import Tokenizer
 
 __all__ = [

@@ -126,8 +126,8 @@ class TextCorpus:
         """The part that gets the held-out text of a source."""
         return f"validation/{source if len(self.sources) > 1 else 'validation'}"
 
-    def pieces(self) -> list[Piece]:
-        """All pieces of all parts, in order."""
+    def pieces(self, folder: Path | None = None) -> list[Piece]:
+        """All pieces of all parts, in order. They do not depend on the folder of the shards; those of streamed text do."""
         data, pieces = self.data, []
         for name, files in self.sources.items():
             part, held_out, whole = f"train/{name}", self.held_out(name), [(file, 0, extent(file)) for file in files]
@@ -141,6 +141,10 @@ class TextCorpus:
         for name, files in self.named.items():
             pieces += self._pack(f"validation/{name}", [(file, 0, extent(file)) for file in files])
         return pieces
+
+    def training_texts(self, source: str) -> Iterator[str]:
+        part = f"train/{source}"
+        return (text.text for piece in self.pieces() if piece.part == part for text in piece.texts() if text.part == part)
 
     def notes(self) -> list[str]:
         """What a user should know before the text is used: files that are trained and validated on."""
@@ -180,16 +184,15 @@ def empty_split(part: str, num_documents: int, data: DataConfig) -> str:
 
 def is_held_out(name: str, position: int, fraction: float) -> bool:
     """Whether the document at a byte or row of a file is held out: a hash decides, alike on every machine and in every run."""
-    digest = hashlib.blake2b(f"{name}\0{position}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < fraction * 2**64
+    return int.from_bytes(hashlib.blake2b(f"{name}\0{position}".encode(), digest_size=8).digest(), "little") < fraction * 2**64
 
 
 # Files
 
 
-def find_files(key: str, paths: Any) -> list[File]:
+def find_files(key: str, paths: Any, suffixes: tuple[str, ...] = SUFFIXES) -> list[File]:
     """The files of a path, glob or list of them; a glob's in alphabetical order, each file once. Raises ValueError naming the key."""
-    patterns = [paths] if isinstance(paths, str) else list(paths) if isinstance(paths, (list, tuple)) else []
+    patterns = [paths] if isinstance(paths, str) else paths if isinstance(paths, (list, tuple)) else []
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise ValueError(f"{key}={paths} names no files; give a file, a glob or a list of them")
     found: list[str] = []
@@ -198,10 +201,11 @@ def find_files(key: str, paths: Any) -> list[File]:
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         files = [match for match in matches if os.path.isfile(match)]
         if not files:
-            raise ValueError(f"{key}={pattern} {'is a folder; write' if matches else 'matches no file; give a file or a glob like'} FOLDER/*.txt")
+            problem = "is a folder; write" if matches else "matches no file; give a file or a glob like"
+            raise ValueError(f"{key}={pattern} {problem} FOLDER/*{suffixes[0]}")
         found += files
-    if wrong := [path for path in found if not path.endswith(SUFFIXES)]:
-        raise ValueError(f"{key}={wrong[0]} is of no known kind; give {', '.join(SUFFIXES)} files")
+    if wrong := [path for path in found if not path.endswith(suffixes)]:
+        raise ValueError(f"{key}={wrong[0]} is of no known kind; give {', '.join(suffixes)} files")
     return list_files(list(dict.fromkeys(found)), os.path.commonpath([os.path.dirname(path) for path in found]))
 
 
@@ -259,10 +263,7 @@ def spans(file: File, start: int, stop: int, layout: Layout) -> Iterator[tuple[S
         while begin < stop:
             match = boundary.search(view, begin + PIECE_BYTES, stop)
             end = match.end() if match else stop
-            yield (
-                Span(file, begin, end, begin == start or not is_one_document, end == stop or not is_one_document),
-                end - begin,
-            )
+            yield Span(file, begin, end, begin == start or not is_one_document, end == stop or not is_one_document), end - begin
             begin = end
 
 

@@ -13,7 +13,11 @@ def main(overrides: list[str]) -> None:
     with user_errors():
         config = compose(overrides)
         start = time.perf_counter()
-        corpus = prepare(config.data, config.tokenizer)
+        try:
+            corpus = prepare(config.data, config.tokenizer)
+        except KeyboardInterrupt:
+            print("\ninterrupted: what is prepared is kept, and the same command goes on from there", file=sys.stderr)
+            sys.exit(130)
         seconds = time.perf_counter() - start
         parts = corpus.meta["parts"]
         for part, entry in parts.items():

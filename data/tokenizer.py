@@ -18,9 +18,16 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 FILE = "tokenizer.json"
+SIZES = {"bytes": 257, "gpt2": 50257}  # vocabularies that are known without the tokenizer
 BYTES_PATTERN = r"(?s:.{1,64})"  # there are no merges, so any split gives the same ids; this one is fast
 # How GPT-2 splits text into words before it merges, in the words of tiktoken (what tokenizers' ByteLevel does by itself).
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+# GPT-2's ranks: where OpenAI keeps them, what the file may be called on a disk (the last name is tiktoken's own, in its cache), and
+# the `Tokenizer.hash` that they must have.
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
+GPT2_FILES = ("gpt2.tiktoken", "vocab.bpe", "merges.txt", hashlib.sha1(GPT2_URL.encode()).hexdigest())
+GPT2_HASH = "33fb72dd0f477229f21275e6b9c0f1f0f04f6e7df6c6c8f9ee47e49cad733b5c"
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,60 @@ class Tokenizer:
 def bytes_tokenizer() -> Tokenizer:
     """256 bytes and end of text."""
     return Tokenizer("bytes", BYTES_PATTERN, tuple(bytes([value]) for value in range(256)))
+
+
+def gpt2_tokenizer(path: str | None, cache: Path) -> Tokenizer:
+    """GPT-2's tokenizer, with tiktoken's ids. Its ranks are read from `path`, a file or the folder of one; without it from
+    $TIKTOKEN_CACHE_DIR, from <cache>/gpt2, or from the network, once. Raises ValueError where they cannot be had or are not GPT-2's."""
+    if path is not None:
+        file = find_gpt2(Path(path).expanduser())
+        if file is None:
+            raise ValueError(f"tokenizer.path={path} holds no ranks of GPT-2; name a {' or '.join(GPT2_FILES[:3])}, or the folder of one")
+        return read_gpt2(file)
+    kept = cache / "gpt2"
+    folders = [Path(folder) for folder in (os.environ.get("TIKTOKEN_CACHE_DIR"), kept) if folder]
+    file = next((found for folder in folders if (found := find_gpt2(folder))), None)
+    return read_gpt2(file or download_gpt2(kept))
+
+
+def find_gpt2(path: Path) -> Path | None:
+    """The file of ranks that a path is, or that lies in it."""
+    return next((file for file in (path, *(path / name for name in GPT2_FILES)) if file.is_file()), None)
+
+
+def download_gpt2(folder: Path) -> Path:
+    """The file of ranks, fetched into the folder."""
+    import requests
+
+    try:
+        response = requests.get(GPT2_URL, timeout=(5, 60))
+        response.raise_for_status()
+    except requests.RequestException as error:
+        raise ValueError(f"tokenizer=gpt2: its ranks are not in {folder} and cannot be fetched from {GPT2_URL} ({type(error).__name__}); "
+                         "put vocab.bpe or gpt2.tiktoken into that folder, or set tokenizer.path to it") from None  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"vocab.bpe.{os.getpid()}.tmp"
+    temporary.write_bytes(response.content)
+    os.replace(temporary, folder / "vocab.bpe")
+    return folder / "vocab.bpe"
+
+
+def read_gpt2(file: Path) -> Tokenizer:
+    """The tokenizer of a file of ranks: lines "<base64> <rank>" (tiktoken's), or a version and then the pairs that are merged."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        if lines and lines[0].startswith("#version"):
+            byte_of = byte_alphabet()
+            merged = (bytes(byte_of[character] for character in line.replace(" ", "")) for line in lines[1:])
+            ranks = (*(bytes([value]) for value in byte_of.values()), *merged)
+        else:
+            ranks = tuple(base64.b64decode(line.split()[0], validate=True) for line in lines)
+        tokenizer = Tokenizer("gpt2", GPT2_PATTERN, ranks)
+    except (ValueError, KeyError, IndexError):
+        raise ValueError(f"{file} is no file of GPT-2's ranks; give gpt2.tiktoken or vocab.bpe as they were published") from None
+    if tokenizer.hash != GPT2_HASH:
+        raise ValueError(f"{file} does not hold GPT-2's {SIZES['gpt2'] - 1} ranks (but {len(ranks)}, or others); delete it or get it again")
+    return tokenizer
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

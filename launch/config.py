@@ -184,10 +184,11 @@ def check_contradictions(config: Config) -> None:
         raise ValueError(f"batch.length={batch.length} exceeds model.max_length={model.max_length}; shorten the one or raise the other")
     if schedule.name == "fixed" and schedule.steps is None and schedule.tokens is None:
         raise ValueError("schedule.steps=null leaves no horizon; set schedule.steps or schedule.tokens")
-    if data.source == "text" and (data.path is None) == (not data.sources):
-        raise ValueError(
-            f"data.path={data.path} with {len(data.sources)} data.sources; data=text needs one of the two: data.path=FILES or data.sources"
-        )
+    if data.source in ("text", "tokens") and (data.path is None) == (not data.sources):
+        raise ValueError(f"data.path={data.path} with {len(data.sources)} data.sources; data={data.source} needs one of the two: "
+                         "data.path=FILES or data.sources")  # fmt: skip
+    if data.source == "hub" and not (isinstance(data.path, str) and data.path):
+        raise ValueError(f"data.path={data.path} names no dataset; data=hub needs its name on the hub, as in data.path=allenai/c4, or a folder")
     if optim.path != "none":
         raise ValueError(f"optim.path={optim.path} is declared but not yet trained; use optim.path=none")
     files_of = {} if data.path is None else {"data.path": data.path}
@@ -202,6 +203,8 @@ def check_contradictions(config: Config) -> None:
     for name, value in names + [("data.sources", name) for name in data.sources] + [("data.validation", name) for name in data.validation]:
         if not re.fullmatch(r"\w[\w.+-]*", str(value)):
             raise ValueError(f"{name}={value} goes into a folder's name; use letters, digits and _ . + - only, the first a letter or digit")
+    if config.init.run is not None and config.init.hf is not None:
+        raise ValueError(f"init.hf={config.init.hf} and init.run={config.init.run} both give the weights to start from; set one of the two")
     if config.init.run is None and config.init.step is not None:
         raise ValueError(f"init.step={config.init.step} needs a run to take it from; set init.run=DIR")
     if config.init.run is None and config.init.optimizer:

@@ -1,4 +1,7 @@
-"""The loss of a model on a whole corpus: python -m launch.evaluate run=DIR [step=S] [data=text data.path=FILES ...]"""
+"""The loss of a model on a whole corpus: python -m launch.evaluate run=DIR [step=S] [data=text data.path=FILES ...]
+
+DIR is a run, or a Hugging Face folder: GPT-2 or Llama weights in safetensors with a tokenizer of GPT-2's kind.
+"""
 
 import math
 import sys
@@ -6,13 +9,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from omegaconf import MISSING
 
-from conf.schema import key
+from conf.schema import DataConfig, key
 from data import Tokenizer, Validation, prepare
 from model import GPT, checkpoint_path, load
+from model.hf import from_hf
+from model.hf_tokenizer import read_tokenizer
 
 
 @torch.no_grad()
@@ -45,13 +51,38 @@ def evaluate(
     return row
 
 
+class Trained(NamedTuple):
+    """A trained model and what it was trained with; a Hugging Face folder does not tell its corpus."""
+
+    path: Path
+    model: GPT
+    tokenizer: Tokenizer
+    length: int
+    data: DataConfig | None
+
+
+def open_trained(folder: Path, step: int | None) -> Trained:
+    """What a run's checkpoint or a Hugging Face folder holds. Raises ValueError for a folder that is neither, or cannot be used."""
+    if not (folder / "config.json").exists():
+        from launch.identity import load_config
+
+        path, own = checkpoint_path(folder, step), load_config(folder)
+        return Trained(path, load(folder, step), Tokenizer.load(path), own.batch.length, own.data)
+    if step is not None:
+        raise ValueError(f"step={step} is of runs, and run={folder} is a Hugging Face folder, which has one set of weights; leave step out")
+    model, tokenizer = from_hf(folder), read_tokenizer(folder)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"run={folder} has a tokenizer of {tokenizer.vocab_size:,} ids and a model of {model.config.vocab_size:,}; fetch it again")
+    return Trained(folder, model, tokenizer, min(1024, model.config.max_length), None)
+
+
 @dataclass
 class Options:
     """What `python -m launch.evaluate` takes beside overrides of data."""
 
-    run: str = key(MISSING, "run folder")
+    run: str = key(MISSING, "run folder, or Hugging Face folder")
     step: int | None = key(None, "step of the checkpoint; default the newest")
-    length: int | None = key(None, "tokens per sequence; default the run's own", low=1)
+    length: int | None = key(None, "tokens per sequence; default the run's own, of a Hugging Face folder at most 1024", low=1)
     sequences: int = key(16, "sequences per forward", low=1)
     device: str = key("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"))
     precision: str = key("auto", "as in training", choices=("auto", "bf16", "fp32"))
@@ -60,23 +91,22 @@ class Options:
 def main(arguments: list[str]) -> None:
     """Prints the full loss of a run's model on each validation set of a corpus; default the run's own corpus."""
     from launch.config import compose, parse, user_errors
-    from launch.identity import load_config
     from launch.process import autocast, choose_device, choose_precision
 
     with user_errors():
         options, overrides = parse(Options, arguments, others=("data",))
-        path = checkpoint_path(options.run, options.step)
-        own = load_config(Path(options.run))
-        config = compose(overrides) if overrides else own
+        trained = open_trained(Path(options.run), options.step)
+        data = compose(overrides).data if overrides else trained.data
+        if data is None:
+            raise ValueError(f"run={options.run} is a Hugging Face folder, which names no corpus; add data=stdlib or data=text data.path=FILES")
         device = choose_device(options.device)
         dtype = choose_precision(options.precision, device)
-        corpus = prepare(config.data, Tokenizer.load(path))
-        length = options.length or own.batch.length
+        corpus = prepare(data, trained.tokenizer)
+        length = options.length or trained.length
         sets = {name: Validation(tokens, length, corpus.tokenizer) for name, tokens in corpus.validation.items()}
-        model = load(options.run, options.step).to(device)
-        row = evaluate(model, sets, options.sequences, lambda: autocast(device, dtype))
+        row = evaluate(trained.model.to(device), sets, options.sequences, lambda: autocast(device, dtype))
         assert row is not None
-        print(f"{path}, {length} tokens per sequence, {str(dtype).removeprefix('torch.')}")
+        print(f"{trained.path}, {length} tokens per sequence, {str(dtype).removeprefix('torch.')}")
         for name, validation in sets.items():
             prefix = "val/" if name == next(iter(sets)) else f"val/{name}/"
             loss, perplexity, bits = (row[prefix + part] for part in ("loss", "perplexity", "bits_per_byte"))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from conf.schema import Config, ModelConfig
+from data.tokenizer import SIZES
 from launch.process import PEAK_FLOPS, choose_device, choose_precision
 from model import GPT, GPTConfig
 from model.logits import CHUNK_ELEMENTS
@@ -36,7 +37,7 @@ def gpt_config(config: ModelConfig, vocab_size: int) -> GPTConfig:
 
 def make_plan(config: Config) -> Plan:
     """The plan of a configuration. Raises ValueError for a schedule that does not fit its horizon."""
-    vocab_size = 257 if config.tokenizer.name == "bytes" else config.tokenizer.vocab_size
+    vocab_size = SIZES.get(config.tokenizer.name, config.tokenizer.vocab_size)
     shape = gpt_config(config.model, vocab_size)
     with torch.device("meta"):
         model = GPT(shape)

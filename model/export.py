@@ -34,12 +34,16 @@ def to_hf(model: GPT, tokenizer: Tokenizer, out: str | Path, format: str = "auto
     partial.mkdir(parents=True)
     save_file(to_tensors(model, FORMATS[format]), partial / "model.safetensors", metadata=MARK)
     to_tokenizers(tokenizer).save(str(partial / "tokenizer.json"), pretty=False)
-    special = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.eot}  # a document begins after another's end
+    special = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}  # a document begins where another ends
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "model_max_length": config.max_length,
         "clean_up_tokenization_spaces": False, "split_special_tokens": True,  # as in training: the name in a text is only text
     }  # fmt: skip
-    for name, content in {"config": to_config(config, format) | special, "generation_config": special, "tokenizer_config": settings}.items():
+    for name, content in {
+        "config": to_config(config, format) | special,
+        "generation_config": special | {"pad_token_id": tokenizer.eot},
+        "tokenizer_config": settings,
+    }.items():
         (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     if out.exists():
         shutil.rmtree(out)

@@ -106,7 +106,8 @@ def build_norm(config: GPTConfig, width: int) -> nn.Module:
 def rotary_table(config: GPTConfig, positions_T: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin, T x d each, of the angles position * base^(-2i/d), i < d/2, once for either half of a head (2104.09864)."""
     half = torch.arange(0, config.head_width, 2, device=positions_T.device, dtype=torch.float32)
-    angles = positions_T.float()[:, None] * config.rope_base ** (-half / config.head_width)
+    frequencies = 1.0 / config.rope_base ** (half / config.head_width)  # rounded as transformers does: far positions magnify the difference
+    angles = positions_T.float()[:, None] * frequencies
     angles = torch.cat([angles, angles], dim=1)
     return angles.cos(), angles.sin()
 

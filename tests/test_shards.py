@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from conf.schema import DataConfig, TokenizerConfig
-from data import Tokenizer, prepare, shards
+from data import Tokenizer, cache, corpora, prepare
+from data.corpora import TextCorpus
 from data.shards import HEADER, Shard, Tokens, write_shard
 from data.tokenizer import bytes_tokenizer
 from tests.test_corpora import SHAKESPEARE, TEXTS, text_config, write_rows
@@ -129,15 +131,47 @@ def test_two_processes_at_once(many_rows, uninterrupted, tmp_path):
 
 
 def test_a_shard_is_whole_or_not_there(config, tmp_path, monkeypatch):
-    def die(descriptor: int) -> None:
-        raise OSError("killed while writing")
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="killed"):
-        patched.setattr(os, "fsync", die)
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match=r"data\.cache=.*: No space left on device; once that is mended"):
+        patched.setattr(os, "fsync", refuse)
         prepare(config, BYTES)
-    assert not list(tmp_path.rglob("*.bin")) and list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.tmp"))
+    folder = next(tmp_path.rglob("train"))
+    (folder / "left_by_a_kill.bin.1.tmp").touch()
     prepare(config, BYTES)
     assert list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch, workers):
+    paths = [Path(write_rows(tmp_path / f"{index}.jsonl", TEXTS)) for index in range(2)]
+    config = text_config(list(map(str, paths)), cache=str(tmp_path / "cache"), workers=workers)
+    monkeypatch.setattr(corpora, "PIECE_BYTES", 1000)
+    pieces = TextCorpus.pieces
+
+    def pieces_of_a_lost_file(self, folder=None):
+        found = pieces(self)
+        paths[1].unlink()
+        return found
+
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match=rf"{paths[1]}: No such file or directory; once that is mended"):
+        patched.setattr(TextCorpus, "pieces", pieces_of_a_lost_file)
+        prepare(config, BYTES)
+    assert list(tmp_path.rglob("*.bin"))
+
+
+def test_ctrl_c_is_quiet_and_quick(many_rows, tmp_path):
+    script = "from data import corpora, prepare as _; import data.prepare as tool, sys; corpora.PIECE_BYTES = 40_000; tool.main(sys.argv[1:])"
+    overrides = ["data=text", f"data.path={many_rows}", f"data.cache={tmp_path}", "data.workers=2"]
+    process = subprocess.Popen([sys.executable, "-c", script, *overrides], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: list(tmp_path.rglob("*.bin")))
+    workers = descendants(process.pid)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (130, "", "\ninterrupted: what is prepared is kept, and the same command goes on from there\n")
+    wait_until(lambda: not any(alive(pid) for pid in workers), 5)
 
 
 def test_a_mistake_in_a_worker_comes_back_as_one_line(tmp_path):
@@ -178,7 +212,7 @@ def test_what_is_prepared_is_the_text(config):
 
 def test_preparing_again_reads_the_cache(config, monkeypatch):
     first = prepare(config, BYTES)
-    monkeypatch.setattr(shards, "fill", None)
+    monkeypatch.setattr(cache, "fill", None)
     monkeypatch.setattr(Shard, "verify", None)
     again = prepare(config, BYTES)
     assert (again.fingerprint, again.folder) == (first.fingerprint, first.folder)

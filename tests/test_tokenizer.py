@@ -1,13 +1,22 @@
+import functools
+import hashlib
+import http.server
 import json
+import shutil
 import sysconfig
+import threading
+import time
 from pathlib import Path
 
-import numpy as np
 import pytest
+import tiktoken
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from data.tokenizer import GPT2_PATTERN, Tokenizer, bytes_tokenizer, head, train_bpe
+import data.tokenizer
+from data.tokenizer import GPT2_HASH, GPT2_PATTERN, Tokenizer, bytes_tokenizer, gpt2_tokenizer, head, train_bpe
+from launch.config import compose
+from launch.plan import make_plan
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 GPT2 = Path(__file__).parents[2] / "shared" / "data" / "gpt2-bpe"
@@ -106,13 +115,80 @@ def test_the_pattern_is_gpt2s():
     assert openai_public.r50k_pat_str == GPT2_PATTERN
 
 
-def test_gpt2_fits_in():
-    """GPT-2's own ranks make a Tokenizer with its published ids."""
+@pytest.fixture
+def ranks(tmp_path) -> Path:
+    """A folder with gpt2.tiktoken, encoder.json and vocab.bpe, that a test may change."""
     if not GPT2.exists():
         pytest.skip("no GPT-2 ranks here")
-    import base64
+    shutil.copytree(GPT2, tmp_path / "ranks", copy_function=shutil.copyfile)
+    (tmp_path / "ranks").chmod(0o755)
+    return tmp_path / "ranks"
 
-    lines = (line.split() for line in (GPT2 / "gpt2.tiktoken").read_bytes().splitlines())
-    tokenizer = Tokenizer("gpt2", GPT2_PATTERN, tuple(base64.b64decode(token) for token, _ in lines))
-    assert (tokenizer.vocab_size, tokenizer.eot) == (50257, 50256)
-    np.testing.assert_array_equal(tokenizer.encode("Hello world"), [15496, 995])
+
+@pytest.fixture
+def no_network(monkeypatch):
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+    monkeypatch.setattr(data.tokenizer, "GPT2_URL", "http://127.0.0.1:9/vocab.bpe")
+
+
+def tiktokens_cache(ranks: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for name in ("vocab.bpe", "encoder.json"):
+        url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+        shutil.copyfile(ranks / name, folder / hashlib.sha1(url.encode()).hexdigest())
+    return folder
+
+
+def test_gpt2_is_tiktokens(ranks, tmp_path, monkeypatch, no_network):
+    """The ids of all of these files, from each place and form that the ranks may have."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tiktokens_cache(ranks, tmp_path / "cache")))
+    tiktoken.registry.ENCODINGS.pop("gpt2", None)
+    theirs, ours = tiktoken.get_encoding("gpt2"), gpt2_tokenizer(None, tmp_path / "nowhere")
+    assert (ours.vocab_size, ours.eot) == (theirs.n_vocab, theirs.eot_token) == (50257, 50256)
+    texts = [*stdlib_texts(), *SAMPLES]
+    assert [ours.encode(text).tolist() for text in texts] == theirs.encode_ordinary_batch(texts)
+    assert ours.decode([15496, 995, 50256]) == "Hello world<|endoftext|>" and ours.hash == GPT2_HASH
+    (ranks / "vocab.bpe").rename(ranks / "merges.txt")  # its name on the hub of Hugging Face
+    for path in ("gpt2.tiktoken", "merges.txt", "."):
+        assert gpt2_tokenizer(str(ranks / path), tmp_path / "nowhere") == ours
+    (tmp_path / "ours").mkdir()
+    shutil.move(ranks, tmp_path / "ours" / "gpt2")
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
+    assert gpt2_tokenizer(None, tmp_path / "ours") == ours
+    assert make_plan(compose(["model=tiny", "tokenizer=gpt2"])).model.vocab_size == ours.vocab_size
+
+
+def test_gpt2s_ranks_are_fetched_once(ranks, tmp_path, monkeypatch):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=ranks)
+    with http.server.HTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+        monkeypatch.setattr(data.tokenizer, "GPT2_URL", f"http://127.0.0.1:{server.server_port}/vocab.bpe")
+        fetched = gpt2_tokenizer(None, tmp_path / "cache")
+        server.shutdown()
+    assert gpt2_tokenizer(None, tmp_path / "cache") == fetched
+    assert [path.name for path in (tmp_path / "cache" / "gpt2").iterdir()] == ["vocab.bpe"]
+
+
+def test_ranks_that_are_missing_or_others_are_named(ranks, tmp_path, no_network):
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=rf"tokenizer=gpt2: its ranks are not in {tmp_path}/gpt2 and cannot be fetched .*; put vocab.bpe or .*"):
+        gpt2_tokenizer(None, tmp_path)
+    assert time.monotonic() - began < 5
+    (tmp_path / "empty").mkdir()
+    for path in ("none", "empty"):
+        with pytest.raises(ValueError, match=rf"tokenizer.path=.*{path} holds no ranks of GPT-2; name a gpt2.tiktoken or vocab.bpe"):
+            gpt2_tokenizer(str(tmp_path / path), tmp_path)
+    lines = (ranks / "gpt2.tiktoken").read_bytes().splitlines(keepends=True)
+    damages = {
+        "cut off": lines[:40000],
+        "swapped": [*lines[:-2], lines[-1], lines[-2]],
+        "is no file of GPT-2's ranks": [b"!\n"],
+        "no file": [b"\xff"],
+    }
+    for name, content in damages.items():
+        (ranks / "gpt2.tiktoken").write_bytes(b"".join(content))
+        with pytest.raises(ValueError, match=name if "no file" in name else "gpt2.tiktoken does not hold GPT-2's 50256 ranks"):
+            gpt2_tokenizer(str(ranks), tmp_path)
+    with pytest.raises(ValueError, match=r"encoder.json is no file of GPT-2's ranks; give gpt2.tiktoken or vocab.bpe"):
+        gpt2_tokenizer(str(ranks / "encoder.json"), tmp_path)

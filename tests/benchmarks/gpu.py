@@ -101,9 +101,8 @@ def report(name: str, shape: GPTConfig, sequences: int, elapsed: float) -> None:
     num_tokens = sequences * shape.max_length
     flops, peak = 3 * forward_flops(shape, shape.max_length).total * num_tokens, peak_flops(CUDA)
     utilisation = f", {flops / elapsed / peak:.1%} of the dense bf16 peak" if peak else ""
-    print(
-        f"{name}: {1000 * elapsed:.1f} ms, {num_tokens / elapsed:,.0f} tokens/s{utilisation}, peak memory so far {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-    )
+    memory = torch.cuda.max_memory_allocated() / 2**30
+    print(f"{name}: {1000 * elapsed:.1f} ms, {num_tokens / elapsed:,.0f} tokens/s{utilisation}; peak memory so far {memory:.1f} GiB")
 
 
 def profile(step: Step) -> None:

@@ -1,0 +1,260 @@
+"""Datasets of Hugging Face, streamed by the real library out of local folders: what comes out, what is kept, what is said."""
+
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from conf.schema import DataConfig, TokenizerConfig
+from data import hub, prepare
+from data.corpora import is_held_out
+from data.hub import HubCorpus
+from data.tokenizer import bytes_tokenizer
+from launch.config import compose
+from launch.identity import canonical
+from tests.test_shards import BYTES, ROOT, alive, contents, descendants, finish, wait_until
+
+# Prepares argv[1:] = folder, cache, tokenizer, workers in many small pieces, and prints the fingerprint.
+PREPARE = """
+import sys
+from conf.schema import DataConfig, TokenizerConfig
+from data import hub, prepare
+
+path, cache, name, workers = sys.argv[1:]
+hub.PIECE_BYTES, hub.BATCH = 40_000, 16
+data = DataConfig(source="hub", path=path, cache=cache, workers=int(workers), validation_fraction=0.2)
+print(prepare(data, TokenizerConfig(name=name, vocab_size=400, train_megabytes=0.2)).fingerprint)
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path_factory.getbasetemp() / "huggingface"))
+
+
+def texts_of(number: int, seed: int = 0) -> list[str]:
+    generator = np.random.default_rng(seed)
+    words = [f"w{index}é" for index in range(500)]
+    return [" ".join(generator.choice(words, 200)) for _ in range(number)]
+
+
+def write_dataset(folder: Path, kind: str, files: list[list[str | None]], split: str = "train") -> Path:
+    """A folder as they lie on the hub: files <split>-00000-of-00003 of rows with a text and other columns."""
+    folder.mkdir(exist_ok=True)
+    for index, texts in enumerate(files):
+        path = folder / f"{split}-{index:05d}-of-{len(files):05d}"
+        if kind == "parquet":
+            table = pa.table({"id": range(len(texts)), "text": pa.array(texts, pa.string())})
+            pq.write_table(table, path.with_suffix(".parquet"), row_group_size=50)
+        else:
+            rows = "".join(json.dumps({"url": f"u{index}", "text": text}) + "\n" for text in texts)
+            path.with_suffix(".json.gz").write_bytes(gzip.compress(rows.encode()))
+    return folder
+
+
+def hub_config(path, cache, **settings) -> DataConfig:
+    return DataConfig(name="hub", source="hub", path=str(path), cache=str(cache), **settings)
+
+
+def start(*arguments) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", PREPARE, *map(str, arguments)], cwd=ROOT, **pipes)
+
+
+def documents(tokens) -> list[str]:
+    return bytes_tokenizer().decode(tokens.read(0, len(tokens))).split("<|endoftext|>")[:-1]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "json.gz"])
+def test_what_is_prepared_is_the_stream(tmp_path, monkeypatch, kind):
+    files = [["one 日本", "", None, "two"], ["three"], [f"text {index}" for index in range(200)]]
+    folder = write_dataset(tmp_path / "set", kind, files)
+    corpus = prepare(hub_config(folder, tmp_path / "cache", validation_fraction=0.2), BYTES)
+    held_out = [text for file, texts in enumerate(files) for row, text in enumerate(texts) if text and is_held_out(str(file), row, 0.2)]
+    kept = [text for texts in files for text in texts if text and text not in held_out]
+    assert documents(corpus.train["hub"]) == kept and documents(corpus.validation["validation"]) == held_out
+    assert 20 < len(held_out) < 65
+    assert corpus.train["hub"].num_bytes == sum(len(text.encode()) for text in kept)
+    monkeypatch.setattr(hub, "BATCH", 3)
+    monkeypatch.setattr(hub, "PIECE_BYTES", 100)
+    again = prepare(hub_config(folder, tmp_path / "other", validation_fraction=0.2, workers=1), BYTES)
+    assert again.meta["parts"]["train/hub"]["shards"] > 10
+    assert documents(again.train["hub"]) == kept and documents(again.validation["validation"]) == held_out
+
+
+def test_splits_fields_and_limits(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "BATCH", 4)
+    folder = write_dataset(tmp_path / "set", "parquet", [["a", "b", "c"], ["d", "e"]])
+    write_dataset(folder, "parquet", [["v", "w"]], "validation")
+    write_dataset(folder, "parquet", [["t"]], "test")
+    named = {"x": "validation", "y": "validation+test"}
+    corpus = prepare(hub_config(folder, tmp_path, split="train+test", validation=named), BYTES)
+    assert documents(corpus.train["hub"]) == ["a", "b", "c", "d", "e", "t"]
+    assert {name: documents(tokens) for name, tokens in corpus.validation.items()} == {"x": ["v", "w"], "y": ["v", "w", "t"]}
+    for limit in (1, 3, 4, 9):
+        corpus = prepare(hub_config(folder, tmp_path, documents=limit, validation=named), BYTES)
+        assert documents(corpus.train["hub"]) == list("abcde")[:limit]
+        assert documents(corpus.validation["x"]) == ["v", "w"]
+
+
+@pytest.fixture(scope="module")
+def many_rows(tmp_path_factory) -> Path:
+    texts = texts_of(900)
+    return write_dataset(tmp_path_factory.mktemp("many") / "set", "parquet", [texts[:250], texts[250:600], texts[600:]])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(many_rows, tmp_path_factory) -> tuple[str, dict[str, bytes]]:
+    cache = tmp_path_factory.mktemp("cache")
+    out, _ = finish(start(many_rows, cache, "bpe", 1))
+    return out, contents(cache)
+
+
+def test_a_killed_preparation_is_taken_up_and_ends_with_the_same_bytes(many_rows, uninterrupted, tmp_path):
+    kept: dict[Path, int] = {}
+    num_hits = 0
+    for num_shards in (1, 12, 30):  # the moment of each SIGKILL: so many shards are there
+        process = start(many_rows, tmp_path, "bpe", 2)
+        wait_until(lambda: len(list(tmp_path.rglob("*.bin"))) >= num_shards or process.poll() is not None)  # noqa: B023
+        workers = descendants(process.pid)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        num_hits += not list(tmp_path.rglob("meta.json"))
+        wait_until(lambda: not any(alive(pid) for pid in workers), 10)  # noqa: B023
+        assert all(path.stat().st_mtime_ns == mtime for path, mtime in kept.items()), "a finished shard was made again"
+        names = [path.name for path in tmp_path.rglob("*.bin")]  # a piece makes two shards, and is made again if it has but one
+        kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.bin") if names.count(path.name) == 2}
+    assert num_hits >= 2
+    out, _ = finish(start(many_rows, tmp_path, "bpe", 2))
+    assert (out, contents(tmp_path)) == uninterrupted
+
+
+def test_files_that_are_done_are_not_read_again(many_rows, tmp_path, monkeypatch):
+    """Half of a preparation, made of a stream that breaks: what is taken up begins with the file where it broke."""
+    monkeypatch.setattr(hub, "PIECE_BYTES", 40_000)
+    monkeypatch.setattr(hub, "BATCH", 16)
+    config, opened = hub_config(many_rows, tmp_path / "cache", workers=1), []
+    files = HubCorpus._files
+
+    def note(self, split, first):
+        for index, dataset in files(self, split, first):
+            opened.append(index)
+            yield index, dataset
+
+    monkeypatch.setattr(HubCorpus, "_files", note)
+    last = many_rows / "train-00002-of-00003.parquet"
+    content, stat = last.read_bytes(), last.stat()
+    whole = prepare(config, BYTES)
+    shutil.rmtree(tmp_path / "cache")
+    opened.clear()
+    try:
+        damage = bytearray(content)
+        damage[len(content) // 2 : len(content) // 2 + 2000] = b"\xff" * 2000
+        last.write_bytes(damage)
+        os.utime(last, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        with pytest.raises(ValueError, match=r"\(train, row \d+ of file 2\) cannot be read: .*what is prepared is kept") as caught:
+            prepare(config, BYTES)
+    finally:
+        last.write_bytes(content)
+        os.utime(last, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert "\n" not in str(caught.value)
+    assert opened == [0, 1, 2]
+    assert prepare(config, BYTES).fingerprint == whole.fingerprint
+    assert opened == [0, 1, 2, 2]
+    journal = next((tmp_path / "cache").rglob("train/hub/pieces.jsonl"))
+    before = contents(tmp_path / "cache")
+    journal.write_text(journal.read_text()[:-30])  # cut off, as the machine went down
+    (journal.parent / "00003.bin").unlink()
+    assert prepare(config, BYTES).fingerprint == whole.fingerprint
+    assert contents(tmp_path / "cache") == before
+
+
+def test_mistakes_are_named_in_one_line(tmp_path, monkeypatch):
+    folder = write_dataset(tmp_path / "set", "parquet", [["a", "b"]])
+
+    def refused(match: str, **settings) -> None:
+        with pytest.raises(ValueError, match=match) as caught:
+            prepare(hub_config(settings.pop("path", folder), tmp_path / "cache", **settings), BYTES)
+        assert "\n" not in str(caught.value)
+
+    refused("data.path= names no dataset", path="")
+    refused("data.validation=v names no splits; write data.validation='{NAME: SPLIT}'", validation="v")
+    refused("'a/b' in data.validation names a folder", validation={"a/b": "train"})
+    refused(r"\(valid\) cannot be read: .*valid.*; check data.config, data.split", split="valid")
+    refused(r"cannot be read: .*'en'.*; check data.config", config="en")
+    refused("data.field=body: .* has no such field; choose one of id, text", field="body")
+    refused("data.field=id of .* holds int64; name a field that holds text", field="id")
+    refused("data.validation_fraction=1e-09 of 2 documents leaves validation/validation empty; raise it", validation_fraction=1e-9)
+    write_dataset(tmp_path / "empty", "parquet", [[""]])
+    refused("train/hub has no text; give a split with some", path=tmp_path / "empty", validation={"v": "train"})
+
+
+@pytest.mark.parametrize("offline", ["1", ""])
+def test_a_name_without_a_network_is_refused_at_once(tmp_path, offline):
+    """In a process of its own: huggingface_hub looks at HF_HUB_OFFLINE when it is imported."""
+    code = f"from tests.test_hub import *; prepare(hub_config('allenai/c4', {str(tmp_path)!r}, config='en'), BYTES)"
+    variables = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    variables |= {"HF_HUB_OFFLINE": offline, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    began = time.monotonic()
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert time.monotonic() - began < 15
+    said = process.stderr.splitlines()[-1]
+    assert "ValueError: data.path=allenai/c4 (train) cannot be read: " in said
+    assert "check data.config, data.split and the network, or use a data.cache that was prepared where there is one" in said
+
+
+def test_a_prepared_dataset_needs_no_network(tmp_path, monkeypatch):
+    """A name on the hub: the first read asks for its commit, which is kept, and a prepared one asks for nothing."""
+    folder = write_dataset(tmp_path / "set", "parquet", [texts_of(50)])
+    config = hub_config("someone/something", tmp_path / "cache", validation_fraction=0.2)
+    import huggingface_hub
+
+    asked, load = [], HubCorpus._load
+
+    class Api:
+        def dataset_info(self, name, revision, timeout):
+            asked.append((name, revision))
+            return type("Info", (), {"sha": "abc"})
+
+    def load_local(self, split):
+        assert self.local or self._revision() == "abc"
+        self.local = folder
+        return load(self, split)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(HubCorpus, "_load", load_local)
+    first = prepare(config, TokenizerConfig(name="bpe", vocab_size=300))
+    assert asked == [("someone/something", None)]
+    monkeypatch.setattr(HubCorpus, "_load", None)
+    assert prepare(config, TokenizerConfig(name="bpe", vocab_size=300)).fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize("name", ["c4", "fineweb_edu", "openwebtext"])
+def test_presets_compose(name):
+    config = compose([f"data={name}", "tokenizer=gpt2"])
+    text = HubCorpus(config.data)
+    assert text.sources == {"hub": "train"} and text.local is None and "/" in config.data.path
+    assert set(text.named) == ({"validation"} if name == "c4" else set())
+    keys = "name source path config split revision documents field validation validation_fraction"
+    assert {key for key in canonical(config) if key.startswith("data.")} == {f"data.{key}" for key in keys.split()}
+
+
+def test_identity_follows_what_is_asked_for(tmp_path):
+    folder = write_dataset(tmp_path / "set", "parquet", [["a"]])
+    variants = [{}, {"split": "x"}, {"field": "x"}, {"documents": 1}, {"config": "x"}, {"validation": {"v": "x"}}, {"validation_fraction": 0.1}]
+    identities = [HubCorpus(hub_config(folder, tmp_path, **settings)).identity for settings in variants]
+    identities += [HubCorpus(hub_config("a/b", tmp_path, revision=revision)).identity for revision in (None, "x")]
+    assert len({json.dumps(identity) for identity in identities}) == 9
+    assert identities[0] == HubCorpus(hub_config(folder, tmp_path / "elsewhere", workers=3)).identity
+    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copy2)
+    assert identities[0] == HubCorpus(hub_config(tmp_path / "copy", tmp_path)).identity
