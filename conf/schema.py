@@ -82,7 +82,7 @@ class DataConfig:
     field: str = key("text", "field of rows (.jsonl, .parquet, hub) that holds the text", read_when=("data.source", ("text", "hub")))
     separator: str | None = key(None, "line that ends a document in .txt files; default: a file is a document",
                                 read_when=("data.source", ("text",)))  # fmt: skip
-    validation: Any = key(None, "validation sets, name: file, glob or list, hub: split; default: held out of the training text",
+    validation: Any = key(None, "validation sets, name: file, glob or list; hub: a split, or name: split; default: held out",
                           read_when=("data.source", ("text", "tokens", "hub")))  # fmt: skip
     validation_fraction: float = key(0.05, "share of the text that is held out where no validation set is given", above=0.0, high=0.5)
     validation_split: str = key("documents", "hold out random documents, or the tail of the text (as nanoGPT does, and data=tokens)",

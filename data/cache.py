@@ -221,9 +221,9 @@ class Workers:
         """Waits until no more than so many pieces are unfinished; returns the bytes of text of those that were finished."""
         finished = 0
         while len(self.jobs) > num_left:
-            num_bytes, job = self.jobs.popleft()
+            num_bytes, future = self.jobs.popleft()
             try:
-                job.result()
+                future.result()
             except BrokenProcessPool:
                 raise ValueError(f"data.workers={self.number}: a worker was killed, perhaps for want of memory; set fewer") from None
             finished += num_bytes

@@ -70,11 +70,12 @@ class HubCorpus:
     def __init__(self, data: DataConfig) -> None:
         if not isinstance(data.path, str) or not data.path:
             raise ValueError(f"data.path={data.path} names no dataset; give its name on the hub, as in data.path=allenai/c4, or a folder")
-        if not isinstance(data.validation, (dict, type(None))) or not all(isinstance(split, str) for split in (data.validation or {}).values()):
-            raise ValueError(f"data.validation={data.validation} names no splits; write data.validation='{{NAME: SPLIT}}'")
+        named = {"validation": data.validation} if isinstance(data.validation, str) else data.validation or {}
+        if not isinstance(named, dict) or not all(isinstance(split, str) for split in named.values()):
+            raise ValueError(f"data.validation={data.validation} names no splits; write data.validation=SPLIT or '{{NAME: SPLIT}}'")
         self.data = data
         self.sources = {"hub": data.split}
-        self.named: dict[str, str] = data.validation or {}
+        self.named: dict[str, str] = named
         for name in self.named:
             if not re.fullmatch(r"[\w.+-]+", name):
                 raise ValueError(f"{name!r} in data.validation names a folder; use letters, digits and _ . + - only")

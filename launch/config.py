@@ -154,6 +154,8 @@ def name_files(data: DataConfig) -> None:
         data.sources = {name: OmegaConf.to_object(entry) for name, entry in entries.items()}
     except (AttributeError, TypeError, ValueError, OmegaConfBaseException):
         raise ValueError(f"data.sources={data.sources} is malformed; write data.sources='{{NAME: {{path: FILES, weight: 1.0}}}}'") from None
+    if data.source == "hub" and isinstance(data.validation, str):
+        data.validation = {"validation": data.validation}
     if not isinstance(data.validation, (dict, type(None))):
         raise ValueError(f"data.validation={data.validation} is malformed; write data.validation='{{NAME: FILES}}'")
     data.validation = {str(name): files for name, files in (data.validation or {}).items()}

@@ -20,7 +20,6 @@ from model.hf_tokenizer import read_tokenizer
 
 TABLES = ("embedding.weight", "positions.weight", "head.weight")
 TRAINING = {"dropout", "z_loss", "init"}  # keys of GPTConfig that a trained model's logits do not depend on
-
 GELU = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu2": "relu2"}  # their names of activations to ours; theirs of "gelu" is another
 
 
@@ -204,15 +203,13 @@ def find_folder(name_or_dir: str | Path) -> Path:
         return folder
     from huggingface_hub import snapshot_download
 
+    wanted = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
     try:
-        return Path(
-            snapshot_download(str(name_or_dir), allow_patterns=["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"])
-        )
+        return Path(snapshot_download(str(name_or_dir), allow_patterns=wanted))
     except (OSError, ValueError) as error:  # what huggingface_hub raises for no network, no such name, and no name at all
         reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(
-            f"{name_or_dir} is no folder, nor could the hub give it ({type(error).__name__}: {reason}); give a folder with config.json and safetensors"
-        ) from None
+        raise ValueError(f"{name_or_dir} is no folder, nor could the hub give it ({type(error).__name__}: {reason}); give a folder that holds "
+                         "config.json and safetensors, or a hub name where there is a network") from None  # fmt: skip
 
 
 def read_shape(folder: Path) -> tuple[GPTConfig, dict[str, Any]]:
@@ -234,10 +231,8 @@ def read_state(folder: Path, config: GPTConfig, theirs: dict[str, Any]) -> dict[
     index = folder / "model.safetensors.index.json"
     files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
     if missing := [file for file in files if not (folder / file).exists()]:
-        raise ValueError(
-            f"{folder} has no {missing[0]}; save_pretrained of transformers writes it, from pickled weights (*.bin) too, which are not read here: "
-            "they can run code"
-        )
+        raise ValueError(f"{folder} has no {missing[0]}; save_pretrained of transformers writes it, from pickled weights (*.bin) too, which are "
+                         "not read here: they can run code")  # fmt: skip
     try:
         return from_tensors({name: tensor for file in files for name, tensor in load_file(folder / file).items()}, config, theirs)
     except (ValueError, SafetensorError) as error:

@@ -90,7 +90,7 @@ def test_choice_composes_and_says_what_it_means(group, name):
     for key, value in leaves(content, "" if "@package _global_" in text else group).items():
         kind = KEYS[key].type
         assert kind is Any or type(value) in (kind, *get_args(kind)), f"{key}={value!r} is no {kind}"  # OmegaConf would convert it
-        assert lookup(composed, key) == value
+        assert lookup(composed, key) in (value, {"validation": value})  # the set of a single split of a dataset gets that name
     if group in ("model", "experiment"):
         assert make_plan(composed).num_parameters > 0
 
@@ -153,6 +153,11 @@ def test_shapes_have_the_published_sizes(name, millions):
         (["schedule.shape=wsd", "schedule.decay=0.99"], "schedule.decay=0.99 overlaps the warm-up"),
         (["schedule.steps=null"], "schedule.steps=null leaves no horizon; set"),
         (["data=text"], "data=text needs one of the two: data.path=FILES or data.sources"),
+        (["data=tokens"], "data=tokens needs one of the two: data.path=FILES or data.sources"),
+        (["data=hub"], "data.path=None names no dataset; data=hub needs its name on the hub, as in data.path=allenai/c4, or a folder"),
+        (["data=hub", "data.path=[a]"], "data.path=['a'] names no dataset"),
+        (["data=c4", "data.validation={v: 3}"], "data.validation.v=3 names no files"),
+        (["data=c4", "data.documents=0"], "data.documents=0 is out of range"),
         (["data=text", FILE, "data.sources={a: {path: x}}"], "data=text needs one of the two"),
         (["data=text", "data.path="], "data.path= names no files; give a file"),
         (["data=text", "data.path=3"], "data.path=3 names no files"),

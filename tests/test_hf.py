@@ -131,6 +131,8 @@ def test_our_logits_are_theirs(name, tmp_path):
     assert theirs.dtype == torch.float32 and theirs.config.vocab_size == 257
     assert theirs.get_input_embeddings().padding_idx is None  # else fine-tuning would freeze the embedding of end of text
     assert gap(ours, theirs) < 1e-5
+    dropouts = {value for key, value in theirs.config.to_dict().items() if key in ("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout")}
+    assert dropouts == {ours.config.dropout}
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -193,6 +195,12 @@ def test_token_ids_are_ours(name, bpe, texts, tmp_path):
     assert back.hash == ours.hash and back.ranks == ours.ranks
     theirs.save_pretrained(tmp_path / "again")
     assert read_tokenizer(tmp_path / "again").hash == ours.hash
+
+
+def test_word_that_no_merge_reaches_is_its_token():
+    """tiktoken looks a whole word up before it merges."""
+    ours = Tokenizer("odd", GPT2_PATTERN, (*bytes_tokenizer().ranks, b"xyz"))
+    assert to_tokenizers(ours).encode("xyz xyz").ids == ours.encode("xyz xyz").tolist() == [256, 32, *b"xyz"]
 
 
 def test_text_is_split_alike_at_every_character():

@@ -188,7 +188,7 @@ def test_mistakes_are_named_in_one_line(tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
 
     refused("data.path= names no dataset", path="")
-    refused("data.validation=v names no splits; write data.validation='{NAME: SPLIT}'", validation="v")
+    refused("data.validation=3 names no splits; write data.validation=SPLIT or '{NAME: SPLIT}'", validation=3)
     refused("'a/b' in data.validation names a folder", validation={"a/b": "train"})
     refused(r"\(valid\) cannot be read: .*valid.*; check data.config, data.split", split="valid")
     refused(r"cannot be read: .*'en'.*; check data.config", config="en")
@@ -243,6 +243,7 @@ def test_a_prepared_dataset_needs_no_network(tmp_path, monkeypatch):
 def test_presets_compose(name):
     config = compose([f"data={name}", "tokenizer=gpt2"])
     text = HubCorpus(config.data)
+    assert HubCorpus(compose([f"data={name}", "data.validation={x: test}"]).data).named == {"x": "test"}
     assert text.sources == {"hub": "train"} and text.local is None and "/" in config.data.path
     assert set(text.named) == ({"validation"} if name == "c4" else set())
     keys = "name source path config split revision documents field validation validation_fraction"

@@ -154,7 +154,7 @@ def test_damage_of_our_own_shards_is_not_mended_by_deletion(prepared, tmp_path):
     with pytest.raises(ValueError, match=f"{path}: No such file or directory"):
         prepare(config, BPE)
     (prepared.folder / "meta.json").write_text("{")
-    with pytest.raises(ValueError, match="meta.json cannot be read"):
+    with pytest.raises(ValueError, match=r"meta.json cannot be read"):
         prepare(config, BPE)
 
 

@@ -1,0 +1,117 @@
+"""The lazy loss is the dense one: in value, in every gradient, for every chunk size, and without tokens x vocabulary."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model import GPT, GPTConfig, logits
+from model.logits import IGNORED, LazyLogits
+
+N, D, V = 37, 16, 101
+PADDED = 128
+
+
+def place(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """h, W with padded rows, and targets of which some are not counted."""
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(1, N, D, generator=generator, dtype=dtype, requires_grad=True)
+    weight = torch.randn(PADDED, D, generator=generator, dtype=dtype).requires_grad_()
+    targets = torch.randint(0, V, (1, N), generator=generator)
+    targets[:, ::5] = IGNORED
+    return h, weight, targets
+
+
+def dense_loss(h, weight, targets, softcap=None, z_loss=0.0):
+    z = F.linear(h, weight)[0, :, :V]
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    counted = targets[0] != IGNORED
+    return F.cross_entropy(z, targets[0], ignore_index=IGNORED, reduction="sum") + z_loss * (z.logsumexp(1).square() * counted).sum()
+
+
+@pytest.mark.parametrize("settings", [{}, {"softcap": 3.0}, {"z_loss": 0.1}, {"softcap": 2.0, "z_loss": 0.3}])
+@pytest.mark.parametrize(("chunk", "block"), [(2**20, 2**20), (PADDED * 10, PADDED * 3), (PADDED, PADDED)])
+def test_value_and_gradients_are_those_of_the_dense_loss(monkeypatch, settings, chunk, block):
+    monkeypatch.setitem(logits.CHUNK_ELEMENTS, "cpu", chunk)
+    monkeypatch.setitem(logits.BLOCK_ELEMENTS, "cpu", block)
+    h, weight, targets = place()
+    total, count = LazyLogits(h, weight, V, **settings).cross_entropy(targets, scale=0.25)
+    found = torch.autograd.grad(total, (h, weight))
+    expected = dense_loss(h, weight, targets, **settings) * 0.25
+    assert count == (targets != IGNORED).sum()
+    torch.testing.assert_close(total, expected, rtol=1e-13, atol=1e-13)
+    for ours, theirs in zip(found, torch.autograd.grad(expected, (h, weight)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+def test_the_gradient_is_scaled_by_what_follows_the_loss():
+    h, weight, targets = place()
+    once = torch.autograd.grad(LazyLogits(h, weight, V).cross_entropy(targets)[0], (h, weight))
+    thrice = torch.autograd.grad(3 * LazyLogits(h, weight, V).cross_entropy(targets)[0], (h, weight))
+    for a, b in zip(once, thrice, strict=True):
+        torch.testing.assert_close(3 * a, b, rtol=1e-14, atol=0)
+
+
+def test_labels_that_are_not_counted_change_nothing():
+    h, weight, targets = place()
+    targets[:] = IGNORED
+    total, count = LazyLogits(h, weight, V).cross_entropy(targets)
+    assert total == 0 and count == 0
+    assert all(not gradient.any() for gradient in torch.autograd.grad(total, (h, weight)))
+
+
+def test_padded_rows_change_nothing_and_get_no_gradient():
+    h, weight, targets = place()
+    first = LazyLogits(h, weight, V).cross_entropy(targets)[0]
+    with torch.no_grad():
+        weight[V:] = 1e6
+    second = LazyLogits(h, weight, V)
+    assert torch.equal(first, second.cross_entropy(targets)[0])
+    assert second.dense().shape == (1, N, V)
+    dh, dW = torch.autograd.grad(second.cross_entropy(targets)[0], (h, weight))
+    assert not dW[V:].any() and dh.abs().max() < 1e3
+
+
+def test_no_graph_means_no_gradients():
+    h, weight, targets = place()
+    with torch.no_grad():
+        total, _ = LazyLogits(h, weight, V).cross_entropy(targets)
+    torch.testing.assert_close(total, dense_loss(h, weight, targets).detach(), rtol=1e-13, atol=0)
+
+
+def test_bf16_autocast_keeps_loss_and_gradient():
+    h, weight, targets = place(torch.float32)
+    exact = LazyLogits(h, weight, V).cross_entropy(targets)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = LazyLogits(h, weight, V).cross_entropy(targets)[0]
+    assert rounded.dtype == torch.float32
+    assert rounded.item() == pytest.approx(exact.item(), rel=1e-2)
+    for a, b in zip(torch.autograd.grad(exact, (h, weight)), torch.autograd.grad(rounded, (h, weight)), strict=True):
+        assert b.dtype == torch.float32
+        assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+def test_no_tensor_of_tokens_by_vocabulary_is_ever_made(monkeypatch):
+    monkeypatch.setitem(logits.CHUNK_ELEMENTS, "cpu", 2**14)
+    monkeypatch.setitem(logits.BLOCK_ELEMENTS, "cpu", 2**12)
+    model = GPT(GPTConfig(vocab_size=2000, max_length=128, num_layers=1, num_heads=1, width=8))
+    tokens = torch.randint(0, 2000, (4, 129))
+    with Largest() as largest:
+        model.loss(tokens[:, :-1], tokens[:, 1:])[0].backward()
+    assert largest.elements < 4 * 128 * 2000 / 8
+    with Largest() as largest:
+        model(tokens[:, :-1])
+    assert largest.elements >= 4 * 128 * 2000  # so that the measure can fail
