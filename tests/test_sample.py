@@ -1,0 +1,77 @@
+"""Sampling: the cache changes no token, and each setting keeps what it says."""
+
+import itertools
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from model.sample import choose, decode_stream, generate
+
+MODEL = GPT(GPTConfig(50, 16, 2, 2, 16, positions="rope", norm="rmsnorm"), seed=1)
+
+
+def take(num_tokens: int = 12, **settings) -> list[int]:
+    return list(generate(MODEL, [3, 7], num_tokens, **settings))
+
+
+def test_temperature_zero_takes_the_likeliest_of_the_full_forward():
+    tokens = [3, 7]
+    for _ in range(12):
+        tokens.append(int(MODEL(torch.tensor([tokens]))[0, -1].argmax()))
+    assert take(temperature=0) == tokens[2:]
+
+
+@pytest.mark.parametrize("num_tokens", [12, 60])  # within the context, and far beyond it
+def test_one_seed_gives_one_text(num_tokens):
+    assert take(num_tokens, seed=5) == take(num_tokens, seed=5) != take(num_tokens, seed=6)
+    assert len(take(num_tokens)) == num_tokens
+
+
+def test_the_cache_changes_no_token():
+    assert take(seed=5) == take(seed=5, use_cache=False)
+
+
+def test_the_narrowest_settings_are_greedy():
+    assert take(top_k=1) == take(top_p=1e-9) == take(temperature=0)
+
+
+def draws(logits: torch.Tensor, number: int = 4000, **settings) -> torch.Tensor:
+    arguments = {"temperature": 1.0, "top_k": None, "top_p": 1.0} | settings
+    generator = torch.Generator().manual_seed(0)
+    found = [choose(logits, generator=generator, **arguments) for _ in range(number)]
+    return torch.bincount(torch.tensor(found), minlength=len(logits)) / number
+
+
+def test_draws_follow_the_softmax_at_the_temperature():
+    logits = torch.tensor([2.0, 0.0, 1.0, -1.0])
+    for temperature in (0.5, 1.0, 2.0):
+        expected = (logits / temperature).softmax(0)
+        assert (draws(logits, temperature=temperature) - expected).abs().max() < 4 * (0.25 / 4000) ** 0.5
+
+
+def test_top_k_and_top_p_keep_the_likeliest():
+    logits = torch.tensor([0.5, 0.05, 0.3, 0.15]).log()
+    assert draws(logits, 500, top_k=2).nonzero().flatten().tolist() == [0, 2]
+    assert draws(logits, 500, top_p=0.79).nonzero().flatten().tolist() == [0, 2]
+    assert draws(logits, 500, top_p=0.81).nonzero().flatten().tolist() == [0, 2, 3]
+    assert draws(logits, 500, top_p=0.49).nonzero().flatten().tolist() == [0]
+
+
+@pytest.mark.parametrize("settings", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": 0}])
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match="need temperature"):
+        take(**settings)
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(ValueError, match="prompt is empty"):
+        next(generate(MODEL, [], 1))
+
+
+def test_a_character_waits_for_its_last_byte():
+    content = "naïve €\U0001f600".encode()
+    parts = list(decode_stream(iter(content), lambda ids: bytes(ids)))
+    assert "".join(parts) == content.decode()
+    assert list(itertools.accumulate(parts))[3] == "na" + "ï"
+    assert "".join(decode_stream(iter(content[:-1]), lambda ids: bytes(ids))).endswith("€\ufffd")

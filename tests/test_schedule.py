@@ -1,0 +1,66 @@
+"""Horizons and learning rates against their formulas."""
+
+import math
+
+import pytest
+
+from conf.schema import OptimConfig, ScheduleConfig
+from optim import build_schedule
+
+OPTIM = OptimConfig(lr=2.0)
+
+
+def build(num_parameters: int = 1000, tokens_per_step: int = 10, optim: OptimConfig = OPTIM, **keys):
+    return build_schedule(ScheduleConfig(**keys), optim, tokens_per_step, num_parameters)
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear", "wsd", "constant"])
+def test_every_shape_is_its_formula(shape):
+    schedule = build(steps=100, warmup_steps=10, start=0.2, final=0.1, shape=shape, decay=0.3)
+    for step in range(101):
+        p = (step - 10) / 90
+        expected = {
+            "cosine": 0.1 + 0.9 * (1 + math.cos(math.pi * p)) / 2,
+            "linear": 1 - 0.9 * p,
+            "wsd": 1.0 if step <= 70 else 1 - 0.9 * (step - 70) / 30,
+            "constant": 1.0,
+        }[shape]
+        expected = 0.2 + 0.8 * step / 10 if step < 10 else expected
+        assert schedule.lr(step) == pytest.approx(2 * expected, rel=1e-12), step
+    assert schedule.lr(0) == pytest.approx(0.4) and schedule.lr(10) == 2.0
+    assert schedule.lr(100) == pytest.approx(2.0 if shape == "constant" else 0.2)
+
+
+def test_horizons():
+    assert build(steps=100).steps == 100
+    assert build(steps=None, tokens=991.0).steps == 100  # rounded up
+    assert build(name="chinchilla", tokens_per_parameter=20.0).steps == 2000
+    assert build(name="chinchilla", tokens_per_parameter=0.5, num_parameters=1001).steps == 51
+
+
+def test_warmup_is_a_fraction_unless_given_in_steps():
+    assert build(steps=1000).warmup == 50
+    assert build(steps=1000, warmup=0.2).warmup == 200
+    assert build(steps=1000, warmup=0.2, warmup_steps=7).warmup == 7
+    assert build(steps=1).warmup == 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"steps": 10, "warmup_steps": 10}, "schedule.warmup_steps=10 reaches beyond the horizon of 10 steps"),
+        ({"steps": 10, "warmup": 1.0}, "beyond the horizon of 10 steps"),
+        ({"steps": 10, "warmup_steps": 8, "shape": "wsd", "decay": 0.5}, "schedule.decay=0.5 overlaps the warm-up of 8 steps"),
+    ],
+)
+def test_what_does_not_fit_the_horizon_is_refused(keys, words):
+    with pytest.raises(ValueError, match=words):
+        build(**keys)
+
+
+@pytest.mark.parametrize("start", [100, 250])
+def test_a_rule_that_would_never_act_is_refused(start):
+    with pytest.raises(ValueError, match=f"optim.start={start} lies beyond the horizon of 100 steps"):
+        build(steps=100, optim=OptimConfig(path="full", start=start))
+    build(steps=100, optim=OptimConfig(path="none", start=start))  # not read
+    build(steps=100, optim=OptimConfig(path="full", start=0.99))
