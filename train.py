@@ -12,11 +12,9 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch.nn.utils import clip_grad_norm_
 
 from conf.schema import Config
@@ -26,37 +24,18 @@ from launch.evaluate import evaluate
 from launch.lock import RunLock
 from launch.plan import Plan, describe, make_plan
 from launch.preemption import EXIT_PREEMPTED, Preemption
-from launch.process import autocast, choose_device, choose_precision, peak_flops, random_state, seed_everything, set_random_state
+from launch.process import autocast, choose_device, choose_precision, peak_flops, profiler, seed_everything
 from launch.snapshot import snapshot_code
+from launch.state import Progress, branch, restore, tensors_of
 from launch.tracking import Tracker
 from model import GPT, checkpoint_path, load
 from model.hf import start_from
 from model.parallelize import parallelize
 from model.sample import decode_stream, generate
 from optim import Gradient, build_optimizer
-from optim.adamw import describe_groups, load_state_tensors, state_tensors
+from optim.adamw import describe_groups
 
 EXIT_DIVERGED = 3
-
-
-@dataclass
-class Progress:
-    """How far a run has come: with weights, optimiser and random state, all that the next step depends on."""
-
-    step: int = 0
-    tokens: int = 0  # counted targets trained on
-    flops: int = 0
-    forwards: float = 0.0  # passes over a step's batch
-    backwards: float = 0.0
-    seconds: float = 0.0  # spent in steps, over all starts
-    skipped: int = 0  # steps whose loss or gradient was not finite
-    skipped_in_a_row: int = 0
-    loss_sum: float = 0.0  # since the last row
-    loss_tokens: int = 0
-    logged: int = -1  # step of the last row
-    evaluated: int = -1  # step of the last evaluation
-    validation: dict[str, float] = field(default_factory=dict)  # what it found
-    row: dict[str, Any] = field(default_factory=dict)  # of this step, not logged yet: it waits for the step's evaluation
 
 
 def main(settings: Config) -> int:
@@ -71,13 +50,15 @@ def main(settings: Config) -> int:
         return 0
     folder = Path(settings.dir or f"runs/{name}")
     with RunLock(folder), Preemption(settings.minutes) as preemption:
-        identity.claim(folder, settings)
+        identity.refuse_another(folder, settings)
         if (folder / "summary.json").exists():
             print(f"finished already: {folder}/summary.json has its figures; another seed or dir starts another run")
             return 0
         checkpoint.remove_partial(folder)
+        run = Run(settings, plan, name, folder, preemption)  # a mistake that shows only here leaves nothing behind
+        identity.claim(folder, settings)
         snapshot_code(folder)
-        return Run(settings, plan, name, folder, preemption).train()
+        return run.train()
 
 
 class Run:
@@ -103,32 +84,40 @@ class Run:
             self.model = GPT(plan.model, settings.seed)
         self.optimizer = build_optimizer(self.model, settings.optim)
         self.rule = Gradient(self.model)
-        self.progress, wandb_id = Progress(), None
-        if saved := checkpoint.load_newest(folder):
-            self.restore(saved)
-            wandb_id = saved.state["wandb_id"]
+        self.progress, self.origin = Progress(), ""
+        self.saved = checkpoint.load_newest(folder)
+        if self.saved:
+            self.progress = restore(self.saved, self.model, self.optimizer, self.corpus)
+            self.origin = f"resumed from {self.saved.path}"
         elif settings.init.run:
-            self.branch()
+            self.progress = branch(settings, self.model, self.optimizer, self.corpus, plan.schedule.steps)
+            self.origin = f"branched from {checkpoint_path(settings.init.run, settings.init.step)}"
         elif settings.init.hf:
             start_from(self.model, settings.init.hf, self.corpus.tokenizer)
+            self.origin = f"started from the weights of {settings.init.hf}"
         self.start = self.progress.step
-        self.restored = self.start if saved else None  # a checkpoint of this step is there already
         parallelize(self.model, settings.compile, settings.activation_checkpointing, self.device)
 
-        self.tracker = Tracker(folder, settings.tracking, name, asdict(settings), wandb_id, plan.schedule.steps, self.progress.logged)
+    def announce(self) -> None:
+        """Opens the logs and says what will be trained."""
+        plan, settings, wandb_id = self.plan, self.settings, self.saved.state["wandb_id"] if self.saved else None
+        self.tracker = Tracker(
+            self.folder, self.settings.tracking, self.name, asdict(self.settings), wandb_id, plan.schedule.steps, self.progress.logged
+        )
         say = self.tracker.message
-        say(f"{name}: {plan.num_parameters:,} parameters, {plan.num_non_embedding:,} without embeddings; {plan.schedule.steps:,} steps of "
+        say(f"{self.name}: {plan.num_parameters:,} parameters, {plan.num_non_embedding:,} without embeddings; {plan.schedule.steps:,} steps of "
             f"{plan.tokens_per_step:,} tokens on {self.device.type} in {str(self.dtype).removeprefix('torch.')}")  # fmt: skip
         say(describe_groups(self.optimizer))
-        if saved or settings.init.run:
-            say(f"resumed from {saved.path}" if saved else f"branched from {checkpoint_path(settings.init.run or '', settings.init.step)}")
+        if self.origin:
+            say(self.origin)
 
     def train(self) -> int:
         """Steps, evaluates, logs and saves until the horizon, or until somebody asks to stop; returns the exit code."""
+        self.announce()
         progress, steps, code = self.progress, self.plan.schedule.steps, 0
         self.prefetcher = Prefetcher(self.loader, progress.step, pin=self.device.type == "cuda")
         self.mark_interval()
-        profile = self.profiler() if self.settings.profile else None
+        profile = profiler(self.folder / "trace.json") if self.settings.profile else None
         while True:
             self.evaluate_if_due()
             stopping = self.preemption.requested if progress.step < steps or self.evaluation_due() else None
@@ -243,17 +232,13 @@ class Run:
         a kill meanwhile would lose it."""
         step = self.progress.step
         at_interval = step % self.plan.checkpoint_every == 0 and step != self.start
-        return step != self.restored and (stopping or at_interval or step in (self.plan.schedule.steps, *self.settings.checkpoint.milestones))
+        restored = self.saved is not None and step == self.start
+        return not restored and (stopping or at_interval or step in (self.plan.schedule.steps, *self.settings.checkpoint.milestones))
 
     def save(self, needed: bool) -> None:
         """Saves a checkpoint. Where the disk refuses, the run goes on with a warning, unless the checkpoint is `needed`."""
         model, optimizer, settings = self.model, self.optimizer, self.settings
-        tensors = {
-            "model": model.state_dict(),
-            "optimizer": state_tensors(model, optimizer),
-            "random": random_state(),
-            "rule": self.rule.state_dict(),
-        }
+        tensors = tensors_of(model, optimizer, self.rule)
         state = {
             "step": self.progress.step,
             "progress": asdict(self.progress),
@@ -272,40 +257,6 @@ class Run:
                     raise ValueError(f"step {self.progress.step} could not be saved ({error}); make room on the disk of {self.folder} and start "
                                      "the same command again: it goes on from the checkpoint before") from None  # fmt: skip
                 self.tracker.message(f"warning: step {self.progress.step} could not be saved ({error}); the checkpoints before it are intact")
-
-    def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Takes over everything that the next step depends on."""
-        if saved.state["data"] != self.corpus.fingerprint:
-            raise ValueError(f"dir={self.folder}: the data have changed since its checkpoint was made; bring them back, or choose another dir")
-        self.model.load_state_dict(saved.tensors["model"])
-        load_state_tensors(self.model, self.optimizer, saved.tensors["optimizer"])
-        set_random_state(saved.tensors["random"])
-        self.progress = Progress(**saved.state["progress"])
-
-    def branch(self) -> None:
-        """Starts from a checkpoint of another run: its weights, and with init.optimizer its optimiser, step and data order."""
-        init, ours = self.settings.init, identity.canonical(self.settings)
-        assert init.run is not None
-        path = checkpoint_path(init.run, init.step)
-        try:
-            saved = checkpoint.load(path)
-        except checkpoint.DamagedCheckpoint as error:
-            raise ValueError(f"init.run={init.run}: {path} is damaged ({error}); choose another of its checkpoints with init.step") from None
-        if saved.state["tokenizer"] != self.corpus.tokenizer.hash or saved.state["model"] != asdict(self.model.config):
-            raise ValueError(f"init.run={init.run} has another shape or tokenizer; choose its model, tokenizer and data")
-        self.model.load_state_dict(saved.tensors["model"])
-        if init.optimizer:
-            theirs = saved.state["identity"]
-            order = [key for key in ours if key == "seed" or key.startswith(("data.", "batch.sequences", "batch.length"))]
-            if changed := [key for key in order if ours[key] != theirs.get(key)]:
-                raise ValueError(
-                    f"{changed[0]}={ours[changed[0]]} differs from {theirs.get(changed[0])} in init.run; to go on in its data order, keep it"
-                )
-            self.restore(saved)
-            done = self.progress
-            self.progress = Progress(done.step, done.tokens, done.flops, done.forwards, done.backwards, done.seconds, done.skipped)
-            if done.step >= self.plan.schedule.steps:
-                raise ValueError(f"schedule.steps={self.plan.schedule.steps} ends before step {done.step} of init.run; lengthen the run")
 
     def finish(self) -> None:
         """Writes the summary, and prints what the run came to."""
@@ -341,13 +292,6 @@ class Run:
         began = time.perf_counter()
         yield
         self.interval_began += time.perf_counter() - began
-
-    def profiler(self) -> torch.profiler.profile:
-        """Traces steps 5 to 8 of this start into the run folder."""
-        schedule = torch.profiler.schedule(skip_first=3, wait=0, warmup=1, active=4, repeat=1)
-        profile = torch.profiler.profile(schedule=schedule, on_trace_ready=lambda p: p.export_chrome_trace(str(self.folder / "trace.json")))
-        profile.start()
-        return profile
 
 
 if __name__ == "__main__":

@@ -31,18 +31,21 @@ def run_name(config: Config) -> str:
     return "-".join([config.model.name, config.optim.name, *rho, config.data.name, horizon, f"s{config.seed}", digest])
 
 
-def claim(run: Path, config: Config) -> None:
-    """Writes the run's config.yaml. Raises ValueError where the folder holds a run of another identity, with a diff of keys."""
-    file = run / "config.yaml"
-    if file.exists():
+def refuse_another(run: Path, config: Config) -> None:
+    """Raises ValueError, with a diff of keys, where the folder holds a run of another identity."""
+    if (run / "config.yaml").exists():
         theirs, ours = canonical(load_config(run)), canonical(config)
         changed = [name for name in KEYS if theirs.get(name) != ours.get(name)]
         if changed:
             diff = ", ".join(f"{name} {theirs.get(name, 'unread')} -> {ours.get(name, 'unread')}" for name in changed)
             raise ValueError(f"dir={run} holds another run ({diff}); choose another dir, or leave dir out to have one named")
-    if not (run / "summary.json").exists():  # a finished run stays as it is
-        run.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+
+
+def claim(run: Path, config: Config) -> None:
+    """Writes the run's config.yaml. Raises ValueError as `refuse_another` does."""
+    refuse_another(run, config)
+    run.mkdir(parents=True, exist_ok=True)
+    write_atomically(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
 
 
 def load_config(run: Path) -> Config:

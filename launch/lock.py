@@ -24,7 +24,7 @@ class RunLock:
     The kernel's lock on `<dir>/lock` goes with its process, however that ends. Where a shared file system keeps such
     locks to each node, or has none, the heartbeat counts: the owner touches the file every HEARTBEAT seconds, and a
     newcomer watches for WATCH seconds whether its time moves. That compares no clocks of different hosts.
-    A clean exit empties the file. What an owner that died left behind is taken over with a notice on stderr.
+    A clean exit empties the file, and removes a folder that holds nothing else. What an owner that died left behind is taken over with a notice on stderr.
 
     Raises ValueError where the folder is in use.
     """
@@ -37,13 +37,18 @@ class RunLock:
         # Closing any descriptor of a file drops all of the process's locks on it: never open one that is held.
         if self._path in _held:
             raise ValueError(self._refusal(_held[self._path]))
-        self._dir.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            _held[self._path] = self._take()
-        except BaseException:
+        while True:
+            self._dir.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                owner = self._take()
+            except BaseException:
+                os.close(self._file)
+                raise
+            if os.fstat(self._file).st_nlink:  # else the one before removed the folder meanwhile
+                break
             os.close(self._file)
-            raise
+        _held[self._path] = owner
         self._closing = threading.Event()
         self._heartbeat = threading.Thread(target=self._beat, name="lock", daemon=True)
         self._heartbeat.start()
@@ -53,6 +58,9 @@ class RunLock:
         self._closing.set()
         self._heartbeat.join()
         os.ftruncate(self._file, 0)
+        if os.listdir(self._dir) == ["lock"]:  # nothing came of it
+            self._path.unlink()
+            self._dir.rmdir()
         os.close(self._file)
         del _held[self._path]
 

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -76,3 +77,11 @@ def set_random_state(state: dict[str, Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def profiler(path: Path) -> torch.profiler.profile:
+    """A started profiler that writes a trace of steps 5 to 8; call its step() after each, and stop() at the end."""
+    schedule = torch.profiler.schedule(skip_first=3, wait=0, warmup=1, active=4, repeat=1)
+    profile = torch.profiler.profile(schedule=schedule, on_trace_ready=lambda done: done.export_chrome_trace(str(path)))
+    profile.start()
+    return profile

@@ -273,7 +273,7 @@ class GPT(nn.Module):
                 the residual 0.02 / sqrt(2 L), since 2 L of them add up there.
         """
         for name, parameter in self.named_parameters():
-            values = torch.zeros(parameter.shape)
+            values = torch.zeros(parameter.shape, device="cpu")  # even where another device is the default
             if name.endswith("norm.weight"):
                 values.fill_(1.0)
             elif not name.endswith("bias"):

@@ -1,14 +1,18 @@
 """What several tests share: a cache of prepared data, and a way to train as a user does."""
 
+import argparse
+import inspect
 import os
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 
+from tests.runs import ROOT, TINY
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for a busy core spin: ten times slower beside other work
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +30,20 @@ def train(tmp_path, cache):
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, cache):
+    """Overrides of a run of less than a second, all but its folder."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("".join(Path(module.__file__).read_text() for module in (argparse, inspect, subprocess, typing)))
+    return [*TINY, "data=text", f"data.path={path}", "data.validation_split=tail", f"data.cache={cache}"]
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory, tiny):
+    """The folder of such a run that nothing disturbed; a milestone lies off the interval of its checkpoints."""
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    overrides = [*tiny, f"dir={folder}", "checkpoint.milestones=[10]"]
+    subprocess.run([sys.executable, str(ROOT / "train.py"), *overrides], check=True, capture_output=True)
+    return folder

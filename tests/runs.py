@@ -4,6 +4,7 @@ Torch takes seconds to import, and a test that kills a run many times pays for e
 then forks for every start: what is killed is a process of its own that runs the code of train.py from its first line.
 """
 
+import gc
 import json
 import os
 import resource
@@ -41,12 +42,19 @@ def tensors(run: Path, step: int = STEPS) -> dict[str, Any]:
     return found
 
 
+def bits(tensor: Any) -> list[int]:
+    """The bytes of a tensor."""
+    import torch
+
+    return tensor.contiguous().reshape(-1).view(torch.uint8).tolist()
+
+
 def assert_same_tensors(one: dict[str, Any], other: dict[str, Any]) -> None:
     """Bit for bit."""
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert tensor.dtype == other[name].dtype and tensor.shape == other[name].shape
-        assert tensor.contiguous().numpy().tobytes() == other[name].contiguous().numpy().tobytes(), name
+        assert bits(tensor) == bits(other[name]), name
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -74,6 +82,7 @@ class Server:
     def start(self, *overrides: str, output: Path, file_size: int | None = None) -> "Started":
         """Starts `python train.py OVERRIDES` with both its outputs in a file; it can write no file beyond `file_size` bytes."""
         assert self.process.stdin and self.process.stdout
+        output.unlink(missing_ok=True)
         order = {"overrides": overrides, "output": str(output), "file_size": file_size}
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
@@ -97,6 +106,10 @@ class Started:
         """Its exit code, when it has one; -n if signal n ended it."""
         return int(self.codes.readline())
 
+    def said(self) -> str:
+        """What it has printed so far."""
+        return self.output.read_text() if self.output.exists() else ""
+
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Sends a signal, unless the run is over."""
         if not self.over():
@@ -110,7 +123,7 @@ class Started:
         """Watches closely until the condition holds; False where the run ended before."""
         end = time.monotonic() + timeout
         while not condition():
-            assert time.monotonic() < end, self.output.read_text()
+            assert time.monotonic() < end, self.said()
             if self.over():
                 return bool(condition())
             time.sleep(0.0002)
@@ -119,8 +132,6 @@ class Started:
 
 def serve() -> None:
     """Reads orders from stdin; answers each with the pid of a process that trains and, when it has ended, its exit code."""
-    import torch
-
     import train
     from launch import config
     from model import GPT
@@ -130,14 +141,15 @@ def serve() -> None:
     model = GPT(train.make_plan(settings).model)  # imports what torch imports late
     build_optimizer(model, settings.optim)
     del model
-    torch.manual_seed(1)
+    gc.collect()
+    gc.freeze()  # what was imported is shared by all forks: leave it alone
     for line in sys.stdin:
         assert len(os.listdir("/proc/self/task")) == 1  # a fork takes over one thread only
         order = json.loads(line)
         pid = os.fork()
         if pid == 0:
             signal.alarm(60)
-            file = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            file = os.open(order["output"], os.O_WRONLY | os.O_CREAT)
             os.dup2(file, 1)
             os.dup2(file, 2)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

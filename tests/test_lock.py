@@ -54,16 +54,35 @@ def left_behind(tmp_path):
 
 def test_second_process_is_refused_and_told_who_holds_it(tmp_path, start_owner, capsys):
     owner = start_owner()
-    with pytest.raises(
-        ValueError, match=f"dir={tmp_path} is in use by process {owner.pid} on {socket.gethostname()} since"
-    ) as refusal:
+    with pytest.raises(ValueError, match=f"dir={tmp_path} is in use by process {owner.pid} on {socket.gethostname()} since") as refusal:
         RunLock(tmp_path).__enter__()
     assert "\n" not in str(refusal.value)
     owner.communicate()
-    assert (tmp_path / "lock").read_text() == ""
     with RunLock(tmp_path):
         pass
     assert capsys.readouterr().err == ""  # a clean exit leaves nothing to take over
+
+
+def test_a_clean_exit_empties_the_file_and_removes_a_folder_without_content(tmp_path):
+    with RunLock(tmp_path / "nothing"):
+        pass
+    assert not (tmp_path / "nothing").exists()
+    with RunLock(tmp_path / "run"):
+        (tmp_path / "run" / "config.yaml").touch()
+    assert (tmp_path / "run" / "lock").read_text() == ""
+
+
+def test_a_folder_removed_meanwhile_is_made_again(tmp_path, monkeypatch):
+    take, path = RunLock._take, tmp_path / "run" / "lock"
+
+    def removed_once(self):
+        monkeypatch.setattr(RunLock, "_take", take)
+        path.unlink()
+        return take(self)
+
+    monkeypatch.setattr(RunLock, "_take", removed_once)
+    with RunLock(tmp_path / "run"):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
 def test_refused_process_leaves_the_owner_its_lock(tmp_path, start_owner):
@@ -96,9 +115,7 @@ def test_one_process_cannot_hold_a_folder_twice(tmp_path):
     with RunLock(tmp_path):
         with pytest.raises(ValueError, match=f"process {os.getpid()}"):
             RunLock(tmp_path).__enter__()
-        newcomer = subprocess.run(
-            [sys.executable, "-c", OWNER, tmp_path, "10"], stdin=subprocess.DEVNULL, capture_output=True, text=True
-        )
+        newcomer = subprocess.run([sys.executable, "-c", OWNER, tmp_path, "10"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
         assert f"in use by process {os.getpid()}" in newcomer.stderr  # the refusal did not drop the kernel's lock
     with RunLock(tmp_path):
         pass

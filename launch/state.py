@@ -1,0 +1,76 @@
+"""The state of a run: what its checkpoints hold, and how a run takes it over from one, its own or another's."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.optim import AdamW
+
+from conf.schema import Config
+from data import Corpus
+from launch import checkpoint, identity
+from launch.process import random_state, set_random_state
+from model import GPT, checkpoint_path
+from optim import Gradient
+from optim.adamw import load_state_tensors, state_tensors
+
+
+@dataclass
+class Progress:
+    """How far a run has come: with weights, optimiser and random state, all that the next step depends on."""
+
+    step: int = 0
+    tokens: int = 0  # counted targets trained on
+    flops: int = 0
+    forwards: float = 0.0  # passes over a step's batch
+    backwards: float = 0.0
+    seconds: float = 0.0  # spent in steps, over all starts
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    skipped_in_a_row: int = 0
+    loss_sum: float = 0.0  # since the last row
+    loss_tokens: int = 0
+    logged: int = -1  # step of the last row
+    evaluated: int = -1  # step of the last evaluation
+    validation: dict[str, float] = field(default_factory=dict)  # what it found
+    row: dict[str, Any] = field(default_factory=dict)  # of this step, not logged yet: it waits for the step's evaluation
+
+
+def tensors_of(model: GPT, optimizer: AdamW, rule: Gradient) -> dict[str, dict[str, Tensor]]:
+    """Every tensor that the next step depends on, by file and name."""
+    return {"model": model.state_dict(), "optimizer": state_tensors(model, optimizer), "random": random_state(), "rule": rule.state_dict()}
+
+
+def restore(saved: checkpoint.Checkpoint, model: GPT, optimizer: AdamW, corpus: Corpus) -> Progress:
+    """Takes over everything that the next step depends on. Raises ValueError where the data are others by now."""
+    if saved.state["data"] != corpus.fingerprint:
+        raise ValueError(f"the data have changed since {saved.path} was made; bring them back, or choose another dir")
+    model.load_state_dict(saved.tensors["model"])
+    load_state_tensors(model, optimizer, saved.tensors["optimizer"])
+    set_random_state(saved.tensors["random"])
+    return Progress(**saved.state["progress"])
+
+
+def branch(settings: Config, model: GPT, optimizer: AdamW, corpus: Corpus, steps: int) -> Progress:
+    """Starts from a checkpoint of another run: from its weights, and with init.optimizer from its optimiser, step and place in the data too.
+
+    Raises ValueError where there is no such checkpoint, where it does not fit this model or these data, or lies beyond the horizon of
+    `steps`."""
+    init, ours = settings.init, identity.canonical(settings)
+    path = checkpoint_path(init.run or "", init.step)
+    try:
+        saved = checkpoint.load(path)
+    except checkpoint.DamagedCheckpoint as error:
+        raise ValueError(f"init.run={init.run}: {path} is damaged ({error}); choose another of its checkpoints with init.step") from None
+    if saved.state["tokenizer"] != corpus.tokenizer.hash or saved.state["model"] != asdict(model.config):
+        raise ValueError(f"init.run={init.run} has another shape or tokenizer; choose its model, tokenizer and data")
+    if not init.optimizer:
+        model.load_state_dict(saved.tensors["model"])
+        return Progress()
+    theirs = saved.state["identity"]
+    order = [key for key in ours if key == "seed" or key.startswith(("data.", "batch.sequences", "batch.length"))]
+    if changed := [key for key in order if ours[key] != theirs.get(key)]:
+        raise ValueError(f"{changed[0]}={ours[changed[0]]} differs from {theirs.get(changed[0])} in init.run; to go on in its data order, keep it")
+    done = restore(saved, model, optimizer, corpus)
+    if done.step >= steps:
+        raise ValueError(f"schedule.steps={steps} ends before step {done.step} of init.run; lengthen the run")
+    return Progress(done.step, done.tokens, done.flops, done.forwards, done.backwards, done.seconds, done.skipped)
