@@ -101,9 +101,8 @@ class Run:
     def announce(self) -> None:
         """Opens the logs and says what will be trained."""
         plan, settings, wandb_id = self.plan, self.settings, self.saved.state["wandb_id"] if self.saved else None
-        self.tracker = Tracker(
-            self.folder, self.settings.tracking, self.name, asdict(self.settings), wandb_id, plan.schedule.steps, self.progress.logged
-        )
+        steps, logged = plan.schedule.steps, self.progress.logged
+        self.tracker = Tracker(self.folder, settings.tracking, self.name, asdict(settings), wandb_id, steps, logged)
         say = self.tracker.message
         say(f"{self.name}: {plan.num_parameters:,} parameters, {plan.num_non_embedding:,} without embeddings; {plan.schedule.steps:,} steps of "
             f"{plan.tokens_per_step:,} tokens on {self.device.type} in {str(self.dtype).removeprefix('torch.')}")  # fmt: skip
