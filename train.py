@@ -49,23 +49,26 @@ def main(settings: Config) -> int:
         print(describe(settings, plan, name))
         return 0
     folder = Path(settings.dir or f"runs/{name}")
-    with RunLock(folder), Preemption(settings.minutes) as preemption:
+    with RunLock(folder):
         identity.refuse_another(folder, settings)
         if (folder / "summary.json").exists():
             print(f"finished already: {folder}/summary.json has its figures; another seed or dir starts another run")
             return 0
         checkpoint.remove_partial(folder)
-        run = Run(settings, plan, name, folder, preemption)  # a mistake that shows only here leaves nothing behind
+        run = Run(settings, plan, name, folder)  # a mistake that shows only here leaves nothing behind, and a signal ends it at once
         identity.claim(folder, settings)
         snapshot_code(folder)
-        return run.train()
+        with Preemption(settings.minutes) as run.preemption:
+            return run.train()
 
 
 class Run:
     """A run under way."""
 
-    def __init__(self, settings: Config, plan: Plan, name: str, folder: Path, preemption: Preemption) -> None:
-        self.settings, self.plan, self.name, self.folder, self.preemption = settings, plan, name, folder, preemption
+    preemption: Preemption
+
+    def __init__(self, settings: Config, plan: Plan, name: str, folder: Path) -> None:
+        self.settings, self.plan, self.name, self.folder = settings, plan, name, folder
         self.device = choose_device(settings.device)
         self.dtype = choose_precision(settings.precision, self.device)
         seed_everything(settings.seed, settings.deterministic)

@@ -36,7 +36,7 @@ ConfigStore.instance().store(name="schema", node=Config)
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turns a user's mistake into one line on stderr and exit code 2."""
+    """Turns a user's mistake into one line on stderr and exit code 2, and Ctrl-C into exit code 130."""
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
@@ -45,6 +45,9 @@ def user_errors() -> Iterator[None]:
         if os.environ.get("FLATGPT_TRACEBACK"):
             raise
         fail(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def fail(line: str) -> None:

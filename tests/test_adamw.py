@@ -1,5 +1,6 @@
 """The base optimiser: its groups, its update against the textbook's, and its state in a checkpoint's form."""
 
+import pytest
 import torch
 
 from conf.schema import OptimConfig
@@ -47,6 +48,12 @@ def test_three_steps_are_the_textbook_update():
         optimizer.step()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), weights[name], rtol=1e-12, atol=1e-14)
+
+
+def test_state_of_an_unknown_parameter_is_refused():
+    model = GPT(SHAPE)
+    with pytest.raises(KeyError, match="nowhere"):
+        load_state_tensors(model, build_optimizer(model, OptimConfig()), {"nowhere.weight.exp_avg": torch.zeros(1)})
 
 
 def test_state_survives_the_checkpoints_form_bit_for_bit():

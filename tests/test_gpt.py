@@ -53,6 +53,12 @@ def test_no_token_sees_the_future(shape):
     assert not torch.allclose(before[:, 20:], after[:, 20:])
 
 
+@SHAPES
+def test_no_sequence_sees_another(shape):
+    model, x = GPT(shape).double(), tokens()
+    torch.testing.assert_close(torch.cat([model(row[None]) for row in x]), model(x), rtol=1e-12, atol=1e-13)
+
+
 def plain_nanodo(model: GPT, x: Tensor) -> Tensor:
     """NanoDO once more, with einsum and an explicit mask, from the same weights."""
     w, T = dict(model.named_parameters()), x.shape[1]
@@ -164,6 +170,31 @@ def test_both_ways_to_the_loss_differentiate_under_torch_func():
             torch.testing.assert_close(gradient[name], p.grad, rtol=1e-11, atol=1e-12)
 
 
+@SHAPES
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_over_models_is_a_loop_over_them(shape):
+    models, x = [GPT(shape, seed).double() for seed in range(3)], tokens()
+    stacked, _ = torch.func.stack_module_state(models)
+    found = torch.func.vmap(lambda p: torch.func.functional_call(models[0], p, (x,)))(stacked)
+    torch.testing.assert_close(found, torch.stack([model(x) for model in models]), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_gives_the_gradient_of_every_sequence():
+    model, x = GPT(NANODO).double(), tokens()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(p: dict[str, Tensor], row_T: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(model, p, (row_T[None, :-1],))[0], row_T[1:], reduction="sum")
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for i, row in enumerate(x):
+        model.zero_grad()
+        model.loss(row[None, :-1], row[None, 1:])[0].backward()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(found[name][i], p.grad, rtol=1e-11, atol=1e-12)
+
+
 # Initialisation
 
 
@@ -206,6 +237,26 @@ def test_weights_depend_on_seed_and_name_only(shape):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), later.parameters(), strict=True))
     assert not torch.equal(model.embedding.weight, GPT(shape, seed=4).embedding.weight)
     assert not model.unembedding[shape.vocab_size :].any()  # padding
+
+
+def test_weights_do_not_depend_on_the_default_device():
+    """A run builds its model under its own device; meta stands for one that is not the CPU."""
+    model = GPT(NANODO, seed=1)
+    with torch.device("meta"):
+        model.init_weights(0)
+    assert all(map(torch.equal, model.parameters(), GPT(NANODO).parameters()))
+
+
+def test_drawing_weights_leaves_torchs_own_generator_alone():
+    before = torch.manual_seed(5).get_state()
+    GPT(NANODO)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_two_weights_share_their_numbers():
+    parts = [p[: LLAMA.width, : LLAMA.width] for _, p in GPT(LLAMA).named_parameters() if p.ndim == 2]
+    starts = [part.flatten()[:16] / part.std() for part in parts]
+    assert not any(torch.allclose(a, b, rtol=1e-2) for i, a in enumerate(starts) for b in starts[:i])
 
 
 def test_weights_do_not_depend_on_padding_or_depth(monkeypatch):

@@ -1,5 +1,7 @@
 """The lazy loss is the dense one: in value, in every gradient, for every chunk size, and without tokens x vocabulary."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -60,6 +62,23 @@ def test_labels_that_are_not_counted_change_nothing():
     assert all(not gradient.any() for gradient in torch.autograd.grad(total, (h, weight)))
 
 
+def test_what_stands_at_uncounted_positions_changes_nothing():
+    h, weight, targets = place()
+    other = h.detach().where(targets[..., None] != IGNORED, 50.0).requires_grad_()
+    found = []
+    for hidden in (h, other):
+        total, _ = LazyLogits(hidden, weight, V, z_loss=0.1).cross_entropy(targets)
+        found.append([total, *torch.autograd.grad(total, (hidden, weight))])
+    assert all(map(torch.equal, *found))
+    assert not found[0][1][targets == IGNORED].any()
+
+
+def test_gradients_agree_with_finite_differences():
+    h, weight, targets = place()
+    h, targets = h[:, :6].detach().requires_grad_(), targets[:, :6]
+    assert torch.autograd.gradcheck(lambda *at: LazyLogits(*at, V, softcap=3.0, z_loss=0.1).cross_entropy(targets)[0], (h, weight), fast_mode=True)
+
+
 def test_padded_rows_change_nothing_and_get_no_gradient():
     h, weight, targets = place()
     first = LazyLogits(h, weight, V).cross_entropy(targets)[0]
@@ -85,10 +104,31 @@ def test_bf16_autocast_keeps_loss_and_gradient():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rounded = LazyLogits(h, weight, V).cross_entropy(targets)[0]
     assert rounded.dtype == torch.float32
-    assert rounded.item() == pytest.approx(exact.item(), rel=1e-2)
+    assert rounded.item() == pytest.approx(exact.item(), rel=1e-2) and rounded != exact  # it did round
     for a, b in zip(torch.autograd.grad(exact, (h, weight)), torch.autograd.grad(rounded, (h, weight)), strict=True):
         assert b.dtype == torch.float32
         assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
+
+
+def test_bf16_autocast_keeps_the_models_gradient():
+    model = GPT(GPTConfig(V, max_length=32, num_layers=2, num_heads=2, width=64))
+    tokens = torch.randint(0, V, (4, 33), generator=torch.Generator().manual_seed(0))
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            total, _ = model.loss(tokens[:, :-1], tokens[:, 1:])
+        found.append((total, torch.cat([g.flatten() for g in torch.autograd.grad(total, list(model.parameters()))])))
+    (exact, theirs), (rounded, ours) = found
+    assert rounded.item() == pytest.approx(exact.item(), rel=5e-3) and rounded != exact
+    assert F.cosine_similarity(ours, theirs, dim=0) > 0.999
+
+
+def test_bf16_losses_are_summed_in_fp32(monkeypatch):
+    """Equal logits lose log V nats a token; a sum in bf16 would stop growing at 256 of them."""
+    monkeypatch.setitem(logits.CHUNK_ELEMENTS, "cpu", PADDED)
+    h, weight = torch.zeros(1, 1000, D, dtype=torch.bfloat16), torch.zeros(PADDED, D, dtype=torch.bfloat16)
+    total, _ = LazyLogits(h, weight, V).cross_entropy(torch.zeros(1, 1000, dtype=torch.long))
+    assert total.dtype == torch.float32 and total.item() == pytest.approx(1000 * math.log(V), rel=1e-4)
 
 
 class Largest(TorchDispatchMode):

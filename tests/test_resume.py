@@ -170,7 +170,7 @@ def test_signal_during_an_evaluation(start, tmp_path):
     assert start(*long, dir=reference).wait() == 0
     for target in (-1, 15, STEPS - 1):
         process = start(*long)
-        assert process.until(lambda process=process, target=target: "parameters" in process.said() and reached(run) >= target)
+        assert process.until(lambda target=target: (run / "code/environment.json").exists() and reached(run) >= target)
         time.sleep(0.02)
         process.kill(signal.SIGTERM)
         assert process.wait() == EXIT_PREEMPTED, process.said()
@@ -208,7 +208,7 @@ def test_refused_saves_are_warnings_but_for_the_last(start, tmp_path, reference,
     assert "Traceback" not in said
     assert content(run / "checkpoints") == before and not (run / "summary.json").exists()
     process = start(file_size=limit)  # asked to stop, it needs its checkpoint too
-    assert process.until(lambda: "warning" in process.said())
+    assert process.until(lambda: "warning: step" in process.said())
     process.kill(signal.SIGTERM)
     assert process.wait() == 2
     assert content(run / "checkpoints") == before

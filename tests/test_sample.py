@@ -22,6 +22,22 @@ def test_temperature_zero_takes_the_likeliest_of_the_full_forward():
     assert take(temperature=0) == tokens[2:]
 
 
+def test_beyond_the_context_the_last_half_of_it_is_read_anew():
+    prompt, length = [3, 7], MODEL.config.max_length
+    context, expected = list(prompt), []
+    for _ in range(40):
+        if len(context) > length:
+            context = context[-(length // 2 + 1) :]
+        expected.append(int(MODEL(torch.tensor([context]))[0, -1].argmax()))
+        context.append(expected[-1])
+    assert take(40, temperature=0) == expected
+
+
+def test_of_a_prompt_longer_than_the_context_its_end_is_read():
+    prompt = torch.randint(0, 50, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    assert list(generate(MODEL, prompt, 20)) == list(generate(MODEL, prompt[-16:], 20)) != list(generate(MODEL, prompt[-15:], 20))
+
+
 @pytest.mark.parametrize("num_tokens", [12, 60])  # within the context, and far beyond it
 def test_one_seed_gives_one_text(num_tokens):
     assert take(num_tokens, seed=5) == take(num_tokens, seed=5) != take(num_tokens, seed=6)

@@ -31,6 +31,12 @@ def test_every_shape_is_its_formula(shape):
     assert schedule.lr(100) == pytest.approx(2.0 if shape == "constant" else 0.2)
 
 
+@pytest.mark.parametrize("shape", ["cosine", "linear", "wsd"])
+def test_a_decay_to_the_peak_is_constant(shape):
+    schedule = build(steps=100, final=1.0, shape=shape)
+    assert [schedule.lr(step) for step in range(101)] == [build(steps=100, shape="constant").lr(step) for step in range(101)]
+
+
 def test_horizons():
     assert build(steps=100).steps == 100
     assert build(steps=None, tokens=991.0).steps == 100  # rounded up

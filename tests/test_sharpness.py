@@ -45,6 +45,23 @@ def test_the_mean_of_micro_batch_means_would_differ():
     assert abs(wrong.item() - Gradient(model).gradient([(tokens, targets)]).loss.item()) > 1e-3
 
 
+def test_a_sequence_without_counted_tokens_may_hold_anything():
+    model, tokens, targets = model_and_batch()
+    Gradient(model).gradient([(tokens, targets)])
+    expected = gradients(model)
+    tokens[3] = (tokens[3] + 1) % V
+    Gradient(model).gradient([(tokens, targets)])
+    for ours, theirs in zip(gradients(model), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-16)
+
+
+def test_a_step_without_counted_tokens_has_no_gradient():
+    model, tokens, targets = model_and_batch()
+    result = Gradient(model).gradient([(tokens, torch.full_like(targets, -100))])
+    assert (result.loss, result.tokens) == (0, 0)
+    assert all(not g.any() for g in gradients(model))
+
+
 def test_it_agrees_with_finite_differences():
     model, tokens, targets = model_and_batch()
     Gradient(model).gradient([(tokens, targets)])
