@@ -24,7 +24,8 @@ class RunLock:
     The kernel's lock on `<dir>/lock` goes with its process, however that ends. Where a shared file system keeps such
     locks to each node, or has none, the heartbeat counts: the owner touches the file every HEARTBEAT seconds, and a
     newcomer watches for WATCH seconds whether its time moves. That compares no clocks of different hosts.
-    A clean exit empties the file, and removes a folder that holds nothing else. What an owner that died left behind is taken over with a notice on stderr.
+    A clean exit empties the file, and removes a folder that holds nothing else. What an owner that died left behind is taken
+    over with a notice on stderr.
 
     Raises ValueError where the folder is in use.
     """

@@ -105,8 +105,21 @@ def softmax_block(z_CxV: Tensor, targets_C: Tensor, settings: Settings, wide: to
     return loss
 
 
+def differentiable_gradients(h_NxD: Tensor, weight_VxD: Tensor, targets_N: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """dl/dh and dl/dW once more, densely, by operations that can be differentiated themselves."""
+    vocab_size, cap, z_loss, scale, _, _ = settings
+    counted = (targets_N != IGNORED)[:, None]
+    z = (h_NxD @ weight_VxD.T)[:, :vocab_size].to(torch.promote_types(h_NxD.dtype, torch.float32))
+    z = z if cap is None else cap * torch.tanh(z / cap)
+    onehot = torch.zeros_like(z).scatter(1, targets_N[:, None].where(counted, 0), 1.0)
+    r = scale * counted * (z.softmax(1) * (1 + 2 * z_loss * z.logsumexp(1, keepdim=True)) - onehot)
+    r = (r if cap is None else r * (1 - (z / cap).square())).to(h_NxD.dtype)
+    dW_VxD = torch.cat([r.T @ h_NxD, weight_VxD.new_zeros(weight_VxD.shape[0] - vocab_size, weight_VxD.shape[1])])
+    return r @ weight_VxD[:vocab_size], dW_VxD
+
+
 class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy whose gradients are made in the forward pass, where the logits are at hand; differentiable once."""
+    """Cross-entropy whose gradients are made in the forward pass, where the logits are at hand."""
 
     @staticmethod
     def forward(h_NxD: Tensor, weight_VxD: Tensor, targets_N: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,17 +128,16 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        h_NxD, weight_VxD = inputs[:2]
+        h_NxD, weight_VxD, targets_N, ctx.settings = inputs
         _, dh_NxD, dW_VxD = output
         ctx.mark_non_differentiable(dh_NxD, dW_VxD)
-        ctx.save_for_backward(dh_NxD, dW_VxD)
-        ctx.dtypes = h_NxD.dtype, weight_VxD.dtype
+        ctx.save_for_backward(h_NxD, weight_VxD, targets_N, dh_NxD, dW_VxD)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        dh_NxD, dW_VxD = ctx.saved_tensors
-        if grad.device.type == "cpu" and grad == 1:  # spares a pass over dW; on CUDA the question would cost more than the pass
-            return dh_NxD.to(ctx.dtypes[0]), dW_VxD.to(ctx.dtypes[1]), None, None
-        h_dtype, weight_dtype = ctx.dtypes
-        return (dh_NxD * grad).to(h_dtype), (dW_VxD * grad).to(weight_dtype), None, None
+        h_NxD, weight_VxD, targets_N, dh_NxD, dW_VxD = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: somebody will differentiate again
+            dh_NxD, dW_VxD = differentiable_gradients(h_NxD, weight_VxD, targets_N, ctx.settings)
+        elif grad.device.type == "cpu" and grad == 1:  # spares a pass over dW; on CUDA the question would cost more than the pass
+            return dh_NxD.to(h_NxD.dtype), dW_VxD.to(weight_VxD.dtype), None, None
+        return (dh_NxD * grad).to(h_NxD.dtype), (dW_VxD * grad).to(weight_VxD.dtype), None, None

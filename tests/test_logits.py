@@ -155,3 +155,31 @@ def test_no_tensor_of_tokens_by_vocabulary_is_ever_made(monkeypatch):
     with Largest() as largest:
         model(tokens[:, :-1])
     assert largest.elements >= 4 * 128 * 2000  # so that the measure can fail
+
+
+@pytest.mark.parametrize("settings", [{}, {"softcap": 2.0, "z_loss": 0.3}])
+def test_second_derivatives_are_those_of_the_dense_loss(settings):
+    h, weight, targets = place()
+    v = [torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1), dtype=tensor.dtype) for tensor in (h, weight)]
+
+    def hessian_product(loss: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        gradient = torch.autograd.grad(loss, (h, weight), create_graph=True)
+        return torch.autograd.grad(sum((g * u).sum() for g, u in zip(gradient, v, strict=True)), (h, weight))
+
+    ours = hessian_product(LazyLogits(h, weight, V, **settings).cross_entropy(targets, scale=0.5)[0] * 3)
+    for a, b in zip(ours, hessian_product(dense_loss(h, weight, targets, **settings) * 1.5), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_second_derivatives_under_torch_func():
+    h, weight, targets = place()
+
+    def lazy(weight: torch.Tensor) -> torch.Tensor:
+        return LazyLogits(h.detach(), weight, V).cross_entropy(targets)[0]
+
+    def dense(weight: torch.Tensor) -> torch.Tensor:
+        return dense_loss(h.detach(), weight, targets)
+
+    w, u = weight.detach(), torch.ones_like(weight)
+    ours, theirs = (torch.func.grad(lambda w, f=f: (torch.func.grad(f)(w) * u).sum())(w) for f in (lazy, dense))
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
