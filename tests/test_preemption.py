@@ -25,9 +25,7 @@ sys.exit(EXIT_PREEMPTED)
 
 
 def start(behaviour: str) -> subprocess.Popen:
-    run = subprocess.Popen(
-        [sys.executable, "-c", RUN, behaviour], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    run = subprocess.Popen([sys.executable, "-c", RUN, behaviour], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert run.stdout and run.stdout.readline() == "running\n"
     return run
 
@@ -38,10 +36,7 @@ def test_first_signal_lets_the_run_end_by_itself(number):
     run.send_signal(number)
     output, errors = run.communicate(timeout=20)
     assert output == f"{number.name}\n"
-    assert (
-        errors
-        == f"received {number.name}: saving after this step, then exiting with code 75; a second signal exits at once\n"
-    )
+    assert errors == f"received {number.name}: saving after this step, then exiting with code 75; a second signal exits at once\n"
     assert run.returncode == EXIT_PREEMPTED == 75
 
 

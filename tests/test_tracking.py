@@ -81,9 +81,7 @@ def test_rows_leave_out_a_torn_last_line(tmp_path):
 @pytest.mark.parametrize(("step", "kept"), [(-1, []), (0, [0]), (4, [0, 2, 4]), (5, [0, 2, 4]), (99, [0, 2, 4, 6])])
 def test_cut_keeps_rows_up_to_a_step(tmp_path, step, kept):
     path = tmp_path / "metrics.jsonl"
-    path.write_text(
-        "".join(json.dumps({"step": s, "train/loss": s / 7}) + "\n" for s in (0, 2, 4, 6)) + '{"step": 8, "tr'
-    )
+    path.write_text("".join(json.dumps({"step": s, "train/loss": s / 7}) + "\n" for s in (0, 2, 4, 6)) + '{"step": 8, "tr')
     assert cut_metrics(path, step) == 6
     assert read_rows(path) == [{"step": s, "train/loss": s / 7} for s in kept]
     assert path.read_text().count("\n") == len(kept)
@@ -149,9 +147,7 @@ def test_pipe_gets_plain_lines_now_and_then(tmp_path, monkeypatch, capsys):
             tracker.message("a message")
     tracker.close()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines] == [
-        *("step 1/100", "step 11/100", "step 15/100", "a message", "step 25/100", "step 35/100")
-    ]
+    assert [line.split("  ")[0] for line in lines] == [*("step 1/100", "step 11/100", "step 15/100", "a message", "step 25/100", "step 35/100")]
     assert lines[2] == "step 15/100  loss 2.5000  val 3.2500  0:01:25 left"
     assert "val" not in lines[4]
     assert "\r" not in "".join(lines)
@@ -233,22 +229,16 @@ def read_wandb(dir: Path) -> list[types.SimpleNamespace]:
     """What the starts of a run recorded offline, oldest first."""
     starts = []
     for path in sorted(dir.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
-        start = types.SimpleNamespace(
-            rows=[], summary={}, metrics={}, run=None, config={}, preempting=False, exit_code=None
-        )
+        start = types.SimpleNamespace(rows=[], summary={}, metrics={}, run=None, config={}, preempting=False, exit_code=None)
         for record in wandb_records(path):
             kind = record.WhichOneof("record_type")
             if kind == "run":
                 start.run = record.run
                 start.config = {item.key: json.loads(item.value_json) for item in record.run.config.update}
             elif kind == "history":
-                start.rows.append(
-                    {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-                )
+                start.rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
             elif kind == "summary":
-                start.summary |= {
-                    item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.summary.update
-                }
+                start.summary |= {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.summary.update}
             elif kind == "metric":
                 start.metrics[record.metric.name or record.metric.glob_name] = record.metric.step_metric
             elif kind == "preempting":
@@ -272,9 +262,7 @@ run.close(0)
     wandb_id = run_script(tmp_path, script).splitlines()[0]
     (start,) = read_wandb(tmp_path)
     assert [row["step"] for row in start.rows] == list(range(1, 302))
-    assert (
-        start.rows[9] | {"step": 10, "tokens": 640, "flops": 1e7, "seconds": 1.25, "train/loss": 4.9} == start.rows[9]
-    )
+    assert start.rows[9] | {"step": 10, "tokens": 640, "flops": 1e7, "seconds": 1.25, "train/loss": 4.9} == start.rows[9]
     assert "val/loss" not in start.rows[300]
     assert start.config | CONFIG == start.config
     assert start.metrics == {"step": "", "tokens": "", "flops": "", "seconds": "", "*": "step"}
@@ -332,9 +320,7 @@ run.close(0)
 run.message("closed")
 """
     output = run_script(tmp_path, script, WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="a" * 40)
-    assert re.search(
-        r"20 rows\n(.*\n)*W&B: recording offline, CommError.* uploads what was recorded\n(.*\n)*closed\n", output
-    )
+    assert re.search(r"20 rows\n(.*\n)*W&B: recording offline, CommError.* uploads what was recorded\n(.*\n)*closed\n", output)
     (start,) = read_wandb(tmp_path)
     assert [row["step"] for row in start.rows] == list(range(1, 21))
     assert start.metrics["*"] == "step"
