@@ -19,7 +19,7 @@ from torch import Tensor
 
 IGNORED = -100  # a target that is not counted
 CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**27}  # logits per chunk, in the compute dtype
-BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**27}  # logits per block of rows, in fp32: what a core's cache holds on CPU
+BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}  # logits per block of rows, in fp32: what a core's cache holds on CPU
 
 
 @dataclass
@@ -91,18 +91,19 @@ def softmax_block(z_CxV: Tensor, targets_C: Tensor, settings: Settings, wide: to
     counted = (targets_C != IGNORED)[:, None]
     index = targets_C[:, None].where(counted, 0)
     factor = counted.to(wide) * scale  # of each row
-    z = z_CxV[:, :vocab_size].to(wide)
+    z, top = z_CxV[:, :vocab_size].to(wide), z_CxV[:, :vocab_size].amax(1, keepdim=True).to(wide)
     if cap is not None:
-        z = cap * torch.tanh(z / cap)
-    log_p = torch.log_softmax(z, dim=1)
-    log_p_target = log_p.gather(1, index)
-    lse = z.gather(1, index) - log_p_target
-    loss = (z_loss * lse.square() - log_p_target).mul(factor).sum()
+        z, top = cap * torch.tanh(z / cap), cap * torch.tanh(top / cap)
+    slope = 1.0 if cap is None or not gradients else 1 - (z / cap).square()
+    target = z.gather(1, index)
+    p = z.sub_(top).exp_()  # softmax but for its denominator: every row is passed over as few times as can be
+    denominator = p.sum(1, keepdim=True)
+    lse = top + denominator.log()
     if gradients:
-        r = log_p.exp_().mul_(factor * (1 + 2 * z_loss * lse)).scatter_add_(1, index, -factor)
-        z_CxV[:, :vocab_size] = r if cap is None else r.mul_(1 - (z / cap).square())
+        r = p.mul_(factor * (1 + 2 * z_loss * lse) / denominator).scatter_add_(1, index, -factor)
+        z_CxV[:, :vocab_size] = r if cap is None else r.mul_(slope)
         z_CxV[:, vocab_size:] = 0
-    return loss
+    return (lse - target + z_loss * lse.square()).mul(factor).sum()
 
 
 def differentiable_gradients(h_NxD: Tensor, weight_VxD: Tensor, targets_N: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
