@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100  # a target that is not counted
-CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**27}  # logits per chunk, in the compute dtype
+CHUNK_ELEMENTS = {"cpu": 2**27, "cuda": 2**27}  # logits per chunk, in the compute dtype
 BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}  # logits per block of rows, in fp32: what a core's cache holds on CPU
 
 
@@ -71,9 +71,11 @@ def cross_entropy_and_gradients(h_NxD: Tensor, weight_VxD: Tensor, targets_N: Te
     dh_NxD = torch.empty_like(h_NxD) if gradients else h_NxD.new_empty(0)
     dW_VxD = h_NxD.new_empty(0)
     chunk, block = (max(1, sizes.get(device, 2**24) // weight_VxD.shape[0]) for sizes in (CHUNK_ELEMENTS, BLOCK_ELEMENTS))
-    for begin in range(0, len(targets_N), chunk):
+    chunk = -(-len(targets_N) // max(1, -(-len(targets_N) // chunk)))  # as many chunks as needed, of one size
+    buffer_CxV = h_NxD.new_empty(chunk, weight_VxD.shape[0])  # one for all: fresh memory of this size is paid for page by page
+    for begin in range(0, len(targets_N), chunk or 1):
         h_CxD, targets_C = h_NxD[begin : begin + chunk], targets_N[begin : begin + chunk]
-        z_CxV = h_CxD @ weight_VxD.T
+        z_CxV = torch.mm(h_CxD, weight_VxD.T, out=buffer_CxV[: len(h_CxD)])
         for first in range(0, len(targets_C), block):
             total += softmax_block(z_CxV[first : first + block], targets_C[first : first + block], settings, wide)
         if gradients:  # z holds r now
