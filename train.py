@@ -24,7 +24,7 @@ from launch.evaluate import evaluate
 from launch.lock import RunLock
 from launch.plan import Plan, describe, make_plan
 from launch.preemption import EXIT_PREEMPTED, Preemption
-from launch.process import autocast, choose_device, choose_precision, peak_flops, profiler, seed_everything
+from launch.process import autocast, choose_device, choose_precision, keep_freed_memory, peak_flops, profiler, seed_everything
 from launch.snapshot import snapshot_code
 from launch.state import Progress, branch, restore, tensors_of
 from launch.tracking import Tracker
@@ -72,6 +72,8 @@ class Run:
         self.device = choose_device(settings.device)
         self.dtype = choose_precision(settings.precision, self.device)
         seed_everything(settings.seed, settings.deterministic)
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
         # Data: any batch is a pure function of (seed, step), so there is no position to save.
         batch = settings.batch
@@ -91,6 +93,7 @@ class Run:
         self.saved = checkpoint.load_newest(folder)
         if self.saved:
             self.progress = restore(self.saved, self.model, self.optimizer, self.corpus)
+            self.saved.tensors.clear()
             self.origin = f"resumed from {self.saved.path}"
         elif settings.init.run:
             self.progress = branch(settings, self.model, self.optimizer, self.corpus, plan.schedule.steps)

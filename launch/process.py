@@ -1,5 +1,7 @@
 """What a process computes on, and how: device, precision, determinism."""
 
+import contextlib
+import ctypes
 import os
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -62,6 +64,15 @@ def seed_everything(seed: int, deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+
+
+def keep_freed_memory() -> None:
+    """Has glibc's malloc keep what is freed for the next step, where there is a glibc. By default it hands every tensor of megabytes back to
+    the system, and a step on a CPU then spends a tenth of its time on being given zeroed pages again."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: 2 GiB may lie free
 
 
 def random_state() -> dict[str, Tensor]:

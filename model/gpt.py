@@ -329,7 +329,7 @@ def checkpoint_path(run: str | Path, step: int | None = None) -> Path:
 
 
 def load(run: str | Path, step: int | None = None) -> GPT:
-    """The GPT of a run, from its newest checkpoint or that of a step. Raises ValueError where there is none."""
+    """The GPT of a run, from its newest checkpoint or that of a step. Raises ValueError where there is none, or it is damaged."""
     path = checkpoint_path(run, step)
     try:
         config = GPTConfig(**json.loads((path / "state.json").read_text())["model"])

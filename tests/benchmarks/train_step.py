@@ -3,8 +3,8 @@
     python tests/benchmarks/train_step.py [--vocab 256 50304] [--peer DIR_OF_NANOGPT] [--rounds 7]
 
 6 layers x 384, 6 heads, length 256, batch 12. Ours: bf16 autocast where the CPU has bf16 instructions; nanoGPT: fp32, its only CPU
-mode. The two take turns in one process, so that the ratio of medians holds while the machine's speed drifts. Peak memory is the
-largest resident set of a process of its own, less what it held before the model was built.
+mode. Each is a process of its own, as its own train.py would set it up, and they take turns step by step, so that the ratio of medians
+holds while the machine's speed drifts. Peak memory is the largest resident set less what it was before the model was built.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from conf.schema import OptimConfig
-from launch.process import autocast, choose_precision
+from launch.process import autocast, choose_precision, keep_freed_memory
 from model import GPT, GPTConfig
 from optim import Gradient, build_optimizer
 
@@ -75,19 +75,18 @@ def nanogpt_step(vocab: int, folder: str) -> Callable[[], Any]:
     return step
 
 
-def peak_memory(which: str, vocab: int, peer: str | None) -> float:
-    """MiB that three steps need at most beyond the imports, in a process of their own."""
-    command = [sys.executable, __file__, "--one", which, "--vocab", str(vocab), *(["--peer", peer] if peer else [])]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
-def one(which: str, vocab: int, peer: str | None) -> None:
-    """The child of `peak_memory`."""
+def contestant(which: str, vocab: int, peer: str | None) -> None:
+    """A process that takes a step for every line on stdin, and answers with its seconds and the memory it needed so far, in MiB."""
     before = high_water()
-    step = our_step(vocab) if peer is None or which == "ours" else nanogpt_step(vocab, peer)
-    for _ in range(3):
+    if peer is None or which == "ours":
+        keep_freed_memory()  # as train.py does
+        step = our_step(vocab)
+    else:
+        step = nanogpt_step(vocab, peer)
+    for _ in sys.stdin:
+        began = time.perf_counter()
         step()
-    print(high_water() - before)
+        print(time.perf_counter() - began, high_water() - before, flush=True)
 
 
 def high_water() -> float:
@@ -96,21 +95,26 @@ def high_water() -> float:
 
 
 def compare(vocab: int, peer: str | None, rounds: int) -> str:
-    """A row of the table."""
-    steps = {"ours": our_step(vocab)} | ({"nanoGPT": nanogpt_step(vocab, peer)} if peer else {})
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(rounds + 1):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step()
-            if round_:  # the first warms up
-                times[name].append(time.perf_counter() - began)
-    medians = {name: statistics.median(found) for name, found in times.items()}
-    memory = {name: peak_memory(name, vocab, peer) for name in steps}
-    cells = [f"{vocab}", *(f"{1000 * medians[name]:.0f} ms, {memory[name]:.0f} MiB" for name in steps)]
+    """A row of the table: the contestants take turns, one step each."""
+    answers: dict[str, list[tuple[float, float]]] = {"ours": []} | ({"nanoGPT": []} if peer else {})
+    children = {}
+    for name in answers:
+        command = [sys.executable, __file__, "--contestant", name, "--vocab", str(vocab), *(["--peer", peer] if peer else [])]
+        children[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+    for _ in range(rounds + 2):
+        for name, child in children.items():
+            assert child.stdin and child.stdout
+            child.stdin.write("step\n")
+            seconds, memory = map(float, child.stdout.readline().split())
+            answers[name].append((seconds, memory))
+    for child in children.values():
+        child.communicate()
+    times = {name: statistics.median(seconds for seconds, _ in found[2:]) for name, found in answers.items()}  # the first two warm up
+    memory = {name: found[-1][1] for name, found in answers.items()}
+    cells = [f"{vocab}", *(f"{1000 * times[name]:.0f} ms, {memory[name]:.0f} MiB" for name in answers)]
     if peer:
-        cells += [f"{medians['nanoGPT'] / medians['ours']:.2f} x", f"{memory['ours'] / memory['nanoGPT']:.2f}"]
-    return " | ".join(["", *cells, ""]).strip()
+        cells += [f"{times['nanoGPT'] / times['ours']:.2f} x", f"{memory['ours'] / memory['nanoGPT']:.2f}"]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -119,10 +123,10 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, nargs="+", default=[256, 50304])
     parser.add_argument("--peer", help="a checkout of nanoGPT; without it only our own step is timed")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--contestant", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        return one(arguments.one, arguments.vocab[0], arguments.peer)
+    if arguments.contestant:
+        return contestant(arguments.contestant, arguments.vocab[0], arguments.peer)
     precision = str(choose_precision("auto", torch.device("cpu"))).removeprefix("torch.")
     print(f"{date.today()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
           f"{torch.cpu.get_capabilities().get('cpu_name', 'CPU')}, ours in {precision}\n")  # fmt: skip
