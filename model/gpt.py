@@ -332,7 +332,11 @@ def load(run: str | Path, step: int | None = None) -> GPT:
     """The GPT of a run, from its newest checkpoint or that of a step. Raises ValueError where there is none, or it is damaged."""
     path = checkpoint_path(run, step)
     try:
-        config = GPTConfig(**json.loads((path / "state.json").read_text())["model"])
+        state = json.loads((path / "state.json").read_text())
+        config = GPTConfig(**state["model"])
+        with (path / "model.safetensors").open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != state["files"]["model.safetensors"][1]:
+                raise ValueError("model.safetensors does not match its checksum")
         weights = load_file(path / "model.safetensors")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged ({error}); choose another step of the run") from None

@@ -13,7 +13,7 @@ def parallelize(model: GPT, compile: str, checkpoint_activations: bool, device: 
     """Changes the model in place; its parameters keep their names.
 
     compile     none; block: each block on its own, so that L blocks share one compilation; whole: the body as one graph;
-                auto: block on CUDA, none on CPUs, where compiling was not found to pay (tests/benchmarks/results/compile.md)
+                auto: block on CUDA, none on CPUs, where compiling was not found to pay (tests/benchmarks/results/cpu.md)
     checkpoint_activations     a block keeps its input only and runs its forward again in the backward
 
     Without a C++ compiler on a CPU the model stays eager, with a notice."""

@@ -453,3 +453,14 @@ def test_nothing_that_is_loaded_runs_code(start, stopped, tmp_path, capsys, dump
     assert not marker.exists()
     pickle.loads(pickle.dumps(Bomb(marker)))
     assert marker.exists()  # it would have gone off
+
+
+def test_weights_with_a_flipped_byte_are_not_loaded(reference, tmp_path):
+    run = shutil.copytree(reference, tmp_path / "copy")
+    load(run)
+    weights = max(run.glob("checkpoints/step_*")) / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match="does not match its checksum"):
+        load(run)
