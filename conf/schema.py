@@ -28,6 +28,8 @@ def key(default: Any, meaning: str, **rules: Any) -> Any:
 
 @dataclass
 class ModelConfig:
+    """The shape of the decoder and its switches."""
+
     name: str = key("tiny", "name of the shape, used in the run's name")
     num_layers: int = key(2, "transformer blocks", low=1)
     num_heads: int = key(2, "attention heads; must divide the width", low=1)
@@ -69,6 +71,8 @@ class SourceConfig:
 
 @dataclass
 class DataConfig:
+    """Where text comes from, and what of it is held out."""
+
     name: str = key("stdlib", "name of the corpus, used in the run's name")
     source: str = key("stdlib", "where text comes from", choices=("stdlib", "text", "tokens", "hub"))
     path: Any = key(None, "file, glob or list of .txt, .jsonl, .parquet; tokens: of .bin, or a folder; hub: a dataset's name, or a folder",
@@ -100,6 +104,8 @@ class BatchConfig:
 
 @dataclass
 class OptimConfig:
+    """The base optimiser, and the axes of the gradient rule."""
+
     name: str = key("adamw", "name of the method, used in the run's name")
     base: str = key("adamw", "base optimiser that steps on the rule's gradient", choices=("adamw",))
     lr: float = key(1e-3, "peak learning rate", above=0.0)
@@ -156,6 +162,8 @@ class OptimConfig:
 
 @dataclass
 class ScheduleConfig:
+    """The horizon, and the learning rate over it."""
+
     name: str = key("fixed", "horizon: a number of steps or tokens, or tokens per parameter", choices=("fixed", "chinchilla"))
     steps: int | None = key(None, "optimiser steps", low=1, read_when=("schedule.tokens", (None,)))
     tokens: float | None = key(None, "training tokens, instead of schedule.steps", above=0.0, read_when=("schedule.name", ("fixed",)))
@@ -217,6 +225,8 @@ class InitConfig:
 
 @dataclass
 class Config:
+    """A whole run."""
+
     dir: str | None = key(None, "run folder; default runs/<name>", mutable=True)
     seed: int = key(0, "seed of initialisation, data order and dropout", low=0, high=2**31 - 1)
     device: str = key("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"), mutable=True)

@@ -343,6 +343,7 @@ def decode(file: File, position: int, data: bytes) -> str:
 
 
 def jsonl_documents(file: File, start: int, data: bytes, field: str) -> Iterator[tuple[int, str]]:
+    """(byte of its line, text) of each row; `start` is the byte of the file where `data` begins. Raises ValueError for a row without text."""
     position = start
     for line in data.split(b"\n"):
         if line.strip():
@@ -361,6 +362,7 @@ def jsonl_documents(file: File, start: int, data: bytes, field: str) -> Iterator
 
 
 def parquet_documents(span: Span, field: str) -> Iterator[tuple[int, str]]:
+    """(row, text) of each row of a span. Raises ValueError for a file without the field, or a row without text."""
     parquet = open_parquet(span.file.path)
     if field not in parquet.schema_arrow.names:
         columns = ", ".join(parquet.schema_arrow.names)

@@ -28,6 +28,8 @@ REBUILT = "delete it, it is rebuilt at the next start"
 
 
 class Header(NamedTuple):
+    """What a shard says of itself before its tokens."""
+
     magic: bytes
     version: int
     token_bytes: int  # 2 or 4
