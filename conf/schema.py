@@ -6,9 +6,10 @@ Each key is declared once, by `key(default, meaning, ...)`:
     low, high  the closed range of a number; `above` is an open lower end
     read_when  (other key, values): the key matters only while the other key has one of these values; otherwise it
                is accepted, noted, and left out of the run's name and identity
-    mutable    may differ when a run is resumed, so it is no part of the identity either
+    mutable    may differ when a run is resumed, so it is no part of the identity either; (other key, values): only then
 """
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields, is_dataclass
@@ -16,6 +17,8 @@ from typing import Any
 
 PATHS = ("full", "functional", "logit", "angle")  # optim.path of every rule that moves the weights
 MOVED = ("optim.path", PATHS)
+ADAM = ("optim.base", ("adamw", "muon"))
+DIRECTIONS: dict[str, Any] = {}  # optim.direction, by name; each class there registers itself
 
 
 def key(default: Any, meaning: str, **rules: Any) -> Any:
@@ -24,6 +27,20 @@ def key(default: Any, meaning: str, **rules: Any) -> Any:
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def check_value(name: str, value: Any, rules: Any) -> None:
+    """Raises ValueError unless the value keeps to the rules of its key."""
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, float) and not math.isfinite(item):
+            raise ValueError(f"{name}={item} is not finite; give a number")
+        if "choices" in rules and item not in rules["choices"]:
+            raise ValueError(f"{name}={item} is unknown; choose one of {', '.join(rules['choices'])}")
+        if isinstance(item, (int, float)) and not isinstance(item, bool):
+            low, high, above = rules.get("low", -math.inf), rules.get("high", math.inf), rules.get("above", -math.inf)
+            if not (low <= item <= high and item > above):
+                bounds = [f"at least {low}"] * (low > -math.inf) + [f"above {above}"] * (above > -math.inf) + [f"at most {high}"] * (high < math.inf)
+                raise ValueError(f"{name}={item} is out of range; it must be {' and '.join(bounds)}")
 
 
 @dataclass
@@ -42,6 +59,14 @@ class ModelConfig:
     norm_eps: float = key(1e-6, "its epsilon (NanoDO 1e-6, GPT-2 1e-5)", above=0.0)
     positions: str = key("learned", "position encoding", choices=("learned", "rope"))
     rope_base: float = key(10000.0, "base of the rotary angles", above=0.0, read_when=("model.positions", ("rope",)))
+    rope_scaling: str = key("none", "slows rotary angles, for a context longer than the weights were trained on; linear: all of them, llama3: "
+                            "the slow ones", choices=("none", "linear", "llama3"), read_when=("model.positions", ("rope",)))  # fmt: skip
+    rope_factor: float = key(1.0, "how many times slower (Llama 3.1: 8, 3.2: 32)", low=1.0, read_when=("model.rope_scaling", ("linear", "llama3")))
+    rope_original_length: int = key(8192, "longest sequence before the scaling", low=1, read_when=("model.rope_scaling", ("llama3",)))
+    rope_low_factor: float = key(1.0, "angles of fewer turns than this over it are slowed in full", above=0.0,
+                                 read_when=("model.rope_scaling", ("llama3",)))  # fmt: skip
+    rope_high_factor: float = key(4.0, "angles of more turns than this over it are left alone, those between in part", above=0.0,
+                                  read_when=("model.rope_scaling", ("llama3",)))  # fmt: skip
     activation: str = key("gelu", "non-linearity of the MLP", choices=("gelu", "swiglu", "relu2"))
     qk_norm: bool = key(False, "RMSNorm of every head's queries and keys")
     tied: bool = key(True, "the head is the token embedding")
@@ -53,12 +78,14 @@ class ModelConfig:
 
 @dataclass
 class TokenizerConfig:
-    name: str = key("bytes", "bytes: 256 + end of text; bpe: trained on the corpus; gpt2: tiktoken's own", choices=("bytes", "bpe", "gpt2"))
+    name: str = key("bytes", "bytes: 256 + end of text; bpe: trained on the corpus; gpt2: tiktoken's own; hf: of a Hugging Face folder",
+                    choices=("bytes", "bpe", "gpt2", "hf"))  # fmt: skip
     vocab_size: int = key(4096, "entries of a trained bpe, end of text included", low=258, high=2**31, read_when=("tokenizer.name", ("bpe",)))
     train_megabytes: float = key(100.0, "text the bpe is trained on, from the start of each training source", above=0.0,
                                  read_when=("tokenizer.name", ("bpe",)))  # fmt: skip
-    path: str | None = key(None, "GPT-2's ranks: gpt2.tiktoken or vocab.bpe, or their folder; default fetched once, into data.cache", mutable=True,
-                           read_when=("tokenizer.name", ("gpt2",)))  # fmt: skip
+    path: str | None = key(None, "hf: folder or hub name with a tokenizer.json, default init.hf; gpt2: gpt2.tiktoken, vocab.bpe or their folder, "
+                           "default fetched once, into data.cache", mutable=("tokenizer.name", ("gpt2",)),
+                           read_when=("tokenizer.name", ("gpt2", "hf")))  # fmt: skip
 
 
 @dataclass
@@ -103,35 +130,22 @@ class BatchConfig:
 
 
 @dataclass
-class OptimConfig:
-    """The base optimiser, and the axes of the gradient rule."""
+class RuleConfig:
+    """The axes of the gradient rule; path=none is the plain gradient and reads no other axis."""
 
-    name: str = key("adamw", "name of the method, used in the run's name")
-    base: str = key("adamw", "base optimiser that steps on the rule's gradient", choices=("adamw",))
-    lr: float = key(1e-3, "peak learning rate", above=0.0)
-    beta1: float = key(0.9, "decay of the first moment", low=0.0, high=0.999999)
-    beta2: float = key(0.95, "decay of the second moment", low=0.0, high=0.999999)
-    eps: float = key(1e-8, "Adam's epsilon", above=0.0)
-    weight_decay: float = key(0.1, "decoupled decay, on matrices only", low=0.0)
-    clip: float | None = key(1.0, "clip the final gradient at this global norm; null: never", above=0.0)
-    # The axes of the gradient rule; path=none is the plain gradient and reads no other axis.
     path: str = key("none", "what is evaluated at the moved point; none: the weights are not moved", choices=("none", *PATHS))
-    direction: str = key("gradient", "what the weights move along", read_when=MOVED,
-                         choices=("gradient", "momentum", "stale", "friendly", "random"))  # fmt: skip
+    direction: str = key("gradient", "what the weights move along", read_when=MOVED, choices=DIRECTIONS)
     metric: str = key("euclidean", "how the direction is scaled", read_when=MOVED, choices=("euclidean", "adam", "adaptive"))
     scope: str = key("batch", "who shares one perturbation", read_when=MOVED, choices=("batch", "replica", "micro_batch"))
     weights: str = key("uniform", "weights of the instances in the ascent loss", read_when=MOVED, choices=("uniform", "delta"))
     combine: str = key("replace", "what is done with the clean and the moved gradient", read_when=MOVED,
                        choices=("replace", "reuse", "orthogonal"))  # fmt: skip
     rho: float = key(0.05, "radius of the perturbation", low=0.0, read_when=MOVED)
-    rho_schedule: str = key("constant", "radius over the steps", read_when=MOVED, choices=("constant", "warmup", "cosine", "lr"))
     start: float = key(0, "first perturbed step; below 1 a fraction of the horizon", low=0, read_when=MOVED)
     stop: float | None = key(None, "first step no longer perturbed; up to 1 a fraction of the horizon; default never", low=0, read_when=MOVED)
     period: int = key(1, "perturb every k-th step", low=1, read_when=MOVED)
-    num_groups: int = key(1, "groups of the global batch that are perturbed apart", low=1, read_when=("optim.scope", ("micro_batch",)))
-    ascent_fraction: float = key(1.0, "share of the batch the ascent gradient is taken on", above=0.0, high=1.0, read_when=MOVED)
-    parameters: str = key("all", "which parameters are perturbed", read_when=MOVED,
-                          choices=("all", "no_embeddings", "no_norms", "head"))  # fmt: skip
+    ascent_fraction: float = key(1.0, "share of the batch (or group) the ascent gradient is taken on", above=0.0, high=1.0, read_when=MOVED)
+    parameters: str = key("all", "which are perturbed: all, no_embeddings, no_norms, head, or a pattern of names as *.mlp.*", read_when=MOVED)
     angle: float = key(45.0, "degrees between the logit (0) and the functional (90) path", low=0.0, high=90.0,
                        read_when=("optim.path", ("angle",)))  # fmt: skip
     angle_norm: str = key("max", "scale of the two angle terms", choices=("max", "paper"), read_when=("optim.path", ("angle",)))
@@ -141,6 +155,7 @@ class OptimConfig:
     metric_eps: float | None = key(None, "epsilon of the Adam metric; default Adam's own", low=0.0, read_when=("optim.metric", ("adam",)))
     metric_norm: str = key("l2", "norm that sets the radius: |d|, |q| or sqrt(q.d)", read_when=("optim.metric", ("adam",)),
                            choices=("l2", "raw", "dual"))  # fmt: skip
+    adaptive_floor: float = key(0.01, "added to |w| in the adaptive metric", low=0.0, read_when=("optim.metric", ("adaptive",)))
     friendly_sigma: float = key(1.0, "share of the gradient's average that is removed", low=0.0, read_when=("optim.direction", ("friendly",)))
     friendly_decay: float = key(0.9, "decay of that average", low=0.0, high=0.999999, read_when=("optim.direction", ("friendly",)))
     alpha: float = key(0.7, "strength of the reused (LookSAM) or removed (GSAM) part", low=0.0,
@@ -149,11 +164,35 @@ class OptimConfig:
     delta_power: float = key(1.0, "power of the curvature in delta-SAM's weights", low=0.0, read_when=("optim.weights", ("delta",)))
     delta_probe: str = key("central", "second difference along one probe, or mixed along two", read_when=("optim.weights", ("delta",)),
                            choices=("central", "mixed"))  # fmt: skip
+    delta_descent: str = key("plain", "the loss at the moved point: the plain mean, or weighted as the ascent's",
+                             choices=("plain", "reweighted"), read_when=("optim.weights", ("delta",)))  # fmt: skip
     cotangent: str = key("auto", "keep the clean cotangent, or rebuild it chunk by chunk", read_when=("optim.path", ("functional", "angle")),
                          choices=("auto", "store", "rebuild"))  # fmt: skip
-    cotangent_share: float = key(0.5, "share of free memory that cotangent=auto may fill", above=0.0, high=1.0,
+    cotangent_share: float = key(0.5, "share of free memory that cotangent=auto may fill", above=0.0, high=1.0, mutable=True,
                                  read_when=("optim.cotangent", ("auto",)))  # fmt: skip
     compute: str = key("precision", "precision of the rule's passes: the run's own, or IEEE fp32", read_when=MOVED, choices=("precision", "fp32"))
+
+
+@dataclass
+class OptimConfig(RuleConfig):
+    """The base optimiser, the gradient rule, and when the rule acts."""
+
+    name: str = key("adamw", "name of the method, used in the run's name")
+    base: str = key("adamw", "base optimiser that steps on the rule's gradient; muon: torch's, for the blocks' matrices, beside AdamW",
+                    choices=("adamw", "sgd", "muon"))  # fmt: skip
+    lr: float = key(1e-3, "peak learning rate", above=0.0)
+    momentum: float = key(0.9, "momentum of SGD", low=0.0, high=0.999999, read_when=("optim.base", ("sgd",)))
+    muon_momentum: float = key(0.95, "momentum of Muon, Nesterov's", low=0.0, high=0.999999, read_when=("optim.base", ("muon",)))
+    beta1: float = key(0.9, "decay of the first moment", low=0.0, high=0.999999, read_when=ADAM)
+    beta2: float = key(0.95, "decay of the second moment", low=0.0, high=0.999999, read_when=ADAM)
+    eps: float = key(1e-8, "Adam's epsilon", above=0.0, read_when=ADAM)
+    weight_decay: float = key(0.1, "decay of matrices only: decoupled, SGD's in the gradient", low=0.0)
+    clip: float | None = key(1.0, "clip the final gradient at this global norm; null: never", above=0.0)
+    rho_schedule: str = key("constant", "radius from start to stop: constant; warmup: linearly from 0; cosine: to 0; lr: as the learning rate",
+                            read_when=MOVED, choices=("constant", "warmup", "cosine", "lr"))  # fmt: skip
+    rho_warmup: float = key(0.1, "share of the perturbed steps in which the radius warms up", above=0.0, high=1.0,
+                            read_when=("optim.rho_schedule", ("warmup",)))  # fmt: skip
+    num_groups: int = key(1, "groups of the global batch that are perturbed apart", low=1, read_when=("optim.scope", ("micro_batch",)))
     compute_matched: bool = key(False, "shorten the run until its FLOPs equal AdamW's over the full schedule", read_when=MOVED)
     diagnostics_every: int | None = key(
         None, "logged steps between diagnostics that cost a pass; default never", low=1, mutable=True, read_when=MOVED

@@ -6,10 +6,10 @@ key, the value and the remedy.
 
 import difflib
 import json
-import math
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -25,7 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from conf.schema import KEYS, Config, DataConfig, SourceConfig, lookup, meaning, type_name
+from conf.schema import KEYS, Config, DataConfig, RuleConfig, SourceConfig, check_value, lookup, meaning, type_name
+from optim import check_axes
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 EXIT_USER_ERROR = 2
@@ -140,6 +141,8 @@ def check(composed: DictConfig, overrides: list[str]) -> Config:
     which of the given keys the chosen method does not read."""
     config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
     name_files(config.data)
+    if config.tokenizer.name == "hf" and config.tokenizer.path is None:
+        config.tokenizer.path = config.init.hf
     for name, entry in KEYS.items():
         check_value(name, lookup(config, name), entry.metadata)
     check_contradictions(config)
@@ -164,23 +167,9 @@ def name_files(data: DataConfig) -> None:
     data.validation = {str(name): files for name, files in (data.validation or {}).items()}
 
 
-def check_value(name: str, value: Any, rules: Any) -> None:
-    """Raises ValueError unless the value keeps to the rules of its key."""
-    for item in value if isinstance(value, list) else [value]:
-        if isinstance(item, float) and not math.isfinite(item):
-            raise ValueError(f"{name}={item} is not finite; give a number")
-        if "choices" in rules and item not in rules["choices"]:
-            raise ValueError(f"{name}={item} is unknown; choose one of {', '.join(rules['choices'])}")
-        if isinstance(item, (int, float)) and not isinstance(item, bool):
-            low, high, above = rules.get("low", -math.inf), rules.get("high", math.inf), rules.get("above", -math.inf)
-            if not (low <= item <= high and item > above):
-                bounds = [f"at least {low}"] * (low > -math.inf) + [f"above {above}"] * (above > -math.inf) + [f"at most {high}"] * (high < math.inf)
-                raise ValueError(f"{name}={item} is out of range; it must be {' and '.join(bounds)}")
-
-
 def check_contradictions(config: Config) -> None:
     """Raises ValueError for keys that are each in order but cannot hold together."""
-    batch, model, schedule, optim, data = config.batch, config.model, config.schedule, config.optim, config.data
+    batch, model, schedule, data = config.batch, config.model, config.schedule, config.data
     if model.width % model.num_heads:
         raise ValueError(f"model.width={model.width} is not divisible by model.num_heads={model.num_heads}; choose a divisor of the width")
     if batch.sequences % (batch.micro or batch.sequences):
@@ -194,8 +183,7 @@ def check_contradictions(config: Config) -> None:
                          "data.path=FILES or data.sources")  # fmt: skip
     if data.source == "hub" and not (isinstance(data.path, str) and data.path):
         raise ValueError(f"data.path={data.path} names no dataset; data=hub needs its name on the hub, as in data.path=allenai/c4, or a folder")
-    if optim.path != "none":
-        raise ValueError(f"optim.path={optim.path} is declared but not yet trained; use optim.path=none")
+    check_rule(config)
     files_of = {} if data.path is None else {"data.path": data.path}
     files_of |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
     files_of |= {f"data.validation.{name}": files for name, files in data.validation.items()}
@@ -214,6 +202,30 @@ def check_contradictions(config: Config) -> None:
         raise ValueError(f"init.step={config.init.step} needs a run to take it from; set init.run=DIR")
     if config.init.run is None and config.init.optimizer:
         raise ValueError("init.optimizer=true needs a run to take it from; set init.run=DIR")
+
+
+def check_rule(config: Config) -> None:
+    """Raises ValueError where the axes of the rule, its base optimiser and the batch do not fit each other."""
+    optim, batch = config.optim, config.batch
+    if optim.path == "none":
+        return
+    try:
+        check_axes(optim)
+    except ValueError as error:
+        raise ValueError(re.sub(rf"\b({'|'.join(entry.name for entry in fields(RuleConfig))})=", r"optim.\1=", str(error))) from None
+    if optim.metric == "adam" and optim.base != "adamw":
+        raise ValueError(f"optim.metric=adam needs Adam's second moment, which optim.base={optim.base} does not keep of every weight; "
+                         "use optim.base=adamw or optim.metric=euclidean")  # fmt: skip
+    if optim.direction == "momentum" and optim.base == "sgd" and optim.momentum == 0:
+        raise ValueError("optim.direction=momentum needs a momentum, and optim.momentum=0; raise it")
+    if is_read(config, "optim.num_groups"):
+        size = batch.micro or 1
+        if batch.sequences % optim.num_groups or batch.sequences // optim.num_groups % size:
+            raise ValueError(f"optim.num_groups={optim.num_groups}: {batch.sequences} batch.sequences / {optim.num_groups} groups must be "
+                             f"a multiple of batch.micro={size}; choose another number of groups or another batch.micro")  # fmt: skip
+    if optim.compute_matched and is_read(config, "optim.cotangent") and optim.cotangent == "auto":
+        raise ValueError("optim.compute_matched=true needs to know the cost of a step, and optim.cotangent=auto decides it on the machine; "
+                         "use optim.cotangent=store or rebuild")  # fmt: skip
 
 
 def is_read(config: Config, name: str) -> bool:
@@ -261,7 +273,13 @@ def table() -> str:
     rows = [(name, type_name(entry), shown[name], meaning(entry)) for name, entry in KEYS.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(
-        ["Groups: choices", *(f"{group:{widths[0]}}  {' | '.join(names)}" for group, names in choices.items())]
+        [
+            "Groups: choices",
+            *(
+                textwrap.fill(f"{group:{widths[0]}}  {' | '.join(names)}", 150, subsequent_indent=" " * (widths[0] + 2), break_on_hyphens=False)
+                for group, names in choices.items()
+            ),
+        ]
         + ["", "Keys: type, default (another choice of a group may set another), meaning"]
         + [f"{name:{widths[0]}}  {kind:{widths[1]}}  {default:{widths[2]}}  {text}" for name, kind, default, text in rows]
     )

@@ -1,6 +1,6 @@
 """The loss of a model on a whole corpus: python -m launch.evaluate run=DIR [step=S] [data=text data.path=FILES ...]
 
-DIR is a run, or a Hugging Face folder: GPT-2 or Llama weights in safetensors with a tokenizer of GPT-2's kind.
+DIR is a run, or a Hugging Face folder: GPT-2 or Llama weights in safetensors, with a tokenizer.json.
 """
 
 import math
@@ -16,9 +16,9 @@ from omegaconf import MISSING
 
 from conf.schema import DataConfig, key
 from data import Tokenizer, Validation, prepare
+from data.hf_tokenizer import read_tokenizer
 from model import GPT, checkpoint_path, load
 from model.hf import from_hf
-from model.hf_tokenizer import read_tokenizer
 
 
 @torch.no_grad()

@@ -16,7 +16,13 @@ from launch.tracking import write_atomically
 def canonical(config: Config) -> dict[str, Any]:
     """Every key that the run reads and that may not change on resume (those are marked `mutable` in conf/schema.py)."""
     plain = asdict(config)
-    return {name: lookup(plain, name) for name, entry in KEYS.items() if not entry.metadata.get("mutable") and is_read(config, name)}
+    return {name: lookup(plain, name) for name in KEYS if not is_mutable(config, name) and is_read(config, name)}
+
+
+def is_mutable(config: Config, name: str) -> bool:
+    """Whether a key may differ between two starts of a run."""
+    rule = KEYS[name].metadata.get("mutable", False)
+    return rule if isinstance(rule, bool) else lookup(config, rule[0]) in rule[1]
 
 
 def run_name(config: Config) -> str:

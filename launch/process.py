@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 # Dense peak in bf16, FLOP/s, by a part of the device's name. An unknown device has none, and no MFU is better than a wrong one.
 PEAK_FLOPS = {
@@ -73,21 +72,6 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: 2 GiB may lie free
-
-
-def random_state() -> dict[str, Tensor]:
-    """The states of torch's generators, as a checkpoint keeps them."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_random_state(state: dict[str, Tensor]) -> None:
-    """The inverse of `random_state`; a state of a device that is not here is left alone."""
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def profiler(path: Path) -> torch.profiler.profile:

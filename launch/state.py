@@ -4,15 +4,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from conf.schema import Config
 from data import Corpus
 from launch import checkpoint, identity
-from launch.process import random_state, set_random_state
 from model import GPT, checkpoint_path
 from optim import Gradient
 from optim.adamw import load_state_tensors, state_tensors
+from optim.perturbation import random_state, set_random_state
 
 
 @dataclass
@@ -25,6 +25,7 @@ class Progress:
     forwards: float = 0.0  # passes over a step's batch
     backwards: float = 0.0
     seconds: float = 0.0  # spent in steps, over all starts
+    perturbed: int = 0  # steps that moved the weights
     skipped: int = 0  # steps whose loss or gradient was not finite
     skipped_in_a_row: int = 0
     loss_sum: float = 0.0  # since the last row
@@ -35,23 +36,26 @@ class Progress:
     row: dict[str, Any] = field(default_factory=dict)  # of this step, not logged yet: it waits for the step's evaluation
 
 
-def tensors_of(model: GPT, optimizer: AdamW, rule: Gradient) -> dict[str, dict[str, Tensor]]:
+def tensors_of(model: GPT, optimizer: Optimizer, rule: Gradient) -> dict[str, dict[str, Tensor]]:
     """Every tensor that the next step depends on, by file and name."""
     return {"model": model.state_dict(), "optimizer": state_tensors(model, optimizer), "random": random_state(), "rule": rule.state_dict()}
 
 
-def restore(saved: checkpoint.Checkpoint, model: GPT, optimizer: AdamW, corpus: Corpus) -> Progress:
+def restore(saved: checkpoint.Checkpoint, model: GPT, optimizer: Optimizer, rule: Gradient, corpus: Corpus) -> Progress:
     """Takes over everything that the next step depends on. Raises ValueError where the data are others by now."""
     if saved.state["data"] != corpus.fingerprint:
         raise ValueError(f"the data have changed since {saved.path} was made; bring them back, or choose another dir")
     model.load_state_dict(saved.tensors["model"])
     load_state_tensors(model, optimizer, saved.tensors["optimizer"])
     set_random_state(saved.tensors["random"])
+    if saved.tensors["rule"]:
+        rule.load_state_dict(saved.tensors["rule"])
     return Progress(**saved.state["progress"])
 
 
-def branch(settings: Config, model: GPT, optimizer: AdamW, corpus: Corpus, steps: int) -> Progress:
+def branch(settings: Config, model: GPT, optimizer: Optimizer, rule: Gradient, corpus: Corpus, steps: int) -> Progress:
     """Starts from a checkpoint of another run: from its weights, and with init.optimizer from its optimiser, step and place in the data too.
+    The rule, which may be another, starts without memory at that step.
 
     Raises ValueError where there is no such checkpoint, where it does not fit this model or these data, or lies beyond the horizon of
     `steps`."""
@@ -70,7 +74,9 @@ def branch(settings: Config, model: GPT, optimizer: AdamW, corpus: Corpus, steps
     order = [key for key in ours if key == "seed" or key.startswith(("data.", "batch.sequences", "batch.length"))]
     if changed := [key for key in order if ours[key] != theirs.get(key)]:
         raise ValueError(f"{changed[0]}={ours[changed[0]]} differs from {theirs.get(changed[0])} in init.run; to go on in its data order, keep it")
-    done = restore(saved, model, optimizer, corpus)
+    saved.tensors["rule"].clear()
+    done = restore(saved, model, optimizer, rule, corpus)
+    rule.step = done.step
     if done.step >= steps:
         raise ValueError(f"schedule.steps={steps} ends before step {done.step} of init.run; lengthen the run")
-    return Progress(done.step, done.tokens, done.flops, done.forwards, done.backwards, done.seconds, done.skipped)
+    return Progress(done.step, done.tokens, done.flops, done.forwards, done.backwards, done.seconds, done.perturbed, done.skipped)

@@ -8,9 +8,14 @@ so that softmax in r gains the factor 1 + 2 b logsumexp(z').
 
 The loss and its two gradients are computed together, chunk of tokens by chunk of tokens, so that the head costs its three matrix
 products and nothing twice. A chunk is large enough for the products; within it, z turns into r in blocks of rows that stay in
-a CPU's cache, where the softmax is free of memory traffic. Shapes: N tokens, D width, V vocabulary.
+a CPU's cache, where the softmax is free of memory traffic.
+
+Sharpness-aware rules take the cotangent r at one point of weight space and the products r W and r^T h at another. A `Cotangent` is r
+on its way between the two: stored, to be rebuilt from h and the log-normalisers of the point where it was made, or spent: its products
+with another point's h and W are all that is left of it. Shapes: N tokens, D width, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +25,54 @@ from torch import Tensor
 IGNORED = -100  # a target that is not counted
 CHUNK_ELEMENTS = {"cpu": 2**27, "cuda": 2**27}  # logits per chunk, in the compute dtype
 BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}  # logits per block of rows, in fp32: what a core's cache holds on CPU
+
+Weigh = Callable[[slice, Tensor], Tensor]  # (which instances of the micro-batch, the mean loss of each) -> their weights
+
+
+@dataclass
+class Cotangent:
+    """scale * r of the counted tokens of a micro-batch, made at weights that may have moved since.
+
+    stored       r_NxV, in the compute dtype
+    to rebuild   h_NxD and lse_N of the point where it was made, to be joined with that point's W
+    spent        dh_NxD and dW_VxD, already its products with h and W of some point"""
+
+    targets_N: Tensor
+    factor_N: Tensor  # scale of each row: 0 where the target is not counted
+    lse_N: Tensor
+    h_NxD: Tensor | None = None
+    r_NxV: Tensor | None = None
+    dh_NxD: Tensor | None = None
+    dW_VxD: Tensor | None = None
+    weights_B: Tensor | None = None  # of the instances, where they were weighed; factor_N is without them
+
+    def free(self) -> None:
+        """Lets go of the large tensors."""
+        self.h_NxD = self.r_NxV = self.dh_NxD = self.dW_VxD = None
+
+
+class Point(NamedTuple):
+    """Where in weight space a head is evaluated, in the compute dtype."""
+
+    h_NxD: Tensor
+    weight_VxD: Tensor
+
+
+class Shape(NamedTuple):
+    """What a head is beside its tensors."""
+
+    vocab_size: int
+    softcap: float | None
+    z_loss: float
+
+
+class Rows(NamedTuple):
+    """What `sweep` finds: the loss and log-normaliser of every row, and the gradients by h and W where they were asked for."""
+
+    losses_N: Tensor
+    lse_N: Tensor
+    dh_NxD: Tensor
+    dW_VxD: Tensor
 
 
 @dataclass
@@ -39,22 +92,122 @@ class LazyLogits:
 
     def cross_entropy(self, targets_BxT: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """`scale` times the cross-entropy in nats summed over the counted targets, in fp32 or wider, and their number."""
-        targets_N = targets_BxT.reshape(-1)
+        total, _ = self.cross_entropy_and_cotangent(targets_BxT, scale)
+        return total, (targets_BxT != IGNORED).sum()
+
+    def cross_entropy_and_cotangent(
+        self, targets_BxT: Tensor, scale: float = 1.0, keep_r: bool = False, keep_h: bool = False, weigh: Weigh | None = None
+    ) -> tuple[Tensor, Cotangent]:
+        """The loss as `cross_entropy` gives it, and r: `keep_r` stores it, tokens x vocabulary in the compute dtype; `keep_h` keeps h,
+        which with the W of this moment rebuilds it.
+
+        With `weigh`, the gradient of the loss, and no other result, is that of sum_i w_i sum_{n in i} l_n over the instances (sequences)
+        of the micro-batch."""
+        targets_N, shape, dtype = targets_BxT.reshape(-1), self.shape, compute_dtype(self.h_BxTxD)
+        wide = torch.promote_types(self.h_BxTxD.dtype, torch.float32)
+        factor_N = (targets_N != IGNORED).to(wide) * scale
+        cotangent = Cotangent(targets_N, factor_N, factor_N)
+        gradients = torch.is_grad_enabled()
+        instance = None
+        if weigh is not None:
+            cotangent.weights_B = factor_N.new_zeros(len(targets_BxT))
+            instance = Instances(targets_BxT.shape[1], weigh, cotangent.weights_B)
+
+        def compute(h_NxD: Tensor, weight_VxD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            here = Point(h_NxD.to(dtype), weight_VxD.to(dtype))
+            if keep_r:
+                cotangent.r_NxV = here.h_NxD.new_empty(len(targets_N), weight_VxD.shape[0])
+            if keep_h:
+                cotangent.h_NxD = here.h_NxD.detach()
+            rows = sweep(here, here if gradients else None, targets_N, factor_N, shape, r_NxV=cotangent.r_NxV, instances=instance)
+            cotangent.lse_N = rows.lse_N
+            return (rows.losses_N * factor_N).sum(), rows.dh_NxD, rows.dW_VxD
+
+        def again(h_NxD: Tensor, weight_VxD: Tensor) -> tuple[Tensor, Tensor]:
+            return differentiable_gradients(h_NxD, weight_VxD, targets_N, factor_N, shape)
+
+        return self._apply(compute, again), cotangent
+
+    def pull(self, cotangent: Cotangent, made_at_VxD: Tensor | None = None) -> Tensor:
+        """A zero whose backward hands J^T r on, J being that of these logits and r a cotangent of any other weights. Where r is to be
+        rebuilt, `made_at_VxD` is the unembedding it was made with. Neither these logits nor their loss are computed."""
+        dtype = compute_dtype(self.h_BxTxD)
+
+        def compute(h_NxD: Tensor, weight_VxD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            zero = torch.zeros((), dtype=cotangent.factor_N.dtype, device=h_NxD.device)
+            if cotangent.dh_NxD is not None:
+                return zero, cotangent.dh_NxD, weight_VxD.new_zeros(()) if cotangent.dW_VxD is None else cotangent.dW_VxD
+            at, made, lse_N = Point(h_NxD.to(dtype), weight_VxD.to(dtype)), None, None
+            if cotangent.r_NxV is None:
+                assert cotangent.h_NxD is not None and made_at_VxD is not None
+                made, lse_N = Point(cotangent.h_NxD, made_at_VxD.to(dtype)), cotangent.lse_N
+            rows = sweep(made, at, cotangent.targets_N, cotangent.factor_N, self.shape, lse_N=lse_N, r_NxV=cotangent.r_NxV)
+            return zero, rows.dh_NxD, rows.dW_VxD
+
+        return self._apply(compute, None)
+
+    @torch.no_grad()
+    def spend(self, targets_BxT: Tensor, scale: float, h_NxD: Tensor, weight_VxD: Tensor) -> tuple[Tensor, Cotangent]:
+        """The loss of these logits, and their r as its products with another point: dh = r W, dW = r^T h for the given h and W."""
+        targets_N, dtype = targets_BxT.reshape(-1), compute_dtype(self.h_BxTxD)
+        factor_N = (targets_N != IGNORED).to(torch.promote_types(self.h_BxTxD.dtype, torch.float32)) * scale
+        with torch.autocast(self.h_BxTxD.device.type, enabled=False):
+            here = Point(self.h_BxTxD.reshape(-1, self.h_BxTxD.shape[-1]).to(dtype), self.weight_VxD.to(dtype))
+            rows = sweep(here, Point(h_NxD, weight_VxD.to(dtype)), targets_N, factor_N, self.shape)
+        cotangent = Cotangent(targets_N, factor_N, rows.lse_N, dh_NxD=rows.dh_NxD, dW_VxD=rows.dW_VxD)
+        return (rows.losses_N * factor_N).sum(), cotangent
+
+    @torch.no_grad()
+    def instance_losses(self, targets_BxT: Tensor) -> Tensor:
+        """Mean loss over the counted targets of every instance, 0 where there are none."""
+        targets_N, dtype = targets_BxT.reshape(-1), compute_dtype(self.h_BxTxD)
+        counted_N = (targets_N != IGNORED).to(torch.promote_types(self.h_BxTxD.dtype, torch.float32))
+        with torch.autocast(self.h_BxTxD.device.type, enabled=False):
+            here = Point(self.h_BxTxD.reshape(-1, self.h_BxTxD.shape[-1]).to(dtype), self.weight_VxD.to(dtype))
+            rows = sweep(here, None, targets_N, counted_N, self.shape)
+        return instance_means(rows.losses_N, counted_N, targets_BxT.shape[1])
+
+    @torch.no_grad()
+    def statistics(self, max_tokens: int = 512) -> tuple[dict[str, Tensor], float]:
+        """What sharpness-aware rules are said to regularise, over at most `max_tokens` tokens spread evenly: the mean entropy of
+        the softmax and mean log-normaliser in nats, the largest logit, the root mean square of |h|; and |W|. With it the share of
+        the tokens whose logits had to be computed."""
         h_NxD = self.h_BxTxD.reshape(-1, self.h_BxTxD.shape[-1])
-        settings = Settings(self.vocab_size, self.softcap, self.z_loss, scale, compute_dtype(h_NxD), torch.is_grad_enabled())
-        total, _, _ = _CrossEntropy.apply(h_NxD, self.weight_VxD, targets_N, settings)
-        return total, (targets_N != IGNORED).sum()
+        chosen = torch.linspace(0, len(h_NxD) - 1, min(max_tokens, len(h_NxD)), device=h_NxD.device).long()
+        h_NxD = h_NxD[chosen].to(torch.promote_types(h_NxD.dtype, torch.float32))
+        with torch.autocast(h_NxD.device.type, enabled=False):
+            z = LazyLogits(h_NxD, self.weight_VxD.to(h_NxD.dtype), self.vocab_size, self.softcap).dense()
+        found = logit_statistics(z) | {"hidden_norm": h_NxD.square().sum(1).mean().sqrt(), "weight_norm": self.weight_VxD[: self.vocab_size].norm()}
+        return found, len(chosen) / max(1, self.h_BxTxD[..., 0].numel())
+
+    @property
+    def shape(self) -> Shape:
+        """The head beside its tensors."""
+        return Shape(self.vocab_size, self.softcap, self.z_loss)
+
+    def _apply(self, compute: Callable, again: Callable | None) -> Tensor:
+        """The value of `compute(h_NxD, W_VxD) -> (value, dh, dW)`, with its gradients."""
+        return _Head.apply(self.h_BxTxD.reshape(-1, self.h_BxTxD.shape[-1]), self.weight_VxD, compute, again)[0]
 
 
-class Settings(NamedTuple):
-    """What the loss of a head needs beside tensors; `gradients`: whether dl/dh and dl/dW are wanted."""
+@dataclass
+class Instances:
+    """Rows in instances of `length` rows each, which `weigh` weighs by their mean loss; the weights go to `weights_B`."""
 
-    vocab_size: int
-    softcap: float | None
-    z_loss: float
-    scale: float
-    dtype: torch.dtype
-    gradients: bool
+    length: int
+    weigh: Weigh
+    weights_B: Tensor
+
+
+def logit_statistics(z_NxV: Tensor) -> dict[str, Tensor]:
+    """Mean entropy and log-normaliser of rows of logits, in nats, and the largest logit."""
+    log_p = z_NxV.log_softmax(-1)
+    return {"entropy": -(log_p.exp() * log_p).sum(-1).mean(), "log_normaliser": z_NxV.logsumexp(-1).mean(), "largest": z_NxV.max()}
+
+
+def instance_means(losses_N: Tensor, counted_N: Tensor, length: int) -> Tensor:
+    """Means over the counted rows of each instance of `length` rows, 0 where there are none."""
+    return (losses_N * counted_N).view(-1, length).sum(1) / counted_N.view(-1, length).sum(1).clamp_min(1)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -63,84 +216,125 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def cross_entropy_and_gradients(h_NxD: Tensor, weight_VxD: Tensor, targets_N: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-    """(scale * sum of l, its gradients by h_NxD and W_VxD); h and W in the compute dtype, softmax and dl/dW in fp32 or wider."""
-    device, gradients = h_NxD.device.type, settings.gradients
-    wide = torch.promote_types(h_NxD.dtype, torch.float32)
-    total = torch.zeros((), dtype=wide, device=h_NxD.device)
-    dh_NxD = torch.empty_like(h_NxD) if gradients else h_NxD.new_empty(0)
-    dW_VxD = h_NxD.new_empty(0)
-    chunk, block = (max(1, sizes.get(device, 2**24) // weight_VxD.shape[0]) for sizes in (CHUNK_ELEMENTS, BLOCK_ELEMENTS))
-    chunk = -(-len(targets_N) // max(1, -(-len(targets_N) // chunk)))  # as many chunks as needed, of one size
-    buffer_CxV = h_NxD.new_empty(chunk, weight_VxD.shape[0])  # one for all: fresh memory of this size is paid for page by page
-    for begin in range(0, len(targets_N), chunk or 1):
-        h_CxD, targets_C = h_NxD[begin : begin + chunk], targets_N[begin : begin + chunk]
-        z_CxV = torch.mm(h_CxD, weight_VxD.T, out=buffer_CxV[: len(h_CxD)])
-        for first in range(0, len(targets_C), block):
-            total += softmax_block(z_CxV[first : first + block], targets_C[first : first + block], settings, wide)
-        if gradients:  # z holds r now
-            torch.mm(z_CxV, weight_VxD, out=dh_NxD[begin : begin + chunk])
-            product = z_CxV.T @ h_CxD
-            dW_VxD = dW_VxD.add_(product) if begin else product.to(wide)
-    if gradients and not len(targets_N):
-        dW_VxD = torch.zeros_like(weight_VxD, dtype=wide)
-    return total, dh_NxD, dW_VxD
+def sweep(
+    made: Point | None,
+    at: Point | None,
+    targets_N: Tensor,
+    factor_N: Tensor,
+    shape: Shape,
+    lse_N: Tensor | None = None,
+    r_NxV: Tensor | None = None,
+    instances: Instances | None = None,
+) -> Rows:
+    """Once over all tokens, in chunks: r, each row times its factor, of the logits at `made`, and its products r W and r^T h with `at`.
+
+    made=None takes r from `r_NxV`; else r is written there if it is given. With `lse_N`, the log-normalisers at `made`, r needs one pass
+    over the logits and no loss comes out. Softmax and dW in fp32 or wider."""
+    like = made or at
+    assert like is not None
+    device, V = factor_N.device.type, like.weight_VxD.shape[0]
+    N, write, rebuild = len(targets_N), at is not None or r_NxV is not None, lse_N is not None
+    losses_N = torch.zeros_like(factor_N)
+    lse_N = torch.zeros_like(factor_N) if lse_N is None else lse_N
+    dh_NxD, dW_VxD = (torch.empty_like(at.h_NxD) if at else factor_N.new_empty(0)), factor_N.new_empty(0)
+    chunk, block = (max(1, sizes.get(device, 2**24) // V) for sizes in (CHUNK_ELEMENTS, BLOCK_ELEMENTS))
+    chunk = -(-N // max(1, -(-N // chunk)))  # as many chunks as needed, of one size
+    if instances:
+        chunk = max(instances.length, chunk // instances.length * instances.length)  # whole instances
+    buffer_CxV = like.h_NxD.new_empty(chunk, V) if r_NxV is None else r_NxV  # one for all: fresh memory of this size is paid for page by page
+    for begin in range(0, N, chunk or 1):
+        rows = slice(begin, min(N, begin + chunk))
+        z_CxV = buffer_CxV[rows] if r_NxV is not None else buffer_CxV[: rows.stop - begin]
+        if made is not None:
+            torch.mm(made.h_NxD[rows], made.weight_VxD.T, out=z_CxV)
+            blocks = [slice(first, min(rows.stop, first + block)) for first in range(begin, rows.stop, block)]
+            factor_C = factor_N[rows]
+            if instances:  # their losses first, for the weights; then r from the log-normalisers
+                for b in blocks:
+                    losses_N[b], lse_N[b] = softmax_block(z_CxV[b.start - begin : b.stop - begin], targets_N[b], factor_N[b], shape, None, False)
+                factor_C = factor_C * weights_of(instances, rows, losses_N[rows], targets_N[rows])
+            for b in blocks:
+                inner = slice(b.start - begin, b.stop - begin)
+                given = lse_N[b] if rebuild or instances else None
+                found = softmax_block(z_CxV[inner], targets_N[b], factor_C[inner], shape, given, write)
+                if given is None:
+                    losses_N[b], lse_N[b] = found
+        if at is not None:  # z holds r now
+            torch.mm(z_CxV, at.weight_VxD, out=dh_NxD[rows])
+            product = z_CxV.T @ at.h_NxD[rows]
+            dW_VxD = dW_VxD.add_(product) if begin else product.to(factor_N.dtype)
+    if at is not None and not N:
+        dW_VxD = torch.zeros_like(at.weight_VxD, dtype=factor_N.dtype)
+    return Rows(losses_N, lse_N, dh_NxD, dW_VxD)
 
 
-def softmax_block(z_CxV: Tensor, targets_C: Tensor, settings: Settings, wide: torch.dtype) -> Tensor:
-    """scale * sum of l over a block of rows; where gradients are wanted, z is overwritten by scale * r."""
-    vocab_size, cap, z_loss, scale, _, gradients = settings
-    counted = (targets_C != IGNORED)[:, None]
-    index = targets_C[:, None].where(counted, 0)
-    factor = counted.to(wide) * scale  # of each row
-    z, top = z_CxV[:, :vocab_size].to(wide), z_CxV[:, :vocab_size].amax(1, keepdim=True).to(wide)
+def weights_of(instances: Instances, rows: slice, losses_C: Tensor, targets_C: Tensor) -> Tensor:
+    """The weight of every row of some whole instances, noted in `instances`."""
+    T = instances.length
+    which = slice(rows.start // T, rows.stop // T)
+    instances.weights_B[which] = instances.weigh(which, instance_means(losses_C, (targets_C != IGNORED).to(losses_C.dtype), T))
+    return instances.weights_B[which].repeat_interleave(T)
+
+
+def softmax_block(z_CxV: Tensor, targets_C: Tensor, factor_C: Tensor, shape: Shape, lse_C: Tensor | None, write: bool) -> tuple[Tensor, Tensor]:
+    """(l, log-normaliser) of a block of rows; with `write`, z is overwritten by factor * r. A known log-normaliser spares the
+    search for the largest logit and the sum, and l is not computed."""
+    vocab_size, cap, z_loss = shape
+    wide, known = factor_C.dtype, lse_C is not None
+    index = targets_C.where(targets_C != IGNORED, 0)[:, None]
+    factor = factor_C[:, None]
+    z = z_CxV[:, :vocab_size].to(wide)
+    top = lse_C[:, None] if lse_C is not None else z_CxV[:, :vocab_size].amax(1, keepdim=True).to(wide)
     if cap is not None:
-        z, top = cap * torch.tanh(z / cap), cap * torch.tanh(top / cap)
-    slope = 1.0 if cap is None or not gradients else 1 - (z / cap).square()
+        z = cap * torch.tanh(z / cap)
+        top = top if known else cap * torch.tanh(top / cap)
+    slope = 1.0 if cap is None or not write else 1 - (z / cap).square()
     target = z.gather(1, index)
     p = z.sub_(top).exp_()  # softmax but for its denominator: every row is passed over as few times as can be
-    denominator = p.sum(1, keepdim=True)
-    lse = top + denominator.log()
-    if gradients:
+    denominator = torch.ones_like(top) if known else p.sum(1, keepdim=True)
+    lse = top if known else top + denominator.log()
+    if write:
         r = p.mul_(factor * (1 + 2 * z_loss * lse) / denominator).scatter_add_(1, index, -factor)
         z_CxV[:, :vocab_size] = r if cap is None else r.mul_(slope)
         z_CxV[:, vocab_size:] = 0
-    return (lse - target + z_loss * lse.square()).mul(factor).sum()
+    return (lse - target + z_loss * lse.square())[:, 0], lse[:, 0]
 
 
-def differentiable_gradients(h_NxD: Tensor, weight_VxD: Tensor, targets_N: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+def differentiable_gradients(h_NxD: Tensor, weight_VxD: Tensor, targets_N: Tensor, factor_N: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
     """dl/dh and dl/dW once more, densely, by operations that can be differentiated themselves."""
-    vocab_size, cap, z_loss, scale, _, _ = settings
-    counted = (targets_N != IGNORED)[:, None]
+    vocab_size, cap, z_loss = shape
     z = (h_NxD @ weight_VxD.T)[:, :vocab_size].to(torch.promote_types(h_NxD.dtype, torch.float32))
     z = z if cap is None else cap * torch.tanh(z / cap)
-    onehot = torch.zeros_like(z).scatter(1, targets_N[:, None].where(counted, 0), 1.0)
-    r = scale * counted * (z.softmax(1) * (1 + 2 * z_loss * z.logsumexp(1, keepdim=True)) - onehot)
+    onehot = torch.zeros_like(z).scatter(1, targets_N.where(targets_N != IGNORED, 0)[:, None], 1.0)
+    r = factor_N[:, None] * (z.softmax(1) * (1 + 2 * z_loss * z.logsumexp(1, keepdim=True)) - onehot)
     r = (r if cap is None else r * (1 - (z / cap).square())).to(h_NxD.dtype)
     dW_VxD = torch.cat([r.T @ h_NxD, weight_VxD.new_zeros(weight_VxD.shape[0] - vocab_size, weight_VxD.shape[1])])
     return r @ weight_VxD[:vocab_size], dW_VxD
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy whose gradients are made in the forward pass, where the logits are at hand."""
+class _Head(torch.autograd.Function):
+    """A function of h and W whose gradients are made in the forward pass, where the logits are at hand.
+
+    `compute(h, W)` gives the value, dh and dW (without dimensions: none); `again(h, W)` gives dh and dW once more where somebody
+    wants to differentiate them."""
 
     @staticmethod
-    def forward(h_NxD: Tensor, weight_VxD: Tensor, targets_N: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(h_NxD: Tensor, weight_VxD: Tensor, compute: Callable, again: Callable | None) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(h_NxD.device.type, enabled=False):
-            return cross_entropy_and_gradients(h_NxD.to(settings.dtype), weight_VxD.to(settings.dtype), targets_N, settings)
+            return compute(h_NxD, weight_VxD)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        h_NxD, weight_VxD, targets_N, ctx.settings = inputs
+        h_NxD, weight_VxD, _, ctx.again = inputs
         _, dh_NxD, dW_VxD = output
         ctx.mark_non_differentiable(dh_NxD, dW_VxD)
-        ctx.save_for_backward(h_NxD, weight_VxD, targets_N, dh_NxD, dW_VxD)
+        ctx.save_for_backward(h_NxD, weight_VxD, dh_NxD, dW_VxD)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        h_NxD, weight_VxD, targets_N, dh_NxD, dW_VxD = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: somebody will differentiate again
-            dh_NxD, dW_VxD = differentiable_gradients(h_NxD, weight_VxD, targets_N, ctx.settings)
+        h_NxD, weight_VxD, dh_NxD, dW_VxD = ctx.saved_tensors
+        if torch.is_grad_enabled() and ctx.again:  # create_graph=True: somebody will differentiate again
+            dh_NxD, dW_VxD = ctx.again(h_NxD, weight_VxD)
         elif grad.device.type == "cpu" and grad == 1:  # spares a pass over dW; on CUDA the question would cost more than the pass
-            return dh_NxD.to(h_NxD.dtype), dW_VxD.to(weight_VxD.dtype), None, None
-        return (dh_NxD * grad).to(h_NxD.dtype), (dW_VxD * grad).to(weight_VxD.dtype), None, None
+            return dh_NxD.to(h_NxD.dtype), dW_VxD.to(weight_VxD.dtype) if dW_VxD.ndim else None, None, None
+        return (dh_NxD * grad).to(h_NxD.dtype), (dW_VxD * grad).to(weight_VxD.dtype) if dW_VxD.ndim else None, None, None

@@ -1,8 +1,26 @@
 """How a gradient is made, and what is done with it."""
 
 from optim.adamw import build_optimizer
-from optim.flops import forward_flops
+from optim.adapter import Adapter
+from optim.axes import check_axes, passes
+from optim.bar import BAR
+from optim.flops import ForwardFlops, forward_flops
+from optim.gradient import Gradient, RuleResult
 from optim.schedule import Schedule, build_schedule
-from optim.sharpness import Gradient, RuleResult
+from optim.sharpness import SharpnessAware, build_rule
 
-__all__ = ["Gradient", "RuleResult", "Schedule", "build_optimizer", "build_schedule", "forward_flops"]
+__all__ = [
+    "BAR",
+    "Adapter",
+    "ForwardFlops",
+    "Gradient",
+    "RuleResult",
+    "Schedule",
+    "SharpnessAware",
+    "build_optimizer",
+    "build_rule",
+    "build_schedule",
+    "check_axes",
+    "forward_flops",
+    "passes",
+]

@@ -25,6 +25,10 @@ class ForwardFlops:
         """FLOPs of one forward per token."""
         return self.body + self.attention + self.head
 
+    def of(self, forwards: float, backwards: float, head_products: float) -> float:
+        """FLOPs per token of so many passes through the body and products with the head."""
+        return (self.body + self.attention) * (forwards + 2 * backwards) + self.head * head_products
+
 
 def forward_flops(config: GPTConfig, length: int) -> ForwardFlops:
     """The forward FLOPs per token of a model on sequences of `length` tokens."""

@@ -1,14 +1,14 @@
 """How long a run is, and its learning rate at every step."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from conf.schema import OptimConfig, ScheduleConfig
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The horizon of a run and its learning rate, in units of optimiser steps.
+    """The horizon of a run, its learning rate and its radius, in units of optimiser steps.
 
     With progress p = (s - warmup) / (steps - warmup) and f = final, the rate of step s = 0, 1, ... as a fraction of the peak is
 
@@ -17,6 +17,14 @@ class Schedule:
         linear     1 - (1 - f) p
         wsd        1 until p = 1 - decay_steps / (steps - warmup), then linearly to f   (warm-up, stable, decay)
         constant   1
+
+    A rule that moves the weights does so from step `first` to before `stop`, every `period`-th step. Its radius, with
+    p = (s - first) / (stop - first), is as a fraction of rho
+
+        constant   1
+        warmup     min(1, p / rho_warmup)
+        cosine     (1 + cos(pi p)) / 2
+        lr         the learning rate's fraction
     """
 
     steps: int
@@ -26,10 +34,27 @@ class Schedule:
     start: float = 0.0
     final: float = 0.1
     decay_steps: int = 0
+    first: int = 0
+    stop: int = 0
+    period: int = 1
+    rho: float = 0.0
+    rho_shape: str = "constant"
+    rho_warmup: float = 0.1
 
     def lr(self, step: int) -> float:
         """Learning rate of the update from `step` to `step + 1`."""
         return self.peak * self.fraction(step)
+
+    def radius(self, step: int) -> float:
+        """Radius of the perturbation in the same update."""
+        progress = max(0, step - self.first) / max(1, self.stop - self.first)
+        fractions = {"constant": 1.0, "warmup": min(1.0, progress / self.rho_warmup), "cosine": (1 + math.cos(math.pi * progress)) / 2}
+        return self.rho * (self.fraction(step) if self.rho_shape == "lr" else fractions[self.rho_shape])
+
+    @property
+    def perturbed_steps(self) -> int:
+        """How many steps move the weights."""
+        return len(range(self.first, self.stop, self.period))
 
     def fraction(self, step: int) -> float:
         """Learning rate as a fraction of the peak."""
@@ -45,8 +70,10 @@ class Schedule:
         return 1.0
 
 
-def build_schedule(config: ScheduleConfig, optim: OptimConfig, tokens_per_step: int, num_parameters: int) -> Schedule:
-    """The schedule of a run of `num_parameters` counted parameters. A horizon in tokens is rounded up to whole steps.
+def build_schedule(config: ScheduleConfig, optim: OptimConfig, tokens_per_step: int, num_parameters: int, perturbed_cost: float = 1.0) -> Schedule:
+    """The schedule of a run of `num_parameters` counted parameters. A horizon in tokens is rounded up to whole steps. With
+    optim.compute_matched it is the longest one whose FLOPs do not exceed those of the plain gradient over the full horizon, where a perturbed
+    step costs `perturbed_cost` plain ones.
 
     Raises ValueError where the warm-up, the decay or the first perturbed step lies beyond the horizon."""
     if config.name == "chinchilla":
@@ -56,6 +83,28 @@ def build_schedule(config: ScheduleConfig, optim: OptimConfig, tokens_per_step: 
     else:
         assert config.steps is not None
         steps = config.steps
+    if optim.path == "none":
+        return over(steps, config, optim)
+    if optim.compute_matched:
+        budget, low, high = float(steps), 1, steps
+        while low < high:  # the cost grows with the horizon
+            middle = (low + high + 1) // 2
+            first, stop = span(optim, middle)
+            cost = middle + (perturbed_cost - 1) * len(range(first, stop, optim.period))
+            low, high = (middle, high) if cost <= budget * (1 + 1e-12) else (low, middle - 1)
+        steps = low
+    return over(steps, config, optim)
+
+
+def span(optim: OptimConfig, steps: int) -> tuple[int, int]:
+    """The first perturbed step and the first no longer perturbed, of a horizon."""
+    first = optim.start if optim.start >= 1 else optim.start * steps
+    stop = steps if optim.stop is None else optim.stop if optim.stop > 1 else optim.stop * steps
+    return round(first), min(steps, round(stop))
+
+
+def over(steps: int, config: ScheduleConfig, optim: OptimConfig) -> Schedule:
+    """The schedule over a horizon."""
     warmup = round(config.warmup * steps) if config.warmup_steps is None else config.warmup_steps
     decay_steps = max(1, round(config.decay * steps)) if config.shape == "wsd" else 0
     if warmup >= steps:
@@ -63,6 +112,12 @@ def build_schedule(config: ScheduleConfig, optim: OptimConfig, tokens_per_step: 
         raise ValueError(f"{given} reaches beyond the horizon of {steps} steps; shorten the warm-up or lengthen the run")
     if warmup + decay_steps > steps:
         raise ValueError(f"schedule.decay={config.decay:g} overlaps the warm-up of {warmup} steps in {steps}; lower schedule.decay or the warm-up")
-    if optim.path != "none" and (optim.start if optim.start >= 1 else optim.start * steps) >= steps:
+    plain = Schedule(steps, warmup, optim.lr, config.shape, config.start, config.final, decay_steps)
+    if optim.path == "none":
+        return plain
+    first, stop = span(optim, steps)
+    if first >= steps:
         raise ValueError(f"optim.start={optim.start:g} lies beyond the horizon of {steps} steps: the rule would never act; start earlier")
-    return Schedule(steps, warmup, optim.lr, config.shape, config.start, config.final, decay_steps)
+    if first >= stop:
+        raise ValueError(f"optim.stop={optim.stop:g} is not after optim.start={optim.start:g}: the rule would never act; stop later")
+    return replace(plain, first=first, stop=stop, period=optim.period, rho=optim.rho, rho_shape=optim.rho_schedule, rho_warmup=optim.rho_warmup)

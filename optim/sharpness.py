@@ -1,53 +1,347 @@
-"""Gradient rules: ways to produce the gradient that the base optimiser steps on.
+"""The gradient of every sharpness-aware rule, as one rule with axes that combine.
 
 batches -> rule.gradient -> p.grad -> clip -> base optimiser
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from conf.schema import DIRECTIONS, OptimConfig, RuleConfig
 from model.gpt import GPT
-from model.logits import IGNORED
-
-Batch = tuple[Tensor, Tensor]  # tokens_BxT, targets_BxT
-
-
-@dataclass
-class RuleResult:
-    """What a rule reports of a step: mean losses in nats per counted token (at the weights, and at the moved point where the
-    rule looks there), the number of counted tokens, the passes over the batch it took, and what else it logs."""
-
-    loss: Tensor
-    perturbed_loss: Tensor | None
-    tokens: int
-    forwards: float = 1.0
-    backwards: float = 1.0
-    metrics: dict[str, float] = field(default_factory=dict)
+from model.logits import compute_dtype
+from optim import delta
+from optim.adapter import Adapter
+from optim.axes import Terms, check_optimizer, choose, kinds, make_axes, needs_gradient, terms_of
+from optim.diagnostics import clean_loss, decompose, look_at_move
+from optim.direction import Direction, length, scaled
+from optim.gradient import Gradient, Micro, RuleResult, cut, named_gradients, plus, take_gradients
+from optim.perturbation import dot, free_memory, ieee_fp32, moved, norm, random_state, same_buffers, set_random_state
+from optim.schedule import Schedule
 
 
-class Gradient:
-    """The plain gradient of the mean loss over all counted tokens of a step, g = sum_n dl_n/dw / N.
+class SharpnessAware(Gradient):
+    """The gradient of every sharpness-aware rule: a point in the product of a few axes.
 
-    Micro-batching never changes it: each micro-batch's summed loss is divided by the N of the whole step."""
+    Let t be the weights, L the loss summed over the counted tokens of the step and divided by their number N, r = dL/dF its derivative
+    by the logits F, J = dF/dt, g = J^T r. A step moves the weights to t~ = t + e, looks there, moves them back, and leaves in p.grad
 
-    def __init__(self, model: GPT) -> None:
-        self.model = model
+        full         J(t~)^T r(t~)     SAM (2010.01412): the gradient at t~
+        functional   J(t~)^T r(t)      Functional-SAM (2502.02407): the output derivative stays clean, so that only the curvature of
+                                       the network counts, and not that of the loss over the logits
+        logit        J(t)^T r(t~)      the other half of SAM
+        angle        between the two:  J(t)^T [(1 - a - b) r + a r~] + b J(t~)^T r    (see `optim.axes.terms_of`)
 
-    def gradient(self, batches: Sequence[Batch]) -> RuleResult:
-        """Leaves g in p.grad and returns what the step was. `batches` are the micro-batches of the step; the caller's autocast
-        holds, and p.grad must be empty."""
-        tokens = sum(int((targets != IGNORED).sum()) for _, targets in batches)
-        total = torch.zeros((), dtype=torch.float64)
-        for inputs_BxT, targets_BxT in batches:
-            loss, _ = self.model.loss(inputs_BxT, targets_BxT, scale=1 / max(1, tokens))
-            loss.backward()
-            total = total.to(loss.device) + loss.detach()
-        return RuleResult(loss=total, perturbed_loss=None, tokens=tokens)
+    The move is e = rho d / n(d), d = P q, over the perturbed parameters (`parameters`), each tied tensor once:
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold for the next step to be the same; the plain gradient remembers nothing."""
-        return {}
+        direction    q: gradient (g of the ascent loss), momentum, stale, friendly, random       (`optim.direction`)
+        metric       P: euclidean (1), adam (1 / (v^ power + eps)), adaptive (T^2)               (`optim.direction.scaled`)
+                     n: |d|; for adam by choice |q| or sqrt(q.d); for adaptive |T q|
+        weights      of the instances in the ascent loss: uniform, or delta                      (`optim.delta`)
+        scope        batch: one e for the whole batch. micro_batch (mSAM, 2302.09693): one for each element of `batches`, and the
+                     gradients at their t + e_i averaged by counted tokens
+        ascent_fraction    the share of the group's instances, the first ones, on which the ascent gradient is taken
+
+    and afterwards g_rule may be combined with g:
+
+        replace      g_rule
+        orthogonal   g_rule - alpha (part of g orthogonal to g_rule)                             GSAM (2203.08065)
+        reuse        g_rule, and off the period g + alpha |g| / |g_v| g_v with the last g_v, the part of g_rule orthogonal to g   LookSAM (2203.02714)
+
+    `start`, `stop` (steps) and `period` say when; in between the plain gradient is taken. rho=0 runs all passes and moves nothing.
+    `rho` may be set anew before any step. The functional and angle paths keep r (`cotangent="store"`: tokens x vocabulary in the
+    compute dtype) or rebuild it ("rebuild": one more head product, h and a number per token); "auto" stores while `cotangent_share` of
+    the free memory allows.
+
+    A sweep over the batch replays the random stream, so that every pass sees the same dropout masks and a step leaves the generator where
+    a plain step does. Gradients are raw: clipping comes after, once. Norms are of fp32 or wider. Nothing is kept in the optimiser; what the
+    next step depends on is in `state_dict`. Raises ValueError for an axis that does not exist, a value out of range, a combination
+    that means nothing, and an optimiser that lacks what the axes read."""
+
+    def __init__(self, model: GPT | Adapter | nn.Module, optimizer: Optimizer, **axes: Any) -> None:
+        super().__init__(model)
+        self.axes = make_axes({"path": "full"} | axes)
+        if 0 < self.axes.start < 1 or 0 < (self.axes.stop or 0) < 1:
+            raise ValueError(f"start={self.axes.start:g}, stop={self.axes.stop}: a fraction needs a horizon; give steps")
+        self.optimizer, self.rho, self.step = optimizer, self.axes.rho, 0
+        self.moving = choose(self.module, self.parameters, self.axes.parameters)
+        self.kinds = kinds(self.module, self.parameters)
+        check_optimizer(self.axes, optimizer, self.moving)
+        self.direction: Direction = DIRECTIONS[self.axes.direction](self.axes, optimizer)
+        self.terms = terms_of(self.axes)
+        self.memory: dict[str, Tensor] = {}  # LookSAM's g_v
+        self.stores: bool | None = {"store": True, "rebuild": False}.get(self.axes.cotangent)
+        self.warned = False
+        self.told = type(self.direction).saw is not Direction.saw  # the direction wants to know g
+        self.needs_gradient = needs_gradient(self.axes)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The step, the direction's memory, LookSAM's, and what cotangent=auto took: all that the next step depends on."""
+        state = {"step": torch.tensor(self.step)} | ({} if self.stores is None else {"stores": torch.tensor(self.stores)})
+        for owner, tensors in (("direction", self.direction.state), ("combine", self.memory)):
+            state |= {f"{owner}/{name}": tensor for name, tensor in tensors.items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.step = int(state["step"])
+        if "stores" in state and self.axes.cotangent == "auto":
+            self.stores = bool(state["stores"])
+        for owner, tensors in (("direction", self.direction.state), ("combine", self.memory)):
+            tensors.clear()
+            names = (name for name in state if name.startswith(f"{owner}/"))
+            tensors.update({name.partition("/")[2]: state[name].to(self.device, copy=True) for name in names})
+
+    def active(self, step: int) -> bool:
+        """Whether the weights are moved in a step, counted from 0."""
+        return self.within(step) and (step - self.axes.start) % self.axes.period == 0
+
+    def within(self, step: int) -> bool:
+        """Whether a step lies from `start` to before `stop`."""
+        return self.axes.start <= step < (math.inf if self.axes.stop is None else self.axes.stop)
+
+    def gradient(self, batches: Sequence[Any], logged: bool = True, diagnose: bool = False) -> RuleResult:
+        """Leaves the rule's gradient in p.grad, which must be empty, averaged over all counted tokens, and returns what the step was.
+
+        `batches`: the micro-batches (inputs, targets) of the step; with scope=micro_batch each element is one group, and may be a
+        list of micro-batches. The caller's autocast holds. `logged=False` spares the metrics; `diagnose` adds those that cost passes.
+        Weights, their addresses and buffers are afterwards what a plain step would leave, even where a pass raises."""
+        result = RuleResult()
+        groups = self.groups(batches, result)
+        if self.axes.scope != "micro_batch":
+            groups = [[micro for group in groups for micro in group]]
+        step, self.step, self.direction.step = self.step, self.step + 1, self.step
+        clean: dict[str, Tensor] = {}  # g, where somebody wants it at the end
+        if not self.active(step):
+            for group in groups:
+                self.plain(group, result, logged)
+            clean = named_gradients(self.parameters) if self.told else {}
+        else:
+            result.metrics["sharpness/rho"] = self.rho
+            with ieee_fp32(self.device) if self.axes.compute == "fp32" else nullcontext():
+                if diagnose:
+                    decompose(self, groups[0], result)
+                result.finite = all(self.one_group(group, result, self.terms, clean, logged, diagnose) for group in groups)
+        if result.finite:
+            self.conclude(step, clean, result, logged)
+        else:
+            take_gradients(self.parameters)
+        return result
+
+    def one_group(self, group: list[Micro], result: RuleResult, terms: Terms, clean: dict[str, Tensor] | None, logged: bool, diagnose: bool) -> bool:
+        """Adds the gradient of one group, at a moved point of its own, to p.grad, and g to `clean` if somebody wants it. False where
+        the ascent is not finite. Without `clean` nothing is remembered of the step."""
+        tokens, q = sum(micro.tokens for micro in group), {} if self.direction.needs_gradient else self.along({})
+        if tokens == 0 or not (self.direction.needs_gradient or q):  # nothing counted, or nothing to move along yet
+            self.plain(group, result, logged)
+            return True
+        random, weight, earlier, gradients = random_state(), tokens / result.tokens, take_gradients(self.parameters), {}
+        looked = bool(self.needs_gradient or terms.functional or terms.logit)
+        if looked:
+            group = cut(group, self.axes.ascent_fraction)
+            gradients = self.clean_pass(group, terms, weight, result, random, logged)
+        elif diagnose:
+            clean_loss(self, group, result, random)
+        q = q or self.along(gradients)
+        moving = [self.moving[name] for name in q]
+        d = scaled(self.axes, self.optimizer, moving, list(q.values()), [gradients.get(name) for name in q])
+        n = length(self.axes, d, list(q.values())).item()
+        if not math.isfinite(n):
+            return False
+        if logged and gradients:
+            slope = dot(d, [gradients[name] for name in q]) / norm(d).clamp_min(1e-30) * self.direction.sign
+            result.log(weight, {"sharpness/gradient_norm": norm(list(gradients.values())), "sharpness/slope": slope})
+        if clean is not None:
+            self.keep(clean, gradients, list(q), weight)
+        with same_buffers(self.module) if looked else nullcontext():
+            with moved(moving, d, self.direction.sign * self.rho / n if n > 0 else 0.0) as copies:
+                for name, p in self.parameters.items():  # what the moved pass adds to
+                    p.grad = earlier.get(name)
+                    if terms.clean and name in gradients:
+                        p.grad = gradients[name].mul(terms.clean * weight).add_(0 if p.grad is None else p.grad)
+                for held in (earlier, gradients, q, d):
+                    held.clear()
+                result.perturbed = True
+                self.moved_pass(group, terms, dict(zip(map(id, moving), copies, strict=True)), weight, result, random, logged, diagnose)
+                if logged:
+                    look_at_move(self, moving, copies, terms, weight, result)
+            if terms.logit:
+                set_random_state(random)
+                for micro in group:
+                    (terms.logit * self.model.lazy_logits(micro.inputs).pull(micro.spent)).backward()
+                    result.count(micro.share, forwards=1, backwards=1)
+                    micro.spent.free()
+        return True
+
+    def along(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """q of every parameter that moves, by name."""
+        q: dict[str, Tensor] = {}
+        for name, parameter in self.moving.items():
+            if not self.direction.needs_gradient or name in gradients:
+                along = self.direction(name, parameter, gradients.get(name))
+                q |= {name: along} if along is not None else {}
+        return q
+
+    def clean_pass(
+        self, group: list[Micro], terms: Terms, weight: float, result: RuleResult, random: dict[str, Tensor], logged: bool
+    ) -> dict[str, Tensor]:
+        """The clean losses and cotangents of a group, and the gradient of its mean ascent loss if that is wanted."""
+        axes, tokens = self.axes, sum(micro.tokens for micro in group)
+        if axes.weights == "delta" and sum(int(micro.counted_B.count_nonzero()) for micro in group) > 1:  # one instance weighs 1
+            with same_buffers(self.module):
+                offsets = delta.probe(axes, self.moving, self.direction.step, lambda: self.instance_losses(group, result, random))
+            for micro, offsets_B in zip(group, offsets, strict=True):
+                micro.offsets_B = offsets_B
+        store = bool(terms.functional) and self.store(group)
+        keep_h = bool(terms.logit or (terms.functional and not store))
+        set_random_state(random)
+        for micro in group:
+            trained = self.needs_gradient and micro.ascends
+            with torch.set_grad_enabled(trained):
+                logits = self.model.lazy_logits(micro.inputs)
+                weigh = partial(delta.weigh, axes, micro.offsets_B) if micro.offsets_B is not None and micro.ascends else None
+                loss, micro.cotangent = logits.cross_entropy_and_cotangent(micro.targets, 1 / tokens, store, keep_h, weigh)
+                if trained:
+                    loss.backward()
+            result.count(micro.share, forwards=1, backwards=trained, head_products=3 if trained else 1)
+            result.loss = plus(result.loss, loss * weight)
+            self.look(logits, micro, result, logged)
+        found = take_gradients(self.parameters)
+        mass = 0.0
+        for micro in group:
+            weights_B = micro.cotangent.weights_B
+            mass += 0 if not micro.ascends else micro.tokens if weights_B is None else float((weights_B * micro.counted_B).sum())
+        for micro in group:
+            if micro.cotangent.weights_B is not None and mass:
+                micro.weights_B = micro.cotangent.weights_B * (tokens / mass)
+        if found and mass not in (0, tokens):  # the mean over what ascends, each instance with its weight
+            torch._foreach_mul_(list(found.values()), tokens / mass)
+        return found
+
+    def moved_pass(
+        self, group: list[Micro], terms: Terms, saved: dict[int, Tensor], weight: float, result: RuleResult, random: dict[str, Tensor],
+        logged: bool, diagnose: bool,
+    ) -> None:  # fmt: skip
+        """Adds to p.grad what is to be had at the moved point. `saved` are the clean weights, by the identity of their parameters."""
+        scale, dW_VxD = 1 / result.tokens, None
+        set_random_state(random)
+        for micro in group:
+            with torch.set_grad_enabled(bool(terms.full or terms.functional)):
+                logits, loss = self.model.lazy_logits(micro.inputs), None
+                result.count(micro.share, forwards=1)
+                head = getattr(logits, "weight_VxD", None)
+                clean_head = saved.get(id(head), head)
+                if terms.full:
+                    weights_B = micro.weights_B if self.axes.delta_descent == "reweighted" else None
+                    weigh = None if weights_B is None else lambda which, _, w=weights_B: w[which]
+                    loss, _ = logits.cross_entropy_and_cotangent(micro.targets, scale, weigh=weigh)
+                    loss.backward()
+                    result.count(micro.share, backwards=1, head_products=3)
+                if terms.logit:
+                    loss, micro.spent = logits.spend(micro.targets, scale, micro.cotangent.h_NxD, clean_head)
+                    result.count(micro.share, head_products=3)
+                    if micro.spent.dW_VxD is not None:
+                        dW_VxD = micro.spent.dW_VxD if dW_VxD is None else dW_VxD.add_(micro.spent.dW_VxD)
+                        micro.spent.dW_VxD = None
+                elif diagnose and not terms.full:
+                    with torch.no_grad():
+                        loss, _ = logits.cross_entropy_and_cotangent(micro.targets, scale)
+                    result.count(micro.share, head_products=1)
+                if terms.functional:
+                    (terms.functional * weight * logits.pull(micro.cotangent, clean_head)).backward()
+                    result.count(micro.share, backwards=1, head_products=3 if micro.cotangent.r_NxV is None else 2)
+            if loss is not None:
+                result.perturbed_loss = plus(result.perturbed_loss, loss)
+            if terms != Terms(full=1):
+                micro.cotangent.free()
+            self.look(logits, micro, result, logged)
+        if terms.logit:
+            group[0].spent.dW_VxD = dW_VxD  # of all micro-batches: the first pull hands it on
+
+    def keep(self, clean: dict[str, Tensor], gradients: dict[str, Tensor], moving: list[str], weight: float) -> None:
+        """Adds up g over the groups where somebody wants it. With one group the direction is told at once, so that g can be let go of."""
+        if self.told and weight == 1 and self.axes.combine == "replace":
+            self.direction.saw({name: gradients[name] for name in moving})
+        elif self.told or self.axes.combine != "replace":
+            for name, gradient in gradients.items():
+                clean[name] = clean[name].add_(gradient, alpha=weight) if name in clean else gradient if weight == 1 else gradient * weight
+
+    def store(self, group: list[Micro]) -> bool:
+        """Whether the cotangents of a group are stored; cotangent=auto decides once."""
+        if self.stores is None:
+            dense, axes = isinstance(self.model, Adapter), self.axes
+            bytes_ = 0 if dense else self.cotangent_bytes(group)
+            free = free_memory(self.device)
+            self.stores = dense or (axes.weights != "delta" and bytes_ <= axes.cotangent_share * free)
+            if not dense:
+                self.say(f"cotangent=auto takes {'store' if self.stores else 'rebuild'}: {bytes_ / 2**20:,.0f} MiB to store, "
+                         f"{free / 2**20:,.0f} MiB free, of which a share of {axes.cotangent_share:g} may be filled")  # fmt: skip
+        return self.stores
+
+    def cotangent_bytes(self, group: list[Micro]) -> int:
+        """What it takes to store r of a group, tokens x vocabulary in the compute dtype."""
+        head = self.model.unembedding
+        return sum(micro.targets.numel() for micro in group) * head.shape[0] * compute_dtype(head).itemsize
+
+    def instance_losses(self, group: list[Micro], result: RuleResult, random: dict[str, Tensor]) -> list[Tensor]:
+        """One forward over a group: the mean loss of every instance."""
+        set_random_state(random)
+        for micro in group:
+            result.count(micro.share, forwards=1, head_products=1)
+        with torch.no_grad():
+            return [self.model.lazy_logits(micro.inputs).instance_losses(micro.targets) for micro in group]
+
+    def conclude(self, step: int, clean: dict[str, Tensor], result: RuleResult, logged: bool) -> None:
+        """Combines g_rule with g, lets the direction know of both, and logs how they lie to each other."""
+        remembers = type(self.direction).gave is not Direction.gave
+        combine = self.axes.combine
+        if not (logged or remembers or clean or combine == "reuse"):
+            return
+        rule = named_gradients(self.parameters)
+        size = norm(list(rule.values()))
+        if not size.isfinite():
+            return
+        if self.told and clean:
+            self.direction.saw({name: clean[name] for name in self.moving if name in clean})
+        if self.active(step) and clean:
+            for name in clean.keys() - rule.keys():
+                rule[name] = self.parameters[name].grad = torch.zeros_like(clean[name])
+            g, g_rule = list(clean.values()), [rule[name] for name in clean]
+            clean_size, inner = norm(g), dot(g, g_rule)
+            result.metrics["sharpness/cosine"] = inner / (clean_size * size).clamp_min(1e-30)
+            if combine == "orthogonal":  # g_rule - alpha (g - part of g along g_rule)
+                torch._foreach_mul_(g_rule, 1 + self.axes.alpha * float(inner / size.square().clamp_min(1e-60)))
+                torch._foreach_add_(g_rule, g, alpha=-self.axes.alpha)
+            if combine == "reuse":  # g_v = g_rule - part of g_rule along g, in g's memory
+                torch._foreach_mul_(g, -float(inner / clean_size.square().clamp_min(1e-60)))
+                torch._foreach_add_(g, g_rule)
+                self.memory = dict(clean)
+        elif combine == "reuse" and self.memory and self.within(step):
+            reused = [self.memory[name] for name in rule if name in self.memory]
+            factor = float(self.axes.alpha * size / norm(reused).clamp_min(1e-30))
+            torch._foreach_add_([rule[name] for name in rule if name in self.memory], reused, alpha=factor)
+        elif logged and "sharpness/rule_slope" in result.metrics and self.axes.direction == "gradient" and self.axes.metric == "euclidean":
+            result.metrics["sharpness/cosine"] = result.metrics["sharpness/rule_slope"] / size.clamp_min(1e-30)
+        if remembers:
+            self.direction.gave({name: gradient for name, gradient in named_gradients(self.parameters).items() if name in self.moving})
+        if logged:
+            result.metrics["sharpness/rule_norm"] = norm(list(named_gradients(self.parameters).values()))
+            if result.perturbed_loss is not None:
+                clean_loss = result.metrics.get("sharpness/clean_loss") if result.loss is None else result.loss
+                result.metrics["sharpness/perturbed_loss"] = result.perturbed_loss
+                if clean_loss is not None:
+                    result.metrics["sharpness/gap"] = result.perturbed_loss - clean_loss
+
+
+def build_rule(model: GPT, optimizer: Optimizer, config: OptimConfig, schedule: Schedule) -> Gradient:
+    """The rule that a configuration asks for; the plain gradient for path=none."""
+    if config.path == "none":
+        return Gradient(model)
+    axes = {entry.name: getattr(config, entry.name) for entry in fields(RuleConfig)}
+    return SharpnessAware(model, optimizer, **(axes | {"start": schedule.first, "stop": schedule.stop}))

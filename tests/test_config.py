@@ -349,7 +349,7 @@ def test_help_lists_every_key_and_choice(command):
         assert str(default) == str(lookup(defaults, name))
         assert all(choice in rest for choice in entry.metadata.get("choices", ()))
     for group, choices in groups().items():
-        assert lines[group].split()[1:] == " | ".join(choices).split()
+        assert f"{group} {' | '.join(choices)}" in " ".join(out.split())
     assert max(map(len, out.splitlines())) < 220
 
 
@@ -401,7 +401,8 @@ def test_memory_estimate_holds_weights_gradients_and_moments():
     plan = make_plan(composed)
     memory = memory_estimate(composed, plan)
     assert memory["weights"] + memory["gradients"] + memory["Adam's moments"] == 16 * plan.num_parameters
-    assert memory_estimate(compose(["model=nanodo_10m", "device=cpu", "batch.micro=4"]), plan)["activations"] == memory["activations"] / 4
+    cut = compose(["model=nanodo_10m", "device=cpu", "batch.micro=4"])
+    assert memory_estimate(cut, make_plan(cut))["activations"] == memory["activations"] / 4
 
 
 def test_schema_is_consistent():

@@ -66,7 +66,8 @@ def test_it_agrees_with_finite_differences():
     model, tokens, targets = model_and_batch()
     Gradient(model).gradient([(tokens, targets)])
     parameters = list(model.parameters())
-    direction = [torch.randn_like(p) for p in parameters]
+    generator = torch.Generator().manual_seed(0)
+    direction = [torch.randn(p.shape, dtype=p.dtype, generator=generator) for p in parameters]
     slope = sum((p.grad * d).sum() for p, d in zip(parameters, direction, strict=True))
     losses = []
     with torch.no_grad():

@@ -1,0 +1,43 @@
+"""delta-SAM (2112.08772): instances that lie in sharp places weigh more in the ascent.
+
+    c_i = |l_i(t + z) + l_i(t - z) - 2 l_i(t)|                      central: two extra forwards
+    c_i = |l_i(t + z + z') - l_i(t + z) - l_i(t + z') + l_i(t)|     mixed: three
+    w_i = c_i^p N / sum_j n_j c_j^p                                 ascent loss sum_i w_i n_i l_i / N
+
+l_i is the mean loss over the n_i counted tokens of instance i, z ~ N(0, sigma^2 rms(w)^2) over the perturbed weights, and a factor of c,
+such as 1 / |z|^2, drops out of w. The forwards see the dropout masks of the step; l_i(t) comes with the weighted pass. No gradient goes
+through w; an instance without counted tokens weighs nothing.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from conf.schema import RuleConfig
+from optim.direction import noise
+from optim.perturbation import moved
+
+Losses = Callable[[], list[Tensor]]  # one forward over a group: the instance losses of every micro-batch
+
+
+def probe(axes: RuleConfig, parameters: Mapping[str, Tensor], step: int, losses: Losses) -> list[Tensor]:
+    """What is to be added to -2 l_i(t) (central) or l_i(t) (mixed) in c_i, for every instance of every micro-batch."""
+    weights = list(parameters.values())
+    count = sum(w.numel() for w in weights)
+    sigma = axes.delta_sigma * torch.stack([w.detach().square().sum() for w in weights]).sum().div(count).sqrt().item()
+
+    def at(**signs: float) -> list[Tensor]:
+        """Losses at t + the sum of sign * z of each kind of noise."""
+        z = [sum(sign * noise(w, step, f"{kind}/{name}") for kind, sign in signs.items()) for name, w in parameters.items()]
+        with moved(weights, z, sigma):  # type: ignore[arg-type]
+            return losses()
+
+    if axes.delta_probe == "central":
+        return [plus + minus for plus, minus in zip(at(z=1.0), at(z=-1.0), strict=True)]
+    return [both - one - other for both, one, other in zip(at(z=1.0, other=1.0), at(z=1.0), at(other=1.0), strict=True)]
+
+
+def weigh(axes: RuleConfig, offsets_B: Tensor, which: slice, losses_b: Tensor) -> Tensor:
+    """c_i^p of some instances of a micro-batch, from what `probe` found and their losses at t."""
+    return (offsets_B[which] + (-2 if axes.delta_probe == "central" else 1) * losses_b).abs().pow(axes.delta_power)

@@ -1,0 +1,167 @@
+"""What the weights move along: the direction q of every parameter, and the metric that scales it to d = P q.
+
+A direction of your own is a class with `__call__` under `@direction("name")`; optim.direction=name then selects it:
+
+    @direction("sign")
+    class Sign(Direction):
+        def __call__(self, name, parameter, gradient):
+            return gradient.sign()
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from conf.schema import DIRECTIONS, RuleConfig
+from optim.perturbation import blocks, dot, norm
+
+
+class Direction:
+    """The gradient itself: q = g (Foret et al. 2021, 2010.01412), and the base of the other directions.
+
+    needs_gradient    whether q is made of the clean gradient of this step; without, the clean pass is spared
+    is_told           whether `saw` and `gave` are to be called
+    sign              of the move: +1, or -1 where q points downhill
+    state             tensors by name that the next step depends on; a checkpoint keeps them"""
+
+    needs_gradient = True
+    is_told = False
+    sign = 1.0
+
+    def __init__(self, axes: RuleConfig, optimizer: Optimizer) -> None:
+        self.axes, self.optimizer, self.step = axes, optimizer, 0
+        self.state: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
+        """q of one parameter, given its clean gradient where `needs_gradient`; None leaves the parameter where it is."""
+        return gradient
+
+    def saw(self, gradients: dict[str, Tensor]) -> None:
+        """Is told the clean gradient of the step, by name, after q was made; over all groups of a step, each weighted by its tokens."""
+
+    def gave(self, gradients: dict[str, Tensor]) -> None:
+        """Is told the gradient that the rule hands on, by name, unclipped. Neither is called with gradients that are not finite."""
+
+
+def direction(name: str) -> Callable[[type[Direction]], type[Direction]]:
+    """Registers a direction as optim.direction=name."""
+
+    def register(cls: type[Direction]) -> type[Direction]:
+        DIRECTIONS[name] = cls
+        return cls
+
+    return register
+
+
+direction("gradient")(Direction)
+
+
+@direction("momentum")
+class Momentum(Direction):
+    """q = -m, the first moment of the base optimiser, read only (Momentum-SAM, 2401.12033): m points uphill, and the step will go along
+    -m, so that the gradient is taken ahead of it. No move before there is an m."""
+
+    needs_gradient = False
+    sign = -1.0
+
+    def __call__(self, name: str, parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
+        state = self.optimizer.state.get(parameter, {})
+        return state.get("exp_avg", state.get("momentum_buffer"))
+
+
+@direction("stale")
+class Stale(Direction):
+    """q = the gradient that the rule handed on in the last step (AsyncSAM). No move in the first step."""
+
+    needs_gradient = False
+
+    def __call__(self, name: str, parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
+        return self.state.get(name)
+
+    def gave(self, gradients: dict[str, Tensor]) -> None:
+        for name, gradient in gradients.items():
+            if name in self.state:
+                self.state[name].copy_(gradient)
+            else:
+                self.state[name] = gradient.clone()
+
+
+@direction("friendly")
+class Friendly(Direction):
+    """q = g - sigma E with E <- decay E + (1 - decay) g after q was made, E = 0 at first (Friendly SAM, 2403.12350): what the gradients
+    of late have in common is taken out of the ascent."""
+
+    is_told = True
+
+    def __call__(self, name: str, parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
+        assert gradient is not None
+        return gradient.sub(self.state[name], alpha=self.axes.friendly_sigma) if name in self.state else gradient
+
+    def saw(self, gradients: dict[str, Tensor]) -> None:
+        for name, gradient in gradients.items():
+            average = self.state.setdefault(name, torch.zeros_like(gradient))
+            average.lerp_(gradient, 1 - self.axes.friendly_decay)
+
+
+@direction("random")
+class Random(Direction):
+    """q ~ N(0, I): a control that knows nothing of the loss. The draw is a function of torch's seed, the step and the name, and leaves
+    the random stream of the run alone."""
+
+    needs_gradient = False
+
+    def __call__(self, name: str, parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
+        return noise(parameter, self.step, name)
+
+
+def noise(like: Tensor, step: int, name: str) -> Tensor:
+    """Standard normal numbers in the shape of a parameter, from a generator of their own, seeded by (torch's seed, step, name)."""
+    digest = hashlib.sha256(f"{torch.initial_seed()}/{step}/{name}".encode()).digest()
+    generator = torch.Generator(like.device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+
+
+def scaled(axes: RuleConfig, optimizer: Optimizer, parameters: Sequence[Tensor], q: list[Tensor], gradients: list[Tensor | None]) -> list[Tensor]:
+    """d = P q of every parameter, in new tensors; for the euclidean metric q itself.
+
+    adam        d = q / (v^ power + eps), v^ bias-corrected. second_moment=with_gradient takes v' = b2 v + (1 - b2) g^2, as this
+                step would leave it, corrected for step + 1; before takes v as it stands, and P = 1 before there is a v. v is only read.
+    adaptive    d = T^2 q, T = |w| + floor for matrices and 1 for vectors (ASAM, 2102.11600)"""
+    if axes.metric == "euclidean":
+        return q
+    if axes.metric == "adaptive":
+        return [d if w.ndim < 2 else w.detach().abs().add_(axes.adaptive_floor).square_().mul_(d) for w, d in zip(parameters, q, strict=True)]
+    settings = {p: group for group in optimizer.param_groups for p in group["params"]}
+    return [adam(axes, settings[w], optimizer.state.get(w, {}), d, g) for w, d, g in zip(parameters, q, gradients, strict=True)]
+
+
+def adam(axes: RuleConfig, group: dict[str, Any], state: dict[str, Any], q: Tensor, gradient: Tensor | None) -> Tensor:
+    """q / (v^ power + eps) for one parameter, in a new tensor."""
+    b2, eps, v, step = group["betas"][1], axes.metric_eps, state.get("exp_avg_sq"), float(state.get("step", 0))
+    eps = group["eps"] if eps is None else eps
+    ahead = axes.second_moment == "with_gradient"
+    if v is None and not ahead:
+        return q
+    correction = 1 - b2 ** (step + ahead)
+    d = torch.empty_like(q)
+    tensors = [d, q] + [gradient] * ahead + [v] * (v is not None)
+    for out, along, *rest in blocks(*tensors):
+        if ahead:
+            torch.mul(rest[0], rest[0], out=out).mul_((1 - b2) / correction)
+            if v is not None:
+                out.add_(rest[1], alpha=b2 / correction)
+        else:
+            torch.div(rest[0], correction, out=out)
+        out = out.sqrt_() if axes.metric_power == 0.5 else out.pow_(axes.metric_power)
+        torch.div(along, out.add_(eps), out=out)
+    return d
+
+
+def length(axes: RuleConfig, d: list[Tensor], q: list[Tensor]) -> Tensor:
+    """n(d), which the radius is measured by: |d|, |q| or sqrt(q.d); |T q| = sqrt(q.d) for the adaptive metric."""
+    kind = {"euclidean": "l2", "adaptive": "dual", "adam": axes.metric_norm}[axes.metric]
+    return dot(q, d).sqrt() if kind == "dual" else norm(d if kind == "l2" else q)

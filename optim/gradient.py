@@ -1,0 +1,161 @@
+"""The plain gradient of a step, and what every gradient rule shares: micro-batches, groups of them, and the report of a step."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from model.gpt import GPT
+from model.logits import Cotangent
+from optim.adapter import Adapter, is_counted
+
+Batch = tuple[Any, Tensor]  # tokens_BxT (or what the adapter takes), targets_BxT
+
+
+@dataclass
+class RuleResult:
+    """What a rule reports of a step.
+
+    loss              mean loss in nats per counted token at the weights; None where the rule never looked there
+    perturbed_loss    the same at the moved point; None where the rule did not compute it
+    tokens            counted targets of the batch
+    metrics           what else is logged of this step
+    forwards, backwards, head_products     passes through the body, and matrix products with the head, in units of the whole batch
+    perturbed         whether the weights were moved
+    finite            false: the ascent was not finite, nothing was moved, and every p.grad is None, so that a step changes nothing"""
+
+    loss: Tensor | None = None
+    perturbed_loss: Tensor | None = None
+    tokens: int = 0
+    metrics: dict[str, Any] = field(default_factory=dict)
+    forwards: float = 0.0
+    backwards: float = 0.0
+    head_products: float = 0.0
+    finite: bool = True
+    perturbed: bool = False
+
+    def count(self, share: float, forwards: int = 0, backwards: int = 0, head_products: int = 0) -> None:
+        """Adds passes over a share of the batch."""
+        self.forwards += share * forwards
+        self.backwards += share * backwards
+        self.head_products += share * head_products
+
+    def log(self, weight: float, metrics: dict[str, Any]) -> None:
+        """Adds metrics of a group, to be averaged over the groups by their weights."""
+        for name, value in metrics.items():
+            self.metrics[name] = self.metrics.get(name, 0) + weight * value
+
+
+@dataclass
+class Micro:
+    """A micro-batch on its way through the passes of a step."""
+
+    inputs: Any
+    targets: Tensor
+    counted_B: Tensor  # counted targets of each instance
+    tokens: int  # and of all of them
+    share: float  # of the instances of the batch
+    ascends: bool = True  # the ascent gradient is taken on it
+    cotangent: Cotangent = field(init=False)  # r at the clean weights
+    spent: Cotangent = field(init=False)  # r at the moved weights, spent at the clean ones
+    offsets_B: Tensor | None = None  # of delta-SAM's probes
+    weights_B: Tensor | None = None  # of delta-SAM
+
+
+class Gradient:
+    """The plain gradient of the mean loss over all counted tokens of a step, g = sum_n dl_n/dw / N.
+
+    Micro-batching never changes it: each micro-batch's summed loss is divided by the N of the whole step."""
+
+    def __init__(self, model: GPT | Adapter | nn.Module) -> None:
+        self.model: Any = model if isinstance(model, (GPT, Adapter)) else Adapter(model)
+        self.module: nn.Module = self.model.module if isinstance(self.model, Adapter) else self.model
+        self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}  # a tied one once
+        self.step, self.rho = 0, 0.0
+        self.say: Callable[[str], None] = partial(print, file=sys.stderr)
+        self.device = next(iter(self.parameters.values())).device
+
+    def gradient(self, batches: Sequence[Any], logged: bool = True, diagnose: bool = False) -> RuleResult:
+        """Leaves g in p.grad, which must be empty, and returns what the step was. `batches` are the micro-batches of the step; the
+        caller's autocast holds. `logged=False` spares the metrics."""
+        result = RuleResult()
+        for group in self.groups(batches, result):
+            self.plain(group, result, logged)
+        return result
+
+    def groups(self, batches: Sequence[Any], result: RuleResult) -> list[list[Micro]]:
+        """The micro-batches of every element of `batches`, which is one of them or a list."""
+        groups = [element if isinstance(element, list) else [element] for element in batches]
+        instances = sum(len(targets) for group in groups for _, targets in group)
+        counted = self.model.counted if isinstance(self.model, Adapter) else is_counted
+
+        def micro(inputs: Any, targets: Tensor) -> Micro:
+            counted_B = counted(targets).reshape(len(targets), -1).sum(1)
+            return Micro(inputs, targets, counted_B, int(counted_B.sum()), len(targets) / instances)
+
+        micros = [[micro(inputs, targets) for inputs, targets in group] for group in groups]
+        result.tokens = sum(micro.tokens for group in micros for micro in group)
+        return micros
+
+    def plain(self, group: list[Micro], result: RuleResult, logged: bool = False) -> None:
+        """Adds the plain gradient of some micro-batches to p.grad, and their loss to the result."""
+        for micro in group:
+            logits = self.model.lazy_logits(micro.inputs)
+            loss, _ = logits.cross_entropy_and_cotangent(micro.targets, 1 / max(1, result.tokens))
+            loss.backward()
+            result.count(micro.share, forwards=1, backwards=1, head_products=3)
+            result.loss = plus(result.loss, loss)
+            self.look(logits, micro, result, logged)
+
+    def look(self, logits: Any, micro: Micro, result: RuleResult, logged: bool) -> None:
+        """Logs statistics of the first logits of a step."""
+        if logged and "logits/entropy" not in result.metrics:
+            statistics, share = logits.statistics()
+            result.metrics |= {f"logits/{name}": value for name, value in statistics.items()}
+            result.count(micro.share * share, head_products=1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold for the next step to be the same; the plain gradient remembers nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state_dict`."""
+
+
+def plus(total: Tensor | None, loss: Tensor) -> Tensor:
+    """A running sum of losses, in double precision."""
+    loss = loss.detach().double()
+    return loss if total is None else total + loss
+
+
+def named_gradients(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every p.grad that there is, by name."""
+    return {name: p.grad for name, p in parameters.items() if p.grad is not None}
+
+
+def take_gradients(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same, taken out of the parameters."""
+    taken = named_gradients(parameters)
+    for p in parameters.values():
+        p.grad = None
+    return taken
+
+
+def cut(group: list[Micro], fraction: float) -> list[Micro]:
+    """The micro-batches of a group, cut such that those that ascend are whole: together the first so many of its instances, at least one."""
+    if fraction == 1:
+        return group
+    left, parts = max(1, round(fraction * sum(len(micro.targets) for micro in group))), []
+    for micro in group:
+        size = len(micro.targets)
+        for begin, end, ascends in ((0, min(left, size), True), (min(left, size), size, False)):
+            if begin < end:
+                rows = slice(begin, end)
+                inputs = {key: value[rows] for key, value in micro.inputs.items()} if hasattr(micro.inputs, "items") else micro.inputs[rows]
+                share, counted_B = micro.share * (end - begin) / size, micro.counted_B[rows]
+                parts.append(Micro(inputs, micro.targets[rows], counted_B, int(counted_B.sum()), share, ascends))
+        left = max(0, left - size)
+    return parts
