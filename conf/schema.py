@@ -188,7 +188,7 @@ class OptimConfig(RuleConfig):
     eps: float = key(1e-8, "Adam's epsilon", above=0.0, read_when=ADAM)
     weight_decay: float = key(0.1, "decay of matrices only: decoupled, SGD's in the gradient", low=0.0)
     clip: float | None = key(1.0, "clip the final gradient at this global norm; null: never", above=0.0)
-    rho_schedule: str = key("constant", "radius from start to stop: constant; warmup: linearly from 0; cosine: to 0; lr: as the learning rate",
+    rho_schedule: str = key("constant", "radius from start to stop; warmup: rises from 0; cosine: falls to 0; lr: as the learning rate",
                             read_when=MOVED, choices=("constant", "warmup", "cosine", "lr"))  # fmt: skip
     rho_warmup: float = key(0.1, "share of the perturbed steps in which the radius warms up", above=0.0, high=1.0,
                             read_when=("optim.rho_schedule", ("warmup",)))  # fmt: skip

@@ -164,7 +164,8 @@ class SharpnessAware(Gradient):
                 for name, p in self.parameters.items():  # what the moved pass adds to
                     p.grad = earlier.get(name)
                     if terms.clean and name in gradients:
-                        p.grad = gradients[name].mul(terms.clean * weight).add_(0 if p.grad is None else p.grad)
+                        own = gradients[name] if self.axes.combine == "replace" else gradients[name].clone()
+                        p.grad = own.mul_(terms.clean * weight).add_(0 if p.grad is None else p.grad)
                 for held in (earlier, gradients, q, d):
                     held.clear()
                 result.perturbed = True
