@@ -238,7 +238,9 @@ def sweep(
     lse_N = torch.zeros_like(factor_N) if lse_N is None else lse_N
     dh_NxD, dW_VxD = (torch.empty_like(at.h_NxD) if at else factor_N.new_empty(0)), factor_N.new_empty(0)
     chunk, block = (max(1, sizes.get(device, 2**24) // V) for sizes in (CHUNK_ELEMENTS, BLOCK_ELEMENTS))
-    chunk = -(-N // max(1, -(-N // chunk)))  # as many chunks as needed, of one size
+    chunk = even(N, chunk)
+    if made is not None and at is not None and made.weight_VxD is not at.weight_VxD:  # room for the second V x D
+        chunk = even(N, max(chunk // 2, chunk - at.h_NxD.shape[1]))
     if instances:
         chunk = max(instances.length, chunk // instances.length * instances.length)  # whole instances
     buffer_CxV = like.h_NxD.new_empty(chunk, V) if r_NxV is None else r_NxV  # one for all: fresh memory of this size is paid for page by page
@@ -251,7 +253,8 @@ def sweep(
             factor_C = factor_N[rows]
             if instances:  # their losses first, for the weights; then r from the log-normalisers
                 for b in blocks:
-                    losses_N[b], lse_N[b] = softmax_block(z_CxV[b.start - begin : b.stop - begin], targets_N[b], factor_N[b], shape, None, False)
+                    copy = z_CxV[b.start - begin : b.stop - begin].to(factor_N.dtype, copy=True)  # the logits are needed once more
+                    losses_N[b], lse_N[b] = softmax_block(copy, targets_N[b], factor_N[b], shape, None, False)
                 factor_C = factor_C * weights_of(instances, rows, losses_N[rows], targets_N[rows])
             for b in blocks:
                 inner = slice(b.start - begin, b.stop - begin)
@@ -266,6 +269,11 @@ def sweep(
     if at is not None and not N:
         dW_VxD = torch.zeros_like(at.weight_VxD, dtype=factor_N.dtype)
     return Rows(losses_N, lse_N, dh_NxD, dW_VxD)
+
+
+def even(total: int, size: int) -> int:
+    """The size of parts of one size, as few as can be, that are at most `size`."""
+    return -(-total // max(1, -(-total // max(1, size))))
 
 
 def weights_of(instances: Instances, rows: slice, losses_C: Tensor, targets_C: Tensor) -> Tensor:
