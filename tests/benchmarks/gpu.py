@@ -2,6 +2,7 @@
 
     python tests/benchmarks/gpu.py gpt2 [--peer DIR_OF_NANOGPT]        GPT-2 124M, length 1024, beside nanoGPT's compiled step
     python tests/benchmarks/gpu.py large                               the 1208M shape, length 2048
+    python tests/benchmarks/gpu.py rules [--large] [--rules sam ...]   gradient rules beside AdamW, 0.5M tokens a step by accumulation
     python tests/benchmarks/gpu.py shakespeare --data .../input.txt    shakespeare_char: the best evaluation of 5000 steps
 
 Needs torch and safetensors; `shakespeare` also what train.py imports. Steps are bf16, compiled block by block, with fused AdamW. The
@@ -27,11 +28,26 @@ from conf.schema import OptimConfig
 from launch.process import autocast, peak_flops
 from model import GPT, GPTConfig
 from model.parallelize import parallelize
-from optim import Gradient, build_optimizer, forward_flops
+from optim import Gradient, Schedule, build_optimizer, build_rule, forward_flops
 
 CUDA = torch.device("cuda")
+SCHEDULE = Schedule(10**6, 0, 1e-3, stop=10**6)
 GPT2 = GPTConfig(50257, 1024, 12, 12, 768, bias=False, norm_eps=1e-5, init="gpt2")
 LARGE = GPTConfig(32768, 2048, 24, 32, 2048)
+RULES: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "sam": {"path": "full"},
+    "functional_sam store": {"path": "functional", "cotangent": "store"},
+    "functional_sam rebuild": {"path": "functional", "cotangent": "rebuild"},
+    "preconditioned_sam": {"path": "full", "metric": "adam"},
+    "preconditioned_functional_sam": {"path": "functional", "metric": "adam", "cotangent": "rebuild"},
+    "msam": {"path": "full", "scope": "micro_batch"},
+    "delta_sam": {"path": "full", "weights": "delta"},
+    "momentum_sam": {"path": "full", "direction": "momentum", "rho": 3.0},
+    "stale_sam": {"path": "full", "direction": "stale"},
+    "friendly_sam": {"path": "full", "direction": "friendly"},
+    "gsam": {"path": "full", "combine": "orthogonal"},
+}
 Step = Callable[[], Any]
 
 
@@ -56,6 +72,47 @@ def our_step(shape: GPTConfig, sequences: int, checkpoint_activations: bool = Fa
         optimizer.step()
 
     return step
+
+
+def rules(shape: GPTConfig, micro: int, names: list[str], rounds: int = 5) -> None:
+    """A table of rules, one model after the other, AdamW's step before and after each; rho and lr change from step to step, and after the
+    first steps a recompilation is an error."""
+    micros = 2**19 // shape.max_length // micro
+    inputs, targets = tokens(shape, micro * micros)
+    batches = list(zip(inputs.split(micro), targets.split(micro), strict=True))
+    with CUDA:
+        model = GPT(shape)
+    parallelize(model, "block", False, CUDA)
+    print(
+        f"{micros} micro-batches of {micro} x {shape.max_length}\n| rule | step | ratio to AdamW | peak memory | above AdamW's |\n|---|---|---|---|---|"
+    )
+    plain_peak = 0
+    for name in ["adamw", *(name for name in names if name != "adamw")]:
+        times: dict[str, list[float]] = {"adamw": [], name: []}
+        config = OptimConfig(**RULES[name])
+        optimizer = build_optimizer(model, config)
+        contestants = {"adamw": build_rule(model, optimizer, OptimConfig(), SCHEDULE), name: build_rule(model, optimizer, config, SCHEDULE)}
+        for round_ in range(rounds + 1):
+            for contestant, rule in contestants.items():
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                began, rule.rho = time.perf_counter(), config.rho * (1 + 0.1 * round_)
+                for group in optimizer.param_groups:
+                    group["lr"] = 1e-4 / (1 + round_)
+                with autocast(CUDA, torch.bfloat16):
+                    rule.gradient(batches, logged=False)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                torch.cuda.synchronize()
+                if round_:
+                    times[contestant].append(time.perf_counter() - began)
+            torch._dynamo.config.error_on_recompile = True
+        peak = torch.cuda.max_memory_allocated()
+        plain_peak = plain_peak or peak
+        step, plain = (statistics.median(times[key]) for key in (name, "adamw"))
+        print(f"| {name} | {1000 * step:.0f} ms | {step / plain:.3f} | {peak / 2**30:.2f} GiB | {(peak - plain_peak) / 2**30:.2f} GiB |", flush=True)
+        del optimizer, contestants, rule
 
 
 def nanogpt_step(folder: str, sequences: int) -> Step:
@@ -127,15 +184,19 @@ def shakespeare(data: str) -> None:
 def main() -> None:
     """Runs one piece."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("piece", choices=("gpt2", "large", "shakespeare"))
+    parser.add_argument("piece", choices=("gpt2", "large", "rules", "shakespeare"))
     parser.add_argument("--peer", help="a checkout of nanoGPT")
     parser.add_argument("--data", help="tinyshakespeare/input.txt")
     parser.add_argument("--sequences", type=int, help="sequences per step")
+    parser.add_argument("--large", action="store_true", help="rules: the 1208M shape instead of GPT-2's")
+    parser.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES))
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
     print(f"{date.today()}, torch {torch.__version__}, {torch.cuda.get_device_name()}: {' '.join(sys.argv[1:])}")
     if arguments.piece == "shakespeare":
         return shakespeare(arguments.data)
+    if arguments.piece == "rules":
+        return rules(*((LARGE, arguments.sequences or 8) if arguments.large else (GPT2, arguments.sequences or 32)), arguments.rules)
     shape, sequences = (GPT2, arguments.sequences or 32) if arguments.piece == "gpt2" else (LARGE, arguments.sequences or 8)
     steps = {"ours": our_step(shape, sequences)}
     if arguments.peer and arguments.piece == "gpt2":
