@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch.nn.utils import clip_grad_norm_
 
@@ -32,7 +33,7 @@ from model import GPT, checkpoint_path, load
 from model.hf import start_from
 from model.parallelize import parallelize
 from model.sample import decode_stream, generate
-from optim import Gradient, build_optimizer
+from optim import build_optimizer, build_rule
 from optim.adamw import describe_groups
 
 EXIT_DIVERGED = 3
@@ -78,7 +79,7 @@ class Run:
         # Data: any batch is a pure function of (seed, step), so there is no position to save.
         batch = settings.batch
         self.corpus = prepare(settings.data, settings.tokenizer)
-        self.micro = batch.micro or batch.sequences
+        self.micro = plan.micro
         self.loader = Loader(self.corpus.train, self.corpus.weights, batch.length, batch.sequences, settings.seed)
         self.sets = {
             key: Validation(tokens, batch.length, self.corpus.tokenizer, settings.evaluation.tokens) for key, tokens in self.corpus.validation.items()
@@ -88,15 +89,15 @@ class Run:
         with self.device:
             self.model = GPT(plan.model, settings.seed)
         self.optimizer = build_optimizer(self.model, settings.optim)
-        self.rule = Gradient(self.model)
+        self.rule = build_rule(self.model, self.optimizer, settings.optim, plan.schedule)
         self.progress, self.origin = Progress(), ""
         self.saved = checkpoint.load_newest(folder)
         if self.saved:
-            self.progress = restore(self.saved, self.model, self.optimizer, self.corpus)
+            self.progress = restore(self.saved, self.model, self.optimizer, self.rule, self.corpus)
             self.saved.tensors.clear()
             self.origin = f"resumed from {self.saved.path}"
         elif settings.init.run:
-            self.progress = branch(settings, self.model, self.optimizer, self.corpus, plan.schedule.steps)
+            self.progress = branch(settings, self.model, self.optimizer, self.rule, self.corpus, plan.schedule.steps)
             self.origin = f"branched from {checkpoint_path(settings.init.run, settings.init.step)}"
         elif settings.init.hf:
             start_from(self.model, settings.init.hf, self.corpus.tokenizer)
@@ -109,7 +110,7 @@ class Run:
         plan, settings, wandb_id = self.plan, self.settings, self.saved.state["wandb_id"] if self.saved else None
         steps, logged = plan.schedule.steps, self.progress.logged
         self.tracker = Tracker(self.folder, settings.tracking, self.name, asdict(settings), wandb_id, steps, logged)
-        say = self.tracker.message
+        say = self.rule.say = self.tracker.message
         say(f"{self.name}: {plan.num_parameters:,} parameters, {plan.num_non_embedding:,} without embeddings; {plan.schedule.steps:,} steps of "
             f"{plan.tokens_per_step:,} tokens on {self.device.type} in {str(self.dtype).removeprefix('torch.')}")  # fmt: skip
         say(describe_groups(self.optimizer))
@@ -156,21 +157,26 @@ class Run:
         progress, optim = self.progress, self.settings.optim
         began = time.perf_counter()
         tokens_BxT, targets_BxT = (half.to(self.device, non_blocking=True) for half in self.prefetcher.next())
-        batches = list(zip(tokens_BxT.split(self.micro), targets_BxT.split(self.micro), strict=True))
-        lr = self.plan.schedule.lr(progress.step)
+        micros = list(zip(tokens_BxT.split(self.micro), targets_BxT.split(self.micro), strict=True))
+        size = len(micros) // self.plan.num_groups  # of a group that is perturbed on its own
+        batches = [micros[first : first + size] for first in range(0, len(micros), size)]
+        lr, self.rule.rho = self.plan.schedule.lr(progress.step), self.plan.schedule.radius(progress.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
         self.optimizer.zero_grad(set_to_none=True)
+        logged, diagnosed = self.row_due(progress.step + 1)
         with self.autocast():
-            result = self.rule.gradient(batches)
-        norm = clip_grad_norm_(self.model.parameters(), optim.clip or math.inf).item()
-        loss = result.loss.item()
+            result = self.rule.gradient(batches, logged, diagnosed)
+        norm = clip_grad_norm_(self.model.parameters(), optim.clip or math.inf).item() if result.finite else math.nan
+        seen = result.perturbed_loss if result.loss is None else result.loss
+        loss = math.nan if seen is None else seen.item()
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
             progress.skipped_in_a_row = 0
-            progress.loss_sum += loss * result.tokens
-            progress.loss_tokens += result.tokens
+            if result.loss is not None:
+                progress.loss_sum += loss * result.tokens
+                progress.loss_tokens += result.tokens
         else:
             progress.skipped += 1
             progress.skipped_in_a_row += 1
@@ -180,12 +186,19 @@ class Run:
         progress.tokens += result.tokens
         progress.forwards += result.forwards
         progress.backwards += result.backwards
-        progress.flops += round(self.plan.flops_per_step * (result.forwards + 2 * result.backwards) / 3)
+        progress.perturbed += result.perturbed
+        flops = self.plan.forward.of(result.forwards, result.backwards, result.head_products)
+        progress.flops += round(flops * self.plan.tokens_per_step)
         progress.seconds += time.perf_counter() - began
-        if progress.step % self.plan.tracking_every == 0 or progress.step == self.plan.schedule.steps:
+        if logged:
             self.make_row(lr, norm, result.metrics)
 
-    def make_row(self, lr: float, norm: float, metrics: dict[str, float]) -> None:
+    def row_due(self, step: int) -> tuple[bool, bool]:
+        """Whether a row is logged of the update that ends at `step`, and whether diagnostics that cost passes belong to it."""
+        every, diagnostics = self.plan.tracking_every, self.settings.optim.diagnostics_every
+        return step % every == 0 or step == self.plan.schedule.steps, bool(diagnostics) and step % (every * (diagnostics or 1)) == 0
+
+    def make_row(self, lr: float, norm: float, metrics: dict[str, Any]) -> None:
         """What is logged of this step: means and speeds are taken since the last row."""
         progress = self.progress
         seconds, tokens = time.perf_counter() - self.interval_began, progress.tokens - self.interval_tokens
@@ -195,19 +208,23 @@ class Run:
             "optim/lr": lr,
             "grad/norm": norm,
             "skipped": progress.skipped,
-            **metrics,
+            **{name: float(value) for name, value in metrics.items()},
             "perf/tokens_per_second": speed,
             "perf/data_wait": (self.prefetcher.seconds_waiting - self.interval_waiting) / seconds,
         }
         if peak := peak_flops(self.device):
-            progress.row["perf/mfu"] = (progress.flops - self.interval_flops) / seconds / peak
+            useful = self.plan.flops_per_step * (progress.step - self.interval_step)
+            recomputed = self.settings.activation_checkpointing * (self.plan.forward.body + self.plan.forward.attention) * self.plan.tokens_per_step
+            executed = progress.flops - self.interval_flops + recomputed * (progress.backwards - self.interval_backwards)
+            progress.row |= {"perf/mfu": useful / seconds / peak, "perf/hardware_mfu": executed / seconds / peak}
         progress.loss_sum, progress.loss_tokens = 0.0, 0
         self.mark_interval()
 
     def mark_interval(self) -> None:
         """Begins the interval of the next row; evaluations and saves are no part of it."""
         self.interval_began = time.perf_counter()
-        self.interval_tokens, self.interval_flops = self.progress.tokens, self.progress.flops
+        self.interval_step, self.interval_tokens, self.interval_flops = self.progress.step, self.progress.tokens, self.progress.flops
+        self.interval_backwards = self.progress.backwards
         self.interval_waiting = self.prefetcher.seconds_waiting
 
     def evaluation_due(self) -> bool:
@@ -268,6 +285,7 @@ class Run:
         progress, settings, say = self.progress, self.settings, self.tracker.message
         summary = {"name": self.name, "step": progress.step, "tokens": progress.tokens, "flops": progress.flops, "seconds": progress.seconds,
                    "parameters": self.plan.num_parameters, "non_embedding": self.plan.num_non_embedding, "skipped": progress.skipped,
+                   "perturbed_steps": progress.perturbed,
                    **progress.validation}  # fmt: skip
         loss, bits = progress.validation["val/loss"], progress.validation["val/bits_per_byte"]
         say(f"validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte, after {progress.tokens:,} tokens in {progress.seconds:.0f} s")
@@ -280,7 +298,7 @@ class Run:
         if settings.evaluation.sample:
             trained = load(self.folder).to(self.device)  # what others will load, and free of compilation
             with self.autocast():
-                tokens = generate(trained, [self.corpus.tokenizer.eot], settings.evaluation.sample, temperature=0.8, seed=settings.seed)
+                tokens = generate(trained, self.corpus.tokenizer.prompt(""), settings.evaluation.sample, temperature=0.8, seed=settings.seed)
                 text = "".join(decode_stream(tokens, self.corpus.tokenizer.decode_bytes))
             say("a sample:\n" + "\n".join(f"    {line}" for line in text.splitlines()))
         self.tracker.summary(summary)

@@ -59,13 +59,13 @@ class ModelConfig:
     norm_eps: float = key(1e-6, "its epsilon (NanoDO 1e-6, GPT-2 1e-5)", above=0.0)
     positions: str = key("learned", "position encoding", choices=("learned", "rope"))
     rope_base: float = key(10000.0, "base of the rotary angles", above=0.0, read_when=("model.positions", ("rope",)))
-    rope_scaling: str = key("none", "slows rotary angles, for a context longer than the weights were trained on; linear: all of them, llama3: "
-                            "the slow ones", choices=("none", "linear", "llama3"), read_when=("model.positions", ("rope",)))  # fmt: skip
+    rope_scaling: str = key("none", "slows all rotary angles, or as Llama 3.1 the slow ones, for longer sequences",
+                            choices=("none", "linear", "llama3"), read_when=("model.positions", ("rope",)))  # fmt: skip
     rope_factor: float = key(1.0, "how many times slower (Llama 3.1: 8, 3.2: 32)", low=1.0, read_when=("model.rope_scaling", ("linear", "llama3")))
     rope_original_length: int = key(8192, "longest sequence before the scaling", low=1, read_when=("model.rope_scaling", ("llama3",)))
-    rope_low_factor: float = key(1.0, "angles of fewer turns than this over it are slowed in full", above=0.0,
+    rope_low_factor: float = key(1.0, "angles of fewer turns over that length are slowed in full", above=0.0,
                                  read_when=("model.rope_scaling", ("llama3",)))  # fmt: skip
-    rope_high_factor: float = key(4.0, "angles of more turns than this over it are left alone, those between in part", above=0.0,
+    rope_high_factor: float = key(4.0, "angles of more turns over it are kept, those between slowed in part", above=0.0,
                                   read_when=("model.rope_scaling", ("llama3",)))  # fmt: skip
     activation: str = key("gelu", "non-linearity of the MLP", choices=("gelu", "swiglu", "relu2"))
     qk_norm: bool = key(False, "RMSNorm of every head's queries and keys")
@@ -83,9 +83,8 @@ class TokenizerConfig:
     vocab_size: int = key(4096, "entries of a trained bpe, end of text included", low=258, high=2**31, read_when=("tokenizer.name", ("bpe",)))
     train_megabytes: float = key(100.0, "text the bpe is trained on, from the start of each training source", above=0.0,
                                  read_when=("tokenizer.name", ("bpe",)))  # fmt: skip
-    path: str | None = key(None, "hf: folder or hub name with a tokenizer.json, default init.hf; gpt2: gpt2.tiktoken, vocab.bpe or their folder, "
-                           "default fetched once, into data.cache", mutable=("tokenizer.name", ("gpt2",)),
-                           read_when=("tokenizer.name", ("gpt2", "hf")))  # fmt: skip
+    path: str | None = key(None, "hf: folder or hub name, default init.hf; gpt2: its ranks or their folder, default fetched once",
+                           mutable=("tokenizer.name", ("gpt2",)), read_when=("tokenizer.name", ("gpt2", "hf")))  # fmt: skip
 
 
 @dataclass

@@ -26,6 +26,7 @@ import numpy as np
 
 from conf.schema import DataConfig, TokenizerConfig
 from data.corpora import Piece, TextCorpus, empty_split
+from data.hf_tokenizer import configured_hf
 from data.hub import HubCorpus, HubPiece
 from data.shards import REBUILT, VERSION, Corpus, Shard, Tokens, key, shard_name, token_dtype, verify_once, write, write_shard
 from data.tokenizer import Tokenizer, bytes_tokenizer, gpt2_tokenizer, head, train_bpe
@@ -80,6 +81,8 @@ def find_tokenizer(text: AnyCorpus, config: TokenizerConfig, cache: Path) -> Tok
         return bytes_tokenizer()
     if config.name == "gpt2":
         return gpt2_tokenizer(config.path, cache)
+    if config.name == "hf":
+        return configured_hf(config)
     folder = cache / f"bpe-{key([text.identity, config.vocab_size, config.train_megabytes])}"
     if not (folder / "tokenizer.json").exists():
         with locked(folder):
@@ -256,11 +259,9 @@ def encode_piece(piece: AnyPiece, tokenizer: Tokenizer, folder: Path) -> None:
     starts: dict[str, list[int]] = {part: [] for part in piece.parts}
     counts, num_bytes = dict.fromkeys(piece.parts, 0), dict.fromkeys(piece.parts, 0)
     for text in piece.texts():
-        ids = tokenizer.encode(text.text)
+        ids = tokenizer.document(text.text, text.opens, text.closes)
         if text.opens:
             starts[text.part].append(counts[text.part])
-        if text.closes:
-            ids = np.append(ids, np.uint32(tokenizer.eot))
         tokens[text.part].append(ids.astype(dtype))
         counts[text.part] += len(ids)
         num_bytes[text.part] += len(text.text.encode())

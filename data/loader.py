@@ -181,6 +181,8 @@ class Validation:
     so many of them, as windows spread evenly over the set. The last window is filled up with targets of -100, and so
     is the last batch, so that all batches have one shape.
 
+    What a tokenizer puts before every document, as Llama's <|begin_of_text|>, is given: read, and never a target that is counted.
+
     num_tokens is the number of targets that are counted, num_bytes that of the bytes of text they stand for:
     bits per byte = total nats / (ln 2 num_bytes). Raises ValueError for a set of fewer than two tokens.
     """
@@ -188,7 +190,7 @@ class Validation:
     def __init__(self, source: Tokens, length: int, tokenizer: Tokenizer, max_tokens: int | None = None) -> None:
         if len(source) < 2:
             raise ValueError(f"a validation set of {len(source)} tokens has no next token to predict; give data.validation more text")
-        self.source, self.length, self._byte_lengths = source, length, tokenizer.byte_lengths()
+        self.source, self.length, self._byte_lengths, self._given = source, length, tokenizer.byte_lengths(), list(tokenizer.bos)
         total = -(-(len(source) - 1) // length)
         num_windows = total if max_tokens is None else min(total, max(1, max_tokens // length))
         self.starts = np.arange(num_windows, dtype=np.int64) * total // num_windows * length
@@ -204,13 +206,19 @@ class Validation:
             for row, start in enumerate(self.starts[first : first + size].tolist()):
                 tokens = self.source.read(start, start + self.length + 1)
                 inputs[row, : len(tokens) - 1], targets[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
+            if self._given:
+                targets[np.isin(targets, self._given)] = IGNORED
             yield torch.from_numpy(inputs), torch.from_numpy(targets)
 
     @cached_property
     def num_tokens(self) -> int:
-        return int(np.minimum(self.length, len(self.source) - 1 - self.starts).sum())
+        total = int(np.minimum(self.length, len(self.source) - 1 - self.starts).sum())
+        return total - sum(int(np.isin(targets, self._given).sum()) for targets in self._targets()) if self._given else total
 
     @cached_property
     def num_bytes(self) -> int:
-        reads = (self.source.read(start + 1, start + 1 + self.length) for start in self.starts.tolist())
-        return sum(int(self._byte_lengths[targets].sum()) for targets in reads)
+        return sum(int(self._byte_lengths[targets].sum()) for targets in self._targets())
+
+    def _targets(self) -> Iterator[np.ndarray]:
+        """The targets of each window, given ones included."""
+        return (self.source.read(start + 1, start + 1 + self.length) for start in self.starts.tolist())

@@ -1,15 +1,19 @@
-"""Text to token ids and back. Every tokenizer is a tiktoken encoding: ranked byte strings, a split pattern and end of text."""
+"""Text to token ids and back. Our own tokenizers are tiktoken encodings: ranked byte strings, a split pattern and end of text.
+
+Those of Hugging Face that are something else are in data/hf_tokenizer.py, behind the same interface.
+"""
 
 import base64
 import binascii
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,12 +34,92 @@ GPT2_FILES = ("gpt2.tiktoken", "vocab.bpe", "merges.txt", hashlib.sha1(GPT2_URL.
 GPT2_HASH = "33fb72dd0f477229f21275e6b9c0f1f0f04f6e7df6c6c8f9ee47e49cad733b5c"
 
 
+class Tokenizer(ABC):
+    """Text to ids and back.
+
+    Text is encoded as it stands: the name of a special token in it, as "<|endoftext|>", is ordinary text. A document is the ids `bos`,
+    those of its text, and the id `eot`, which are put in as ids only.
+    """
+
+    name: str
+    bos: tuple[int, ...] = ()  # what begins a document; nothing, where the end of the one before is enough
+
+    @property
+    @abstractmethod
+    def eot(self) -> int:
+        """The id that ends a document."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Ids of a model that uses it."""
+
+    @property
+    @abstractmethod
+    def token_bytes(self) -> tuple[bytes, ...]:
+        """What each id of the vocabulary decodes to."""
+
+    @property
+    @abstractmethod
+    def hash(self) -> str:
+        """sha256 (hex) over everything that decides the ids."""
+
+    @abstractmethod
+    def encode(self, text: str, opens: bool = True) -> np.ndarray:
+        """Token ids (uint32) of a text, without `bos` and `eot`. `opens` is false for a later part of a document, before which no tokenizer
+        may put a space."""
+
+    @abstractmethod
+    def byte_lengths(self) -> np.ndarray:
+        """Bytes of text that each id stands for, int64 (vocab_size,); they add up to those of a whole document. 0 for special tokens."""
+
+    @abstractmethod
+    def content(self) -> dict[str, Any]:
+        """Everything that makes the tokenizer, for its file."""
+
+    def document(self, text: str, opens: bool = True, closes: bool = True) -> np.ndarray:
+        """Token ids (uint32) of a document, or of a part of one that does not open or close it."""
+        ends = np.array(self.bos * opens, dtype=np.uint32), np.array([self.eot] * closes, dtype=np.uint32)
+        return np.concatenate([ends[0], self.encode(text, opens), ends[1]])
+
+    def prompt(self, text: str) -> list[int]:
+        """Token ids for a model to go on from: of a document's beginning, or the end of another where that is all there is."""
+        return [*self.bos, *self.encode(text).tolist()] or [self.eot]
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """The bytes that ids stand for. A single id may stand for a part of a character, so a stream is best decoded so."""
+        return b"".join(self.token_bytes[i] for i in ids)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text that ids stand for; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def save(self, folder: str | Path) -> None:
+        """Writes tokenizer.json into the folder, in one step."""
+        path, temporary = Path(folder) / FILE, Path(folder) / f"{FILE}.{os.getpid()}.tmp"
+        temporary.write_text(json.dumps(self.content(), indent=0))
+        os.replace(temporary, path)
+
+    @staticmethod
+    def load(folder: str | Path) -> "Tokenizer":
+        """The tokenizer of a folder, of either kind. Raises ValueError where there is none, or none that can be read."""
+        from data.hf_tokenizer import HFTokenizer
+
+        path = Path(folder) / FILE
+        try:
+            content = json.loads(path.read_text())
+            return HFTokenizer.from_content(content) if "huggingface" in content else RankedTokenizer.from_content(content)
+        except FileNotFoundError:
+            raise ValueError(f"{path}: no such file; give a folder that holds a {FILE}") from None
+        except (ValueError, KeyError, TypeError, binascii.Error):
+            raise ValueError(f"{path} is damaged; delete it, it is rebuilt") from None
+
+
 @dataclass(frozen=True)
-class Tokenizer:
+class RankedTokenizer(Tokenizer):
     """A byte-level tokenizer of len(ranks) byte strings and, as its last id, end of text.
 
-    ranks[i] is the byte string of id i; a lower id is merged earlier. Text is encoded as it stands: a literal
-    "<|endoftext|>" in it is ordinary text, and end of text is only ever put in as the id `eot`.
+    ranks[i] is the byte string of id i; a lower id is merged earlier.
     """
 
     name: str
@@ -45,6 +129,10 @@ class Tokenizer:
     @property
     def eot(self) -> int:
         return len(self.ranks)
+
+    @property
+    def token_bytes(self) -> tuple[bytes, ...]:
+        return *self.ranks, END_OF_TEXT.encode()
 
     @property
     def vocab_size(self) -> int:
@@ -59,65 +147,38 @@ class Tokenizer:
 
     @cached_property
     def hash(self) -> str:
-        """sha256 (hex) over everything that decides the ids: the pattern, the ranks and the special token."""
         content = [self.pattern, [base64.b64encode(token).decode() for token in self.ranks], {END_OF_TEXT: self.eot}]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def encode(self, text: str) -> np.ndarray:
-        """Token ids (uint32) of a text, without end of text."""
+    def encode(self, text: str, opens: bool = True) -> np.ndarray:
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """The bytes that ids stand for. A single id may stand for a part of a character, so a stream is best decoded so."""
         return self.encoding.decode_bytes([int(i) for i in ids])
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text that ids stand for; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode(errors="replace")
-
     def byte_lengths(self) -> np.ndarray:
-        """Bytes of text that each id stands for, int64 (vocab_size,); 0 for end of text."""
         return np.array([*map(len, self.ranks), 0], dtype=np.int64)
 
-    def save(self, folder: str | Path) -> None:
-        """Writes tokenizer.json into the folder, in one step."""
-        path, temporary = Path(folder) / FILE, Path(folder) / f"{FILE}.{os.getpid()}.tmp"
+    def content(self) -> dict[str, Any]:
         ranks = [base64.b64encode(token).decode() for token in self.ranks]
-        content = {
-            "name": self.name,
-            "pattern": self.pattern,
-            "special_tokens": {END_OF_TEXT: self.eot},
-            "ranks": ranks,
-        }
-        temporary.write_text(json.dumps(content, indent=0))
-        os.replace(temporary, path)
+        return {"name": self.name, "pattern": self.pattern, "special_tokens": {END_OF_TEXT: self.eot}, "ranks": ranks}
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Tokenizer":
-        """The tokenizer of a folder. Raises ValueError where there is none, or none that can be read."""
-        path = Path(folder) / FILE
-        try:
-            content = json.loads(path.read_text())
-            tokenizer = cls(
-                content["name"],
-                content["pattern"],
-                tuple(base64.b64decode(token, validate=True) for token in content["ranks"]),
-            )
-        except FileNotFoundError:
-            raise ValueError(f"{path}: no such file; give a folder that holds a {FILE}") from None
-        except (ValueError, KeyError, TypeError, binascii.Error):
-            raise ValueError(f"{path} is damaged; delete it, it is rebuilt") from None
-        if content.get("special_tokens") != {END_OF_TEXT: tokenizer.eot} or len(set(tokenizer.ranks)) != len(tokenizer.ranks):
-            raise ValueError(f"{path} is damaged; delete it, it is rebuilt")
+    def from_content(cls, content: dict[str, Any]) -> "RankedTokenizer":
+        """The inverse of `content`. Raises ValueError, KeyError or TypeError for what is not one."""
+        ranks = tuple(base64.b64decode(token, validate=True) for token in content["ranks"])
+        tokenizer = cls(content["name"], content["pattern"], ranks)
+        if content["special_tokens"] != {END_OF_TEXT: tokenizer.eot} or len(set(ranks)) != len(ranks):
+            raise ValueError("not one id for each string of bytes")
         return tokenizer
 
 
-def bytes_tokenizer() -> Tokenizer:
+def bytes_tokenizer() -> RankedTokenizer:
     """256 bytes and end of text."""
-    return Tokenizer("bytes", BYTES_PATTERN, tuple(bytes([value]) for value in range(256)))
+    return RankedTokenizer("bytes", BYTES_PATTERN, tuple(bytes([value]) for value in range(256)))
 
 
-def gpt2_tokenizer(path: str | None, cache: Path) -> Tokenizer:
+def gpt2_tokenizer(path: str | None, cache: Path) -> RankedTokenizer:
     """GPT-2's tokenizer, with tiktoken's ids. Its ranks are read from `path`, a file or the folder of one; without it from
     $TIKTOKEN_CACHE_DIR, from <cache>/gpt2, or from the network, once. Raises ValueError where they cannot be had or are not GPT-2's."""
     if path is not None:
@@ -153,7 +214,7 @@ def download_gpt2(folder: Path) -> Path:
     return folder / "vocab.bpe"
 
 
-def read_gpt2(file: Path) -> Tokenizer:
+def read_gpt2(file: Path) -> RankedTokenizer:
     """The tokenizer of a file of ranks: lines "<base64> <rank>" (tiktoken's), or a version and then the pairs that are merged."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -163,7 +224,7 @@ def read_gpt2(file: Path) -> Tokenizer:
             ranks = (*(bytes([value]) for value in byte_of.values()), *merged)
         else:
             ranks = tuple(base64.b64decode(line.split()[0], validate=True) for line in lines)
-        tokenizer = Tokenizer("gpt2", GPT2_PATTERN, ranks)
+        tokenizer = RankedTokenizer("gpt2", GPT2_PATTERN, ranks)
     except (ValueError, KeyError, IndexError):
         raise ValueError(f"{file} is no file of GPT-2's ranks; give gpt2.tiktoken or vocab.bpe as they were published") from None
     if tokenizer.hash != GPT2_HASH:
@@ -171,7 +232,7 @@ def read_gpt2(file: Path) -> Tokenizer:
     return tokenizer
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> RankedTokenizer:
     """Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909; over bytes as GPT-2) of the texts, end of text as last id.
 
     The pairs that are merged, and so the ids, are those of Hugging Face's `tokenizers`; training twice gives the same.
@@ -191,7 +252,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         raise ValueError(f"tokenizer.vocab_size={vocab_size} is too large for this text, which gives {len(vocab) + 1}; choose that or less")
     byte_of = byte_alphabet()
     ranks = tuple(bytes(byte_of[character] for character in token) for token in sorted(vocab, key=vocab.__getitem__))
-    return Tokenizer("bpe", GPT2_PATTERN, ranks)
+    return RankedTokenizer("bpe", GPT2_PATTERN, ranks)
 
 
 def byte_alphabet() -> dict[str, int]:

@@ -19,6 +19,7 @@ import numpy as np
 
 from conf.schema import DataConfig, TokenizerConfig
 from data.corpora import find_files
+from data.hf_tokenizer import configured_hf
 from data.shards import MAGIC, VERSION, Corpus, Header, Shard, Tokens, key, shard_name, verify_once, write
 from data.tokenizer import Tokenizer, bytes_tokenizer, gpt2_tokenizer
 
@@ -99,6 +100,8 @@ def find_tokenizer(config: TokenizerConfig, cache: Path, shard: Path) -> Tokeniz
         return bytes_tokenizer()
     if config.name == "gpt2":
         return gpt2_tokenizer(config.path, cache)
+    if config.name == "hf":
+        return configured_hf(config)
     folder = next((folder for folder in shard.parents[:3] if (folder / "tokenizer.json").exists()), None)
     if folder is None:
         raise ValueError(f"tokenizer=bpe: there is no tokenizer.json by {shard}; put the one that it was made with beside it")

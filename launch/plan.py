@@ -4,13 +4,14 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from conf.schema import Config, ModelConfig
+from conf.schema import Config, ModelConfig, OptimConfig
 from data.hf_tokenizer import vocabulary
 from launch.config import is_read
 from launch.process import PEAK_FLOPS, choose_device, choose_precision
 from model import GPT, GPTConfig
 from model.logits import CHUNK_ELEMENTS
 from optim import ForwardFlops, Schedule, build_schedule, forward_flops, passes
+from optim.axes import choose
 
 ASSUMED_MFU = 0.4  # of the dense bf16 peak, for the estimate of hours
 
@@ -49,7 +50,10 @@ def make_plan(config: Config) -> Plan:
     counted = model.num_parameters(embedding=config.schedule.parameters == "all")
     forward, optim = forward_flops(shape, config.batch.length), config.optim
     plain = forward.of(1, 1, 3)
-    perturbed = plain if optim.path == "none" else forward.of(*passes(optim, store=optim.cotangent != "rebuild"))
+    perturbed = plain
+    if optim.path != "none":
+        refuse_nothing_to_move(model, optim)
+        perturbed = forward.of(*passes(optim, store=optim.cotangent != "rebuild", instances=config.batch.sequences // num_groups(config)))
     schedule = build_schedule(config.schedule, optim, tokens_per_step, counted, perturbed / plain)
     tenth = max(1, schedule.steps // 10)
     return Plan(
@@ -67,6 +71,14 @@ def make_plan(config: Config) -> Plan:
         checkpoint_every=config.checkpoint.every or tenth,
         tracking_every=config.tracking.every or (1 if schedule.steps < 1000 else 10),
     )
+
+
+def refuse_nothing_to_move(model: GPT, optim: OptimConfig) -> None:
+    """Raises ValueError where no parameter has one of the names that are to be moved."""
+    try:
+        choose(model, dict(model.named_parameters()), optim.parameters)
+    except ValueError as error:
+        raise ValueError(f"optim.{error}") from None
 
 
 def memory_estimate(config: Config, plan: Plan) -> dict[str, float]:

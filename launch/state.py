@@ -21,7 +21,7 @@ class Progress:
 
     step: int = 0
     tokens: int = 0  # counted targets trained on
-    flops: int = 0
+    flops: int = 0  # of every pass, and of what rows measure: logit statistics, diagnostics
     forwards: float = 0.0  # passes over a step's batch
     backwards: float = 0.0
     seconds: float = 0.0  # spent in steps, over all starts
@@ -71,6 +71,9 @@ def branch(settings: Config, model: GPT, optimizer: Optimizer, rule: Gradient, c
         model.load_state_dict(saved.tensors["model"])
         return Progress()
     theirs = saved.state["identity"]
+    if ours["optim.base"] != theirs.get("optim.base"):
+        raise ValueError(f"optim.base={ours['optim.base']} differs from {theirs.get('optim.base')} in init.run, whose state it cannot take over; "
+                         "keep it, or leave init.optimizer out")  # fmt: skip
     order = [key for key in ours if key == "seed" or key.startswith(("data.", "batch.sequences", "batch.length"))]
     if changed := [key for key in order if ours[key] != theirs.get(key)]:
         raise ValueError(f"{changed[0]}={ours[changed[0]]} differs from {theirs.get(changed[0])} in init.run; to go on in its data order, keep it")

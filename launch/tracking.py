@@ -203,6 +203,7 @@ class Console:
         parts = [f"step {step}/{self._total}"]
         for key, form in (
             ("train/loss", "loss {:.4f}"),
+            *([("sharpness/perturbed_loss", "loss at the moved weights {:.4f}")] if row.get("train/loss") is None else []),
             ("val/loss", "val {:.4f}"),
             ("perf/tokens_per_second", "{:,.0f} tokens/s"),
             ("perf/mfu", "MFU {:.1%}"),

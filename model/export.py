@@ -12,10 +12,9 @@ from safetensors.torch import save_file
 
 from conf.schema import key
 from data import Tokenizer
-from data.tokenizer import END_OF_TEXT
+from data.hf_tokenizer import to_files
 from model.gpt import GPT, checkpoint_path, load
 from model.hf import FORMATS, choose_format, to_config, to_tensors
-from model.hf_tokenizer import to_tokenizers
 
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 MARK = {"format": "pt", "writer": "flatgpt"}  # in model.safetensors: transformers asks for the one, we know our exports by the other
@@ -29,22 +28,15 @@ def to_hf(model: GPT, tokenizer: Tokenizer, out: str | Path, format: str = "auto
     format = choose_format(config, format)
     if out.exists() and not is_replaceable(out):
         raise ValueError(f"out={out} exists and is no earlier export; name a new or an empty folder")
+    files = to_files(tokenizer, config.max_length)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_file(to_tensors(model, FORMATS[format]), partial / "model.safetensors", metadata=MARK)
-    to_tokenizers(tokenizer).save(str(partial / "tokenizer.json"), pretty=False)
-    special = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}  # a document begins where another ends
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "model_max_length": config.max_length,
-        "clean_up_tokenization_spaces": False, "split_special_tokens": True,  # as in training: the name in a text is only text
-    }  # fmt: skip
-    for name, content in {
-        "config": to_config(config, format) | special,
-        "generation_config": special | {"pad_token_id": tokenizer.eot},
-        "tokenizer_config": settings,
-    }.items():
-        (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    special = {"bos_token_id": tokenizer.prompt("")[0], "eos_token_id": tokenizer.eot}  # a document begins where another ends, or by itself
+    files |= {"config.json": to_config(config, format) | special, "generation_config.json": special | {"pad_token_id": tokenizer.eot}}
+    for name, content in files.items():
+        (partial / name).write_text(json.dumps(content, indent=None if name == "tokenizer.json" else 2, ensure_ascii=False) + "\n")
     if out.exists():
         shutil.rmtree(out)
     partial.rename(out)

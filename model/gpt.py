@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from model.logits import LazyLogits
 
-CHOICES = {"norm": ("layernorm", "rmsnorm"), "positions": ("learned", "rope"), "activation": ("gelu", "swiglu", "relu2"), "init": ("nanodo", "gpt2")}
+CHOICES = {"norm": ("layernorm", "rmsnorm"), "positions": ("learned", "rope"), "rope_scaling": ("none", "linear", "llama3"),
+           "activation": ("gelu", "swiglu", "relu2"), "init": ("nanodo", "gpt2")}  # fmt: skip
 VOCAB_MULTIPLE = 64  # rows of the embedding are padded to this: matrix units want it, and nobody else sees it
 
 SHORT = 256  # longest sequence for `short_attention`
@@ -42,6 +43,11 @@ class GPTConfig:
     norm_eps: float = 1e-6
     positions: str = "learned"  # or rope
     rope_base: float = 10000.0
+    rope_scaling: str = "none"  # or linear, llama3: see `rotary_frequencies`
+    rope_factor: float = 1.0
+    rope_original_length: int = 8192
+    rope_low_factor: float = 1.0
+    rope_high_factor: float = 4.0
     activation: str = "gelu"  # or swiglu (2002.05202), relu2 (2109.08668)
     qk_norm: bool = False  # RMSNorm of every head's q and k (2302.05442)
     tied: bool = True
@@ -60,6 +66,9 @@ class GPTConfig:
         for name, choices in CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"model.{name}={value} is unknown; choose one of {', '.join(choices)}")
+        if self.rope_scaling == "llama3" and self.rope_high_factor <= self.rope_low_factor:
+            raise ValueError(f"model.rope_high_factor={self.rope_high_factor} does not exceed model.rope_low_factor={self.rope_low_factor}; "
+                             "raise it, Llama 3 has 4 and 1")  # fmt: skip
 
     @property
     def head_width(self) -> int:
@@ -103,11 +112,28 @@ def build_norm(config: GPTConfig, width: int) -> nn.Module:
     return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
 
 
-def rotary_table(config: GPTConfig, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, T x d each, of the angles position * base^(-2i/d), i < d/2, once for either half of a head (2104.09864)."""
-    half = torch.arange(0, config.head_width, 2, device=positions_T.device, dtype=torch.float32)
+def rotary_frequencies(config: GPTConfig, device: torch.device) -> Tensor:
+    """Radians per position of each of the d/2 pairs of a head: f_i = base^(-2i/d) (2104.09864), which a longer context may scale.
+
+    linear: f_i / s for a factor s (2306.15595).
+    llama3: a pair that turns n_i = original_length f_i / (2 pi) times over the original context keeps f_i where n_i > high_factor, gets
+            f_i / s where n_i < low_factor, and between them ((1 - a) / s + a) f_i, a = (n_i - low_factor) / (high_factor - low_factor)
+            (Llama 3.1, `apply_scaling` of its reference implementation).
+    """
+    half = torch.arange(0, config.head_width, 2, device=device, dtype=torch.float32)
     frequencies = 1.0 / config.rope_base ** (half / config.head_width)  # rounded as transformers does: far positions magnify the difference
-    angles = positions_T.float()[:, None] * frequencies
+    if config.rope_scaling == "linear":
+        return frequencies / config.rope_factor
+    if config.rope_scaling == "llama3":
+        turns = config.rope_original_length / (2 * math.pi / frequencies)
+        kept = ((turns - config.rope_low_factor) / (config.rope_high_factor - config.rope_low_factor)).clamp(0.0, 1.0)
+        return (1 - kept) * frequencies / config.rope_factor + kept * frequencies
+    return frequencies
+
+
+def rotary_table(config: GPTConfig, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, T x d each, of the angles position * f_i (see `rotary_frequencies`), once for either half of a head."""
+    angles = positions_T.float()[:, None] * rotary_frequencies(config, positions_T.device)
     angles = torch.cat([angles, angles], dim=1)
     return angles.cos(), angles.sin()
 
@@ -254,13 +280,17 @@ class GPT(nn.Module):
         z_loss = self.config.z_loss if self.training else 0.0
         return LazyLogits(h_BxTxD, self.unembedding, self.config.vocab_size, self.config.logit_softcap, z_loss)
 
+    def lazy_logits(self, tokens_BxT: Tensor) -> LazyLogits:
+        """The logits of a batch, not computed yet: what a gradient rule asks a model for."""
+        return self.logits(self.hidden(tokens_BxT))
+
     def forward(self, tokens_BxT: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
         return self.logits(self.hidden(tokens_BxT, caches)).dense()
 
     def loss(self, tokens_BxT: Tensor, targets_BxT: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """`scale` times the cross-entropy in nats summed over the counted targets (those that are not -100), and their number; in
         training with the z-loss, if the model has one."""
-        return self.logits(self.hidden(tokens_BxT)).cross_entropy(targets_BxT, scale)
+        return self.lazy_logits(tokens_BxT).cross_entropy(targets_BxT, scale)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -1,7 +1,7 @@
 """Hugging Face in and out: GPT-2 and Llama checkpoints, folders of config.json, safetensors and tokenizer.json.
 
 A format says what it can express of a GPTConfig and what it calls each of our tensors; both directions read the same table. Neither
-needs transformers, and neither unpickles anything. model/export.py writes a whole folder, model/hf_tokenizer.py does the tokenizers.
+needs transformers, and neither unpickles anything. model/export.py writes a whole folder, data/hf_tokenizer.py does the tokenizers.
 """
 
 import json
@@ -15,12 +15,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data import Tokenizer
+from data.hf_tokenizer import FILES, find_folder, read_tokenizer
 from model.gpt import GPT, GPTConfig
-from model.hf_tokenizer import read_tokenizer
 
 TABLES = ("embedding.weight", "positions.weight", "head.weight")
+WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json", *FILES)
 TRAINING = {"dropout", "z_loss", "init"}  # keys of GPTConfig that a trained model's logits do not depend on
 GELU = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu2": "relu2"}  # their names of activations to ours; theirs of "gelu" is another
+
+# Keys of GPTConfig for the scaled rotary positions of Llama 3.1, by their names, and those that each kind of scaling reads.
+ROPE = {"rope_factor": "factor", "rope_original_length": "original_max_position_embeddings", "rope_low_factor": "low_freq_factor",
+        "rope_high_factor": "high_freq_factor"}  # fmt: skip
+SCALING = {"none": [], "linear": ["rope_factor"], "llama3": [*ROPE]}
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ FORMATS = {
     "llama": Format(
         "LlamaForCausalLM",
         {"norm": ("rmsnorm",), "positions": ("rope",), "activation": ("swiglu",), "qk_norm": (False,), "logit_softcap": (None,)},
-        {"hidden_act": ("silu",), "rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1.0,)},
+        {"hidden_act": ("silu",), "rope_type": ("default", "linear", "llama3"), "partial_rotary_factor": (1.0,)},
         "model.",
         {"embedding": "embed_tokens", "norm": "norm", "head": "lm_head"},
         "layers",
@@ -101,12 +107,14 @@ def to_config(config: GPTConfig, format: str) -> dict[str, Any]:
             "activation_function": "gelu_new" if config.activation == "gelu" else config.activation,
             "resid_pdrop": config.dropout, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout,
         }  # fmt: skip
-    return common | {
+    scaling = {ROPE[key]: getattr(config, key) for key in SCALING[config.rope_scaling]}
+    scaling["rope_type"] = config.rope_scaling if scaling else "default"
+    return common | ({"rope_scaling": scaling} if len(scaling) > 1 else {}) | {
         "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads, "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_width, "hidden_size": config.width, "intermediate_size": config.hidden_width,
         "max_position_embeddings": config.max_length, "rms_norm_eps": config.norm_eps, "hidden_act": "silu",
         "attention_bias": config.bias, "mlp_bias": config.bias, "attention_dropout": config.dropout,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base}, "rope_theta": config.rope_base,  # of transformers 5, and 4
+        "rope_parameters": scaling | {"rope_theta": config.rope_base}, "rope_theta": config.rope_base,  # of transformers 5, and 4
     }  # fmt: skip
 
 
@@ -116,6 +124,7 @@ def from_config(theirs: dict[str, Any]) -> GPTConfig:
         raise ValueError(f"model_type={theirs['model_type']} is not among {', '.join(FORMATS)}; choose a model of theirs")
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}  # of transformers 5, and 4, which had rope_theta outside
     theirs = theirs | rope
+    theirs["rope_type"] = theirs.get("rope_type") or theirs.get("type", "default")
     for key, allowed in FORMATS[theirs["model_type"]].computable.items():
         if theirs.get(key, allowed[0]) not in allowed:
             raise ValueError(f"{key}={theirs[key]} is not what a GPT computes ({', '.join(map(str, allowed))}); choose another model")
@@ -125,12 +134,13 @@ def from_config(theirs: dict[str, Any]) -> GPTConfig:
             bias=True, norm_eps=theirs.get("layer_norm_epsilon", 1e-5), activation=GELU[theirs.get("activation_function", "gelu_new")],
             tied=theirs.get("tie_word_embeddings", True), init="gpt2",
         )  # fmt: skip
+    scaling = theirs["rope_type"].replace("default", "none")
     config = GPTConfig(
         theirs["vocab_size"], theirs["max_position_embeddings"], theirs["num_hidden_layers"], theirs["num_attention_heads"], theirs["hidden_size"],
         num_kv_heads=theirs.get("num_key_value_heads"), mlp_width=theirs["intermediate_size"],
         bias=theirs.get("attention_bias", False) or theirs.get("mlp_bias", False), norm="rmsnorm", norm_eps=theirs.get("rms_norm_eps", 1e-6),
-        positions="rope", rope_base=theirs.get("rope_theta", 10000.0), activation="swiglu", tied=theirs.get("tie_word_embeddings", False),
-        init="gpt2",
+        positions="rope", rope_base=theirs.get("rope_theta", 10000.0), rope_scaling=scaling,
+        activation="swiglu", tied=theirs.get("tie_word_embeddings", False), init="gpt2", **{key: theirs[ROPE[key]] for key in SCALING[scaling]},
     )  # fmt: skip
     if theirs.get("head_dim") not in (None, config.head_width):
         raise ValueError(f"head_dim={theirs['head_dim']} is not the width over the heads, {config.head_width}; choose another model")
@@ -196,22 +206,6 @@ def from_tensors(tensors: dict[str, Tensor], config: GPTConfig, theirs: dict[str
 # Folders
 
 
-def find_folder(name_or_dir: str | Path) -> Path:
-    """The folder itself, or that of a hub name, downloaded unless it was before. Raises ValueError where there is neither."""
-    folder = Path(name_or_dir)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    wanted = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
-    try:
-        return Path(snapshot_download(str(name_or_dir), allow_patterns=wanted))
-    except (OSError, ValueError) as error:  # what huggingface_hub raises for no network, no such name, and no name at all
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"{name_or_dir} is no folder, nor could the hub give it ({type(error).__name__}: {reason}); give a folder that holds "
-                         "config.json and safetensors, or a hub name where there is a network") from None  # fmt: skip
-
-
 def read_shape(folder: Path) -> tuple[GPTConfig, dict[str, Any]]:
     """The shape of a folder's model, and its config.json. Raises ValueError where a GPT cannot have that shape."""
     path = folder / "config.json"
@@ -242,7 +236,7 @@ def read_state(folder: Path, config: GPTConfig, theirs: dict[str, Any]) -> dict[
 def from_hf(name_or_dir: str | Path) -> GPT:
     """The GPT, in fp32 and without dropout, of a Hugging Face folder or hub name. Raises ValueError where there is none, where a GPT
     cannot compute what it does, and for weights that are missing, damaged or pickled."""
-    folder = find_folder(name_or_dir)
+    folder = find_folder(name_or_dir, WEIGHTS)
     config, theirs = read_shape(folder)
     with torch.device("meta"):
         model = GPT(config)
@@ -253,13 +247,16 @@ def from_hf(name_or_dir: str | Path) -> GPT:
 def start_from(model: GPT, name_or_dir: str, tokenizer: Tokenizer) -> None:
     """Copies the weights of a Hugging Face model into ours. Raises ValueError, beside what `from_hf` does, where the shapes differ,
     naming the keys, or the vocabularies."""
-    folder = find_folder(name_or_dir)
+    folder = find_folder(name_or_dir, WEIGHTS)
     config, theirs = read_shape(folder)
-    if config.vocab_size != tokenizer.vocab_size or ((folder / "tokenizer.json").exists() and read_tokenizer(folder).ranks != tokenizer.ranks):
+    own = read_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+    if model.config.vocab_size != config.vocab_size or (own and own.token_bytes != tokenizer.token_bytes):
         raise ValueError(f"init.hf={name_or_dir} has a vocabulary of {config.vocab_size:,} entries, and the tokenizer {tokenizer.name} another, "
-                         f"of {tokenizer.vocab_size:,}; choose the tokenizer that it was trained with")  # fmt: skip
+                         f"of {tokenizer.vocab_size:,}; choose the tokenizer that it was trained with"
+                         + (", tokenizer=hf" if own else ""))  # fmt: skip
     ours, wanted = ({**asdict(shape), "num_kv_heads": shape.kv_heads, "mlp_width": shape.hidden_width} for shape in (model.config, config))
-    unused = TRAINING | ({"rope_base"} if config.positions == "learned" else {"max_length"})
+    unused = TRAINING | {"vocab_size"} | {*ROPE} - {*SCALING[config.rope_scaling]}
+    unused |= {"rope_base", "rope_scaling"} if config.positions == "learned" else {"max_length"}
     if differing := [key for key in wanted if key not in unused and wanted[key] != ours[key]]:
         has, remedy = (" ".join(override(key, shape[key]) for key in differing) for shape in (ours, wanted))
         raise ValueError(f"init.hf={name_or_dir} has another shape than {has}; set {remedy}")

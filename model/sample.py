@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> None:
         device = choose_device(options.device)
         path = checkpoint_path(options.run, options.step)
         model, tokenizer = load(options.run, options.step).to(device), Tokenizer.load(path)
-        prompt = tokenizer.encode(options.prompt).tolist() or [tokenizer.eot]
+        prompt = tokenizer.prompt(options.prompt)
         sys.stdout.write(options.prompt)
         with autocast(device, choose_precision(options.precision, device)):
             tokens = generate(model, prompt, options.tokens, options.temperature, options.top_k, options.top_p, options.seed)

@@ -85,7 +85,8 @@ class DenseLogits:
 
     @torch.no_grad()
     def statistics(self) -> tuple[dict[str, Tensor], float]:
-        return logit_statistics(self.z.flatten(0, -2).to(torch.promote_types(self.z.dtype, torch.float32))), 0.0
+        z = self.z.flatten(0, -2) if self.z.ndim > 1 else self.z[:, None]
+        return logit_statistics(z.to(torch.promote_types(z.dtype, torch.float32))), 0.0
 
 
 def instance_means(losses: Tensor, counted: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from conf.schema import DIRECTIONS, RuleConfig, check_value
 from optim.direction import Direction
+from optim.gradient import ascending
 
 
 class Terms(NamedTuple):
@@ -51,9 +52,9 @@ class Passes(NamedTuple):
     head_products: float = 3.0
 
 
-def passes(axes: RuleConfig, store: bool) -> Passes:
-    """What a perturbed step costs, with cotangents stored or rebuilt; what `SharpnessAware` counts as it goes."""
-    terms, needs, share = terms_of(axes), needs_gradient(axes), axes.ascent_fraction
+def passes(axes: RuleConfig, store: bool, instances: int) -> Passes:
+    """What a perturbed step costs, with cotangents stored or rebuilt, in groups of so many instances; what `SharpnessAware` counts as it goes."""
+    terms, needs, share = terms_of(axes), needs_gradient(axes), ascending(axes.ascent_fraction, instances) / instances
     forwards = backwards = products = 0.0
     if needs or terms.functional or terms.logit:
         forwards, backwards, products = 1, share * needs, 1 + 2 * share * needs

@@ -71,7 +71,9 @@ def decompose(rule: "SharpnessAware", group: list[Micro], result: RuleResult) ->
             found.append(take_gradients(rule.parameters))
     set_random_state(random)
     result.forwards, result.backwards, result.head_products = scratch.forwards, scratch.backwards, scratch.head_products
-    g, functional, logit = ([gradients[name] for name in found[0]] for gradients in found) if all(map(bool, found)) else ([], [], [])
+    if not all(found):  # the ascent was not finite
+        return
+    g, functional, logit = ([gradients[name] for name in found[0]] for gradients in found)
     torch._foreach_sub_(functional, g)
     torch._foreach_sub_(logit, g)
     sizes = [norm(tensors).clamp_min(1e-30) for tensors in (g, functional, logit)]

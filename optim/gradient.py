@@ -144,11 +144,16 @@ def take_gradients(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return taken
 
 
+def ascending(fraction: float, instances: int) -> int:
+    """How many of so many instances ascend: the fraction of them, at least one."""
+    return max(1, round(fraction * instances))
+
+
 def cut(group: list[Micro], fraction: float) -> list[Micro]:
     """The micro-batches of a group, cut such that those that ascend are whole: together the first so many of its instances, at least one."""
     if fraction == 1:
         return group
-    left, parts = max(1, round(fraction * sum(len(micro.targets) for micro in group))), []
+    left, parts = ascending(fraction, sum(len(micro.targets) for micro in group)), []
     for micro in group:
         size = len(micro.targets)
         for begin, end, ascends in ((0, min(left, size), True), (min(left, size), size, False)):

@@ -54,11 +54,13 @@ def moved(parameters: Sequence[Tensor], directions: Sequence[Tensor], scale: flo
                     done.append((w, kept))
                     w.add_(d, alpha=scale)
             del directions, direction, d  # the caller may let go of them
+        torch.clear_autocast_cache()  # autocast keeps casts of the weights, and looks at addresses only
         yield saved
     finally:
         with torch.no_grad():
             for w, kept in done:
                 w.copy_(kept)
+        torch.clear_autocast_cache()
 
 
 @contextmanager

@@ -73,7 +73,7 @@ class Schedule:
 def build_schedule(config: ScheduleConfig, optim: OptimConfig, tokens_per_step: int, num_parameters: int, perturbed_cost: float = 1.0) -> Schedule:
     """The schedule of a run of `num_parameters` counted parameters. A horizon in tokens is rounded up to whole steps. With
     optim.compute_matched it is the longest one whose FLOPs do not exceed those of the plain gradient over the full horizon, where a perturbed
-    step costs `perturbed_cost` plain ones.
+    step costs `perturbed_cost` plain ones; what rows measure (logit statistics, diagnostics) is not counted there.
 
     Raises ValueError where the warm-up, the decay or the first perturbed step lies beyond the horizon."""
     if config.name == "chinchilla":

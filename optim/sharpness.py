@@ -317,12 +317,12 @@ class SharpnessAware(Gradient):
             clean_size, inner = norm(g), dot(g, g_rule)
             result.metrics["sharpness/cosine"] = inner / (clean_size * size).clamp_min(1e-30)
             if combine == "orthogonal":  # g_rule - alpha (g - part of g along g_rule)
-                torch._foreach_mul_(g_rule, 1 + self.axes.alpha * float(inner / size.square().clamp_min(1e-60)))
+                torch._foreach_mul_(g_rule, 1 + self.axes.alpha * float(inner) / max(float(size) ** 2, 1e-60))
                 torch._foreach_add_(g_rule, g, alpha=-self.axes.alpha)
             if combine == "reuse":  # g_v = g_rule - part of g_rule along g, in g's memory
-                torch._foreach_mul_(g, -float(inner / clean_size.square().clamp_min(1e-60)))
+                torch._foreach_mul_(g, -float(inner) / max(float(clean_size) ** 2, 1e-60))
                 torch._foreach_add_(g, g_rule)
-                self.memory = dict(clean)
+                self.memory = dict(clean) if self.rho else {}  # at radius 0 nothing but rounding
         elif combine == "reuse" and self.memory and self.within(step):
             reused = [self.memory[name] for name in rule if name in self.memory]
             factor = float(self.axes.alpha * size / norm(reused).clamp_min(1e-30))

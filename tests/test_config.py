@@ -19,6 +19,7 @@ import train
 from conf.schema import KEYS, Config, OptimConfig, lookup, walk
 from launch import config
 from launch.config import CONF, compose, groups
+from launch.identity import run_name
 from launch.plan import describe, make_plan, memory_estimate
 from optim import build_schedule
 
@@ -184,6 +185,39 @@ def test_shapes_have_the_published_sizes(name, millions):
         (["data.name="], "data.name= goes into a folder's name"),
         (["init.step=3"], "init.step=3 needs a run to take it from; set init.run=DIR"),
         (["init.optimizer=true"], "init.optimizer=true needs a run"),
+        (["optim=samm"], "optim=samm: no such choice; choose one of adamw, angle_sam, asam"),
+        (["optim=sam", "optim.rho=-0.1"], "optim.rho=-0.1 is out of range; it must be at least 0"),
+        (["optim=sam", "optim.direction=uphill"], "optim.direction=uphill is unknown; choose one of gradient, momentum, stale, friendly, random"),
+        (["optim=sam", "optim.path=half"], "optim.path=half is unknown; choose one of none, full, functional, logit, angle"),
+        (["optim=sam", "optim.metric=riemannian"], "optim.metric=riemannian is unknown"),
+        (["optim=angle_sam", "optim.angle=91"], "optim.angle=91.0 is out of range"),
+        (["optim=sam", "optim.period=0"], "optim.period=0 is out of range"),
+        (["optim=sam", "optim.ascent_fraction=0"], "optim.ascent_fraction=0.0 is out of range"),
+        (["optim=sam", "optim.diagnostics_every=0"], "optim.diagnostics_every=0 is out of range"),
+        (["optim=sam", "optim.start=1000"], "optim.start=1000 lies beyond the horizon of 1000 steps: the rule would never act; start earlier"),
+        (["optim=sam", "optim.start=0.5", "optim.stop=0.2"], "optim.stop=0.2 is not after optim.start=0.5: the rule would never act; stop later"),
+        (["optim=preconditioned_sam", "optim.base=sgd"], "optim.metric=adam needs Adam's second moment, which optim.base=sgd does not keep of every "
+                                                         "weight; use optim.base=adamw or optim.metric=euclidean"),
+        (["optim=preconditioned_functional_sam", "optim.base=muon"], "which optim.base=muon does not keep"),
+        (["optim=momentum_sam", "optim.base=sgd", "optim.momentum=0"], "optim.direction=momentum needs a momentum, and optim.momentum=0; raise it"),
+        (["optim=momentum_sam", "optim.scope=micro_batch"], "optim.direction=momentum is the same for every group, so optim.scope=micro_batch means "
+                                                            "nothing; use optim.scope=batch"),
+        (["optim=stale_sam", "optim.scope=micro_batch"], "optim.direction=stale is the same for every group"),
+        (["optim=stale_sam", "optim.ascent_fraction=0.5"], "optim.ascent_fraction=0.5 is about the ascent gradient, which optim.direction=stale"),
+        (["optim=momentum_sam", "optim.weights=delta"], "optim.weights=delta is about the ascent gradient"),
+        (["optim=sam", "optim.scope=replica"], "optim.scope=replica needs replicas, which a single process does not have; use"),
+        (["optim=msam", "optim.num_groups=3"], "optim.num_groups=3: 16 batch.sequences / 3 groups must be a multiple of batch.micro=1; choose"),
+        (["optim=msam", "optim.num_groups=32"], "optim.num_groups=32: 16 batch.sequences / 32 groups"),
+        (["optim=msam", "batch.micro=8"], "optim.num_groups=4: 16 batch.sequences / 4 groups must be a multiple of batch.micro=8"),
+        (["optim=gsam", "optim.weights=delta"], "optim.combine=orthogonal needs the plain gradient, which optim.weights=delta does not compute; use "
+                                                "optim.weights=uniform and optim.ascent_fraction=1"),
+        (["optim=look_sam", "optim.ascent_fraction=0.5"], "optim.combine=reuse needs the plain gradient, which optim.ascent_fraction=0.5 does not"),
+        (["optim=angle_sam", "optim.angle=30", "optim.weights=delta"], "optim.path=angle needs the plain gradient"),
+        (["optim=functional_sam", "optim.weights=delta", "optim.cotangent=store"], "optim.cotangent=store would keep the weighted cotangent"),
+        (["optim=functional_sam", "optim.weights=delta", "optim.delta_descent=reweighted"], "optim.delta_descent=reweighted weighs the loss at the"),
+        (["optim=functional_sam", "optim.compute_matched=true"], "optim.compute_matched=true needs to know the cost of a step, and "
+                                                                 "optim.cotangent=auto decides it on the machine; use optim.cotangent=store or"),
+        (["optim=sam", "optim.parameters=nothing_matches*"], "optim.parameters=nothing_matches* matches no parameter; the first is embedding.weight"),
         (["tracking.mode=false"], "tracking.mode=False is unknown; choose one of auto, online, offline, off"),
         (["model.bias=3"], "model.bias=3 has the wrong type; give model.bias=<bool>"),
         (["model.bias=1"], "model.bias=1 has the wrong type"),
@@ -290,7 +324,7 @@ def test_mistake_in_a_file_is_named(conf, refusal, text, said):
 @pytest.mark.parametrize(
     "override",
     ["optim.rho=0.1", "optim.start=5000", "optim.metric=adam", "tokenizer.vocab_size=500", "schedule.tokens_per_parameter=10", "data.path=x",
-     "data.sources={a: {path: x}}", "optim.angle=10"],
+     "data.sources={a: {path: x}}", "optim.angle=10", "optim.num_groups=3", "optim.compute_matched=true", "optim.diagnostics_every=2"],
 )  # fmt: skip
 def test_key_that_is_not_read_is_noted_once(command, override):
     def name(*arguments):
@@ -304,6 +338,17 @@ def test_key_that_is_not_read_is_noted_once(command, override):
     assert silence == ""
     assert note == f"note: not read by this run, so left out of its name and identity: {key}\n"
     assert noted == plain
+
+
+def test_axes_that_a_rule_does_not_read_are_noted(capsys):
+    composed = compose(["optim=sam", "optim.angle=10", "optim.num_groups=2", "optim.metric_power=1", "optim.adaptive_floor=1", "optim.alpha=0.3",
+                        "optim.friendly_sigma=0.5", "optim.delta_sigma=0.1", "optim.cotangent=store", "optim.rho_warmup=0.2", "optim.momentum=0.5",
+                        "optim.rho=0.1", "optim.period=2", "optim.parameters=head", "optim.compute=fp32", "optim.compute_matched=true"])  # fmt: skip
+    assert capsys.readouterr().err == (
+        "note: not read by this run, so left out of its name and identity: optim.angle, optim.num_groups, optim.metric_power, optim.adaptive_floor, "
+        "optim.alpha, optim.friendly_sigma, optim.delta_sigma, optim.cotangent, optim.rho_warmup, optim.momentum\n"
+    )
+    assert "-sam-0.1-stdlib-1000steps-s0-" in run_name(composed)
 
 
 def test_one_note_names_all(capsys):

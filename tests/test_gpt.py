@@ -1,7 +1,7 @@
 """The transformer: its shapes, its initialisation, what it may see, and that it is the function the docstrings say it is."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -92,6 +92,37 @@ def test_nanodo_is_the_plain_decoder():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.1)  # norms' scales too
     torch.testing.assert_close(model(tokens()), plain_nanodo(model, tokens()), rtol=1e-12, atol=1e-13)
+
+
+def llama_frequencies(frequencies: list[float], factor: float, low: float, high: float, length: int) -> list[float]:
+    """`apply_scaling` of Meta's reference implementation of Llama 3.1 (models/llama3/reference_impl/model.py), pair by pair."""
+    scaled = []
+    for frequency in frequencies:
+        wavelength = 2 * math.pi / frequency
+        if wavelength < length / high:
+            scaled.append(frequency)
+        elif wavelength > length / low:
+            scaled.append(frequency / factor)
+        else:
+            smooth = (length / wavelength - low) / (high - low)
+            scaled.append((1 - smooth) * frequency / factor + smooth * frequency)
+    return scaled
+
+
+@pytest.mark.parametrize(
+    ("width", "factor", "low", "high", "length"), [(64, 32.0, 1.0, 4.0, 8192), (128, 8.0, 1.0, 4.0, 8192), (64, 4.0, 0.5, 9.0, 100)]
+)
+def test_rotary_angles_are_scaled_as_llamas(width, factor, low, high, length):
+    """The first two are Llama 3.2 1B's and 3.1 8B's."""
+    plain = GPTConfig(101, 32, 1, 1, width, norm="rmsnorm", positions="rope", rope_base=5e5)
+    scaled = replace(plain, rope_factor=factor, rope_low_factor=low, rope_high_factor=high, rope_original_length=length)
+    device, exact = torch.device("cpu"), [5e5 ** (-2 * i / width) for i in range(width // 2)]
+    expected = {"none": exact, "linear": [f / factor for f in exact], "llama3": llama_frequencies(exact, factor, low, high, length)}
+    for kind, frequencies in expected.items():
+        found = gpt.rotary_frequencies(replace(scaled, rope_scaling=kind), device)
+        torch.testing.assert_close(found.double(), torch.tensor(frequencies, dtype=torch.float64), rtol=1e-6, atol=0)
+    slowed = [f / g for f, g in zip(exact, expected["llama3"], strict=True)]
+    assert slowed[0] == 1 and slowed[-1] == factor and any(1.01 < ratio < 0.99 * factor for ratio in slowed)  # all three cases were met
 
 
 def test_rotary_attention_sees_distances_only():

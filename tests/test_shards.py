@@ -14,7 +14,7 @@ from conf.schema import DataConfig, TokenizerConfig
 from data import Tokenizer, cache, corpora, prepare
 from data.corpora import TextCorpus
 from data.shards import HEADER, Shard, Tokens, write_shard
-from data.tokenizer import bytes_tokenizer
+from data.tokenizer import RankedTokenizer, bytes_tokenizer
 from tests.test_corpora import SHAKESPEARE, TEXTS, text_config, write_rows
 
 ROOT = Path(__file__).parents[1]
@@ -313,7 +313,7 @@ def test_damaged_meta_is_named(config):
 
 def numbered(vocab_size: int) -> Tokenizer:
     """A tokenizer of that vocabulary, for tokens that are just numbers."""
-    return Tokenizer("numbered", ".", tuple(index.to_bytes(3, "big") for index in range(vocab_size - 1)))
+    return RankedTokenizer("numbered", ".", tuple(index.to_bytes(3, "big") for index in range(vocab_size - 1)))
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, "<u2"), (2**16 + 1, "<u4")])

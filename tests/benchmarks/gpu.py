@@ -83,9 +83,8 @@ def rules(shape: GPTConfig, micro: int, names: list[str], rounds: int = 5) -> No
     with CUDA:
         model = GPT(shape)
     parallelize(model, "block", False, CUDA)
-    print(
-        f"{micros} micro-batches of {micro} x {shape.max_length}\n| rule | step | ratio to AdamW | peak memory | above AdamW's |\n|---|---|---|---|---|"
-    )
+    print(f"{micros} micro-batches of {micro} x {shape.max_length}\n")
+    print("| rule | step | ratio to AdamW | peak memory | above AdamW's |\n|---|---|---|---|---|")
     plain_peak = 0
     for name in ["adamw", *(name for name in names if name != "adamw")]:
         times: dict[str, list[float]] = {"adamw": [], name: []}

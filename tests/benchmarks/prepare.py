@@ -26,26 +26,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from conf.schema import DataConfig
-from data import Tokenizer, prepare
+from data import prepare
 from data.cache import num_cores
 from data.corpora import TextCorpus
-from data.tokenizer import gpt2_tokenizer, head, train_bpe
+from data.tokenizer import RankedTokenizer, gpt2_tokenizer, head, train_bpe
 
 
 def config(source: str, path: str, cache: str, separator: str | None) -> DataConfig:
     return DataConfig(name=source, source=source, path=path, cache=cache, separator=separator, validation_fraction=0.05)
 
 
-def seconds_of_preparing(data: DataConfig, tokenizer: Tokenizer) -> float:
+def seconds_of_preparing(data: DataConfig, tokenizer: RankedTokenizer) -> float:
     """Into a cache that is empty, with a tokenizer that was not used before."""
-    fresh = Tokenizer(tokenizer.name, tokenizer.pattern, tokenizer.ranks)
+    fresh = RankedTokenizer(tokenizer.name, tokenizer.pattern, tokenizer.ranks)
     with tempfile.TemporaryDirectory(dir=data.cache) as cache:
         began = time.perf_counter()
         prepare(DataConfig(**{**vars(data), "cache": cache}), fresh)
         return time.perf_counter() - began
 
 
-def seconds_of_loop(texts: list[str], tokenizer: Tokenizer) -> float:
+def seconds_of_loop(texts: list[str], tokenizer: RankedTokenizer) -> float:
     encoding = tokenizer.encoding
     began = time.perf_counter()
     for text in texts:
@@ -73,7 +73,7 @@ def paragraphs(texts: list[str], size: int = 2000) -> list[str]:
     return [text[first : first + size] for text in texts for first in range(0, len(text), size)]
 
 
-def compare(label: str, data: DataConfig, tokenizer: Tokenizer, texts: list[str], rounds: int) -> str:
+def compare(label: str, data: DataConfig, tokenizer: RankedTokenizer, texts: list[str], rounds: int) -> str:
     """A row of the table."""
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     ours, loop = [], []
