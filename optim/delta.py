@@ -11,26 +11,25 @@ through w; an instance without counted tokens weighs nothing.
 
 from collections.abc import Callable, Mapping
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from conf.schema import RuleConfig
 from optim.direction import noise
-from optim.perturbation import moved
+from optim.perturbation import moved, norm
 
 Losses = Callable[[], list[Tensor]]  # one forward over a group: the instance losses of every micro-batch
 
 
-def probe(axes: RuleConfig, parameters: Mapping[str, Tensor], step: int, losses: Losses) -> list[Tensor]:
+def probe(axes: RuleConfig, module: nn.Module, parameters: Mapping[str, Tensor], step: int, losses: Losses) -> list[Tensor]:
     """What is to be added to -2 l_i(t) (central) or l_i(t) (mixed) in c_i, for every instance of every micro-batch."""
     weights = list(parameters.values())
     count = sum(w.numel() for w in weights)
-    sigma = axes.delta_sigma * torch.stack([w.detach().square().sum() for w in weights]).sum().div(count).sqrt().item()
+    sigma = axes.delta_sigma * norm(weights).item() / count**0.5
 
     def at(**signs: float) -> list[Tensor]:
         """Losses at t + the sum of sign * z of each kind of noise."""
         z = [sum(sign * noise(w, step, f"{kind}/{name}") for kind, sign in signs.items()) for name, w in parameters.items()]
-        with moved(weights, z, sigma):  # type: ignore[arg-type]
+        with moved(weights, z, sigma, module):  # type: ignore[arg-type]
             return losses()
 
     if axes.delta_probe == "central":

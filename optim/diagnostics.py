@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model.logits import compute_dtype
+from model.sharding import all_sum, local, sharded_as
 from optim.axes import Terms
 from optim.gradient import Micro, RuleResult, take_gradients
 from optim.perturbation import dot, norm, random_state, realised, same_buffers, set_random_state
@@ -31,7 +32,7 @@ def look_at_move(rule: "SharpnessAware", moving: Sequence[Tensor], copies: Seque
     result.log(weight, {"sharpness/realised_radius": seen, "sharpness/realised_cosine": cosine})
     result.log(weight, {f"sharpness/share_{kind}": share for kind, share in shares.items()})
     if weight == 1 and not terms.logit and length > 0:
-        pairs = [(now.detach() - before, now.grad) for now, before in zip(moving, copies, strict=True) if now.grad is not None]
+        pairs = [(sharded_as(local(now) - before, now), now.grad) for now, before in zip(moving, copies, strict=True) if now.grad is not None]
         slope = dot([e for e, _ in pairs], [g for _, g in pairs]).item() / length
         result.metrics["sharpness/rule_slope"] = slope
         if "sharpness/slope" in result.metrics:
@@ -50,7 +51,8 @@ def clean_loss(rule: "SharpnessAware", group: list[Micro], result: RuleResult, r
     with same_buffers(rule.module):
         losses = rule.instance_losses(group, result, random)
     for micro, losses_B in zip(group, losses, strict=True):
-        result.log(1 / result.tokens, {"sharpness/clean_loss": (losses_B * micro.counted_B).sum()})
+        total = all_sum(rule.module, (losses_B * micro.counted_B).double().sum())
+        result.log(1 / result.tokens, {"sharpness/clean_loss": total})
 
 
 def decompose(rule: "SharpnessAware", group: list[Micro], result: RuleResult) -> None:

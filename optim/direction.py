@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from conf.schema import DIRECTIONS, RuleConfig
+from model.sharding import local, shard_of, sharded_as
 from optim.perturbation import blocks, dot, norm
 
 
@@ -122,7 +123,8 @@ def noise(like: Tensor, step: int, name: str) -> Tensor:
     """Standard normal numbers in the shape of a parameter, from a generator of their own, seeded by (torch's seed, step, name)."""
     digest = hashlib.sha256(f"{torch.initial_seed()}/{step}/{name}".encode()).digest()
     generator = torch.Generator(like.device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+    full = torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+    return sharded_as(shard_of(full, like), like)
 
 
 def scaled(axes: RuleConfig, optimizer: Optimizer, parameters: Sequence[Tensor], q: list[Tensor], gradients: list[Tensor | None]) -> list[Tensor]:
@@ -149,7 +151,7 @@ def adam(axes: RuleConfig, group: dict[str, Any], state: dict[str, Any], q: Tens
     correction = 1 - b2 ** (step + ahead)
     d = torch.empty_like(q)
     tensors = [d, q] + [gradient] * ahead + [v] * (v is not None)
-    for out, along, *rest in blocks(*tensors):
+    for out, along, *rest in blocks(*map(local, tensors)):
         if ahead:
             torch.mul(rest[0], rest[0], out=out).mul_((1 - b2) / correction)
             if v is not None:

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from model.gpt import GPT
 from model.logits import Cotangent
+from model.sharding import all_sum
 from optim.adapter import Adapter, is_counted
 
 Batch = tuple[Any, Tensor]  # tokens_BxT (or what the adapter takes), targets_BxT
@@ -56,7 +58,7 @@ class Micro:
     inputs: Any
     targets: Tensor
     counted_B: Tensor  # counted targets of each instance
-    tokens: int  # and of all of them
+    tokens: int  # and of all of them, over all processes
     share: float  # of the instances of the batch
     ascends: bool = True  # the ascent gradient is taken on it
     cotangent: Cotangent = field(init=False)  # r at the clean weights
@@ -74,6 +76,9 @@ class Gradient:
         self.model: Any = model if isinstance(model, (GPT, Adapter)) else Adapter(model)
         self.module: nn.Module = self.model.module if isinstance(self.model, Adapter) else self.model
         self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}  # a tied one once
+        modules: list[Any] = [owner for owner in self.module.modules() if hasattr(owner, "set_gradient_divide_factor")]
+        for owner in modules:  # of FSDP2: gradients are sums here, each loss is divided by the N of all
+            owner.set_gradient_divide_factor(1.0)
         self.step, self.rho = 0, 0.0
         self.say: Callable[[str], None] = partial(print, file=sys.stderr)
         self.device = next(iter(self.parameters.values())).device
@@ -84,6 +89,7 @@ class Gradient:
         result = RuleResult()
         for group in self.groups(batches, result):
             self.plain(group, result, logged)
+        self.add_up(result)
         return result
 
     def groups(self, batches: Sequence[Any], result: RuleResult) -> list[list[Micro]]:
@@ -92,23 +98,38 @@ class Gradient:
         instances = sum(len(targets) for group in groups for _, targets in group)
         counted = self.model.counted if isinstance(self.model, Adapter) else is_counted
 
-        def micro(inputs: Any, targets: Tensor) -> Micro:
+        def make(inputs: Any, targets: Tensor) -> Micro:
             counted_B = counted(targets).reshape(len(targets), -1).sum(1)
-            return Micro(inputs, targets, counted_B, int(counted_B.sum()), len(targets) / instances)
+            return Micro(inputs, targets, counted_B, 0, len(targets) / instances)
 
-        micros = [[micro(inputs, targets) for inputs, targets in group] for group in groups]
-        result.tokens = sum(micro.tokens for group in micros for micro in group)
+        micros = [[make(inputs, targets) for inputs, targets in group] for group in groups]
+        result.tokens = self.count_tokens([micro for group in micros for micro in group])
         return micros
+
+    def count_tokens(self, micros: list[Micro]) -> int:
+        """Notes how many targets each micro-batch counts over all processes; returns their sum."""
+        counts = all_sum(self.module, torch.stack([micro.counted_B.sum() for micro in micros])).tolist()
+        for micro, tokens in zip(micros, counts, strict=True):
+            micro.tokens = tokens
+        return sum(counts)
+
+    def add_up(self, result: RuleResult) -> None:
+        """Makes the losses of this process's part of the batch those of the whole batch."""
+        losses = [loss for loss in (result.loss, result.perturbed_loss) if loss is not None]
+        if losses:
+            totals = all_sum(self.module, torch.stack(losses)).unbind()
+            result.perturbed_loss = result.perturbed_loss if result.perturbed_loss is None else totals[-1]
+            result.loss = result.loss if result.loss is None else totals[0]
 
     def plain(self, group: list[Micro], result: RuleResult, logged: bool = False) -> None:
         """Adds the plain gradient of some micro-batches to p.grad, and their loss to the result."""
         for micro in group:
             logits = self.model.lazy_logits(micro.inputs)
+            self.look(logits, micro, result, logged)
             loss, _ = logits.cross_entropy_and_cotangent(micro.targets, 1 / max(1, result.tokens))
             loss.backward()
             result.count(micro.share, forwards=1, backwards=1, head_products=3)
             result.loss = plus(result.loss, loss)
-            self.look(logits, micro, result, logged)
 
     def look(self, logits: Any, micro: Micro, result: RuleResult, logged: bool) -> None:
         """Logs statistics of the first logits of a step."""
@@ -151,8 +172,6 @@ def ascending(fraction: float, instances: int) -> int:
 
 def cut(group: list[Micro], fraction: float) -> list[Micro]:
     """The micro-batches of a group, cut such that those that ascend are whole: together the first so many of its instances, at least one."""
-    if fraction == 1:
-        return group
     left, parts = ascending(fraction, sum(len(micro.targets) for micro in group)), []
     for micro in group:
         size = len(micro.targets)
@@ -161,6 +180,6 @@ def cut(group: list[Micro], fraction: float) -> list[Micro]:
                 rows = slice(begin, end)
                 inputs = {key: value[rows] for key, value in micro.inputs.items()} if hasattr(micro.inputs, "items") else micro.inputs[rows]
                 share, counted_B = micro.share * (end - begin) / size, micro.counted_B[rows]
-                parts.append(Micro(inputs, micro.targets[rows], counted_B, int(counted_B.sum()), share, ascends))
+                parts.append(Micro(inputs, micro.targets[rows], counted_B, 0, share, ascends))
         left = max(0, left - size)
     return parts

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from model.sharding import is_sharded, local, reshard, summed
+
 BLOCK = {"cpu": 2**17}  # numbers that are worked on at once; on CUDA a kernel takes a whole tensor
 
 
@@ -30,26 +32,30 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(())
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    return torch.stack(torch._foreach_norm(list(tensors), 2, wide)).norm()
+    total = torch.stack(torch._foreach_norm([local(tensor) for tensor in tensors], 2, wide)).norm()
+    return summed(total.square(), tensors).sqrt() if is_sharded(tensors[0]) else total
 
 
 def dot(ones: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
     """The global inner product, accumulated as `norm` does; 0 for none."""
     if not ones:
         return torch.zeros(())
-    return torch.stack([torch.dot(one.reshape(-1), other.reshape(-1)) for one, other in zip(ones, others, strict=True)]).sum()
+    pairs = ((local(one).reshape(-1), local(other).reshape(-1)) for one, other in zip(ones, others, strict=True))
+    return summed(torch.stack([torch.dot(one, other) for one, other in pairs]).sum(), ones)
 
 
 @contextmanager
-def moved(parameters: Sequence[Tensor], directions: Sequence[Tensor], scale: float) -> Iterator[list[Tensor]]:
+def moved(parameters: Sequence[Tensor], directions: Sequence[Tensor], scale: float, module: nn.Module | None = None) -> Iterator[list[Tensor]]:
     """Adds scale * d to each parameter in place and yields copies of the parameters before; afterwards, whatever happens meanwhile, copies
-    them back. Gradients play no part in that, so a parameter that gets none is restored as well."""
-    saved = [torch.empty_like(parameter) for parameter in parameters]
+    them back. Gradients play no part in that, so a parameter that gets none is restored as well. Of sharded parameters the shards are
+    copied and moved; their `module` lets go of what it has gathered before either."""
+    reshard(module)
+    saved = [torch.empty_like(local(parameter)) for parameter in parameters]
     done: list[tuple[Tensor, Tensor]] = []
     try:
         with torch.no_grad():
             for parameter, copy, direction in zip(parameters, saved, directions, strict=True):
-                for w, kept, d in blocks(parameter.detach(), copy, direction):
+                for w, kept, d in blocks(local(parameter), copy, local(direction)):
                     kept.copy_(w)
                     done.append((w, kept))
                     w.add_(d, alpha=scale)
@@ -57,6 +63,7 @@ def moved(parameters: Sequence[Tensor], directions: Sequence[Tensor], scale: flo
         torch.clear_autocast_cache()  # autocast keeps casts of the weights, and looks at addresses only
         yield saved
     finally:
+        reshard(module)
         with torch.no_grad():
             for w, kept in done:
                 w.copy_(kept)
@@ -110,14 +117,15 @@ def realised(parameters: Sequence[Tensor], saved: Sequence[Tensor], dtype: torch
     sums = []
     for now, before in zip(parameters, saved, strict=True):
         total = torch.zeros(3, dtype=torch.float64, device=now.device)
-        for w, kept in blocks(now.detach(), before):
+        for w, kept in blocks(local(now), before):
             intended = w - kept
             seen = w.to(dtype).to(w.dtype) - kept.to(dtype).to(w.dtype) if now.ndim >= 2 else intended
             total += torch.stack([seen.square().sum(), intended.square().sum(), (seen * intended).sum()])
         sums.append(total)
-    seen_squared, intended_squared, product = torch.stack(sums).sum(0).tolist()
+    found = summed(torch.stack(sums), parameters)
+    seen_squared, intended_squared, product = found.sum(0).tolist()
     cosine = product / max(math.sqrt(seen_squared * intended_squared), 1e-300)
-    return math.sqrt(seen_squared), cosine, torch.stack(sums)[:, 1].tolist()
+    return math.sqrt(seen_squared), cosine, found[:, 1].tolist()
 
 
 def free_memory(device: torch.device) -> int:

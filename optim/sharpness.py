@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from conf.schema import DIRECTIONS, OptimConfig, RuleConfig
 from model.gpt import GPT
 from model.logits import compute_dtype
+from model.sharding import all_min, all_sum, gathered, local
 from optim import delta
 from optim.adapter import Adapter
 from optim.axes import Terms, check_optimizer, choose, kinds, make_axes, needs_gradient, terms_of
@@ -79,6 +80,7 @@ class SharpnessAware(Gradient):
         self.memory: dict[str, Tensor] = {}  # LookSAM's g_v
         self.stores: bool | None = {"store": True, "rebuild": False}.get(self.axes.cotangent)
         self.warned = False
+        self.head: Tensor | None = getattr(self.module, "unembedding", None)
         self.told = type(self.direction).saw is not Direction.saw  # the direction wants to know g
         self.needs_gradient = needs_gradient(self.axes)
 
@@ -128,6 +130,7 @@ class SharpnessAware(Gradient):
                 if diagnose:
                     decompose(self, groups[0], result)
                 result.finite = all(self.one_group(group, result, self.terms, clean, logged, diagnose) for group in groups)
+        self.add_up(result)
         if result.finite:
             self.conclude(step, clean, result, logged)
         else:
@@ -144,7 +147,8 @@ class SharpnessAware(Gradient):
         random, weight, earlier, gradients = random_state(), tokens / result.tokens, take_gradients(self.parameters), {}
         looked = bool(self.needs_gradient or terms.functional or terms.logit)
         if looked:
-            group = cut(group, self.axes.ascent_fraction)
+            if self.axes.ascent_fraction < 1:
+                self.count_tokens(group := cut(group, self.axes.ascent_fraction))
             gradients = self.clean_pass(group, terms, weight, result, random, logged)
         elif diagnose:
             clean_loss(self, group, result, random)
@@ -160,7 +164,7 @@ class SharpnessAware(Gradient):
         if clean is not None:
             self.keep(clean, gradients, list(q), weight)
         with same_buffers(self.module) if looked else nullcontext():
-            with moved(moving, d, self.direction.sign * self.rho / n if n > 0 else 0.0) as copies:
+            with moved(moving, d, self.direction.sign * self.rho / n if n > 0 else 0.0, self.module) as copies:
                 for name, p in self.parameters.items():  # what the moved pass adds to
                     p.grad = earlier.get(name)
                     if terms.clean and name in gradients:
@@ -194,9 +198,10 @@ class SharpnessAware(Gradient):
     ) -> dict[str, Tensor]:
         """The clean losses and cotangents of a group, and the gradient of its mean ascent loss if that is wanted."""
         axes, tokens = self.axes, sum(micro.tokens for micro in group)
-        if axes.weights == "delta" and sum(int(micro.counted_B.count_nonzero()) for micro in group) > 1:  # one instance weighs 1
+        counted = torch.stack([micro.counted_B.count_nonzero() for micro in group]).sum()
+        if axes.weights == "delta" and int(all_sum(self.module, counted)) > 1:  # one instance weighs 1
             with same_buffers(self.module):
-                offsets = delta.probe(axes, self.moving, self.direction.step, lambda: self.instance_losses(group, result, random))
+                offsets = delta.probe(axes, self.module, self.moving, self.direction.step, lambda: self.instance_losses(group, result, random))
             for micro, offsets_B in zip(group, offsets, strict=True):
                 micro.offsets_B = offsets_B
         store = bool(terms.functional) and self.store(group)
@@ -206,18 +211,18 @@ class SharpnessAware(Gradient):
             trained = self.needs_gradient and micro.ascends
             with torch.set_grad_enabled(trained):
                 logits = self.model.lazy_logits(micro.inputs)
+                self.look(logits, micro, result, logged)
                 weigh = partial(delta.weigh, axes, micro.offsets_B) if micro.offsets_B is not None and micro.ascends else None
                 loss, micro.cotangent = logits.cross_entropy_and_cotangent(micro.targets, 1 / tokens, store, keep_h, weigh)
                 if trained:
                     loss.backward()
             result.count(micro.share, forwards=1, backwards=trained, head_products=3 if trained else 1)
             result.loss = plus(result.loss, loss * weight)
-            self.look(logits, micro, result, logged)
         found = take_gradients(self.parameters)
-        mass = 0.0
-        for micro in group:
-            weights_B = micro.cotangent.weights_B
-            mass += 0 if not micro.ascends else micro.tokens if weights_B is None else float((weights_B * micro.counted_B).sum())
+        mass = float(sum(micro.tokens for micro in group if micro.ascends))
+        if any(micro.cotangent.weights_B is not None for micro in group):
+            weighted = [micro.counted_B * (1 if micro.cotangent.weights_B is None else micro.cotangent.weights_B) for micro in group if micro.ascends]
+            mass = float(all_sum(self.module, torch.cat(weighted).double().sum()))
         for micro in group:
             if micro.cotangent.weights_B is not None and mass:
                 micro.weights_B = micro.cotangent.weights_B * (tokens / mass)
@@ -230,14 +235,15 @@ class SharpnessAware(Gradient):
         logged: bool, diagnose: bool,
     ) -> None:  # fmt: skip
         """Adds to p.grad what is to be had at the moved point. `saved` are the clean weights, by the identity of their parameters."""
-        scale, dW_VxD = 1 / result.tokens, None
+        scale, dW_VxD, clean_head = 1 / result.tokens, None, None
+        if self.head is not None and (terms.logit or (terms.functional and not self.stores)):
+            clean_head = gathered(saved.get(id(self.head), local(self.head)), self.head)
         set_random_state(random)
         for micro in group:
             with torch.set_grad_enabled(bool(terms.full or terms.functional)):
                 logits, loss = self.model.lazy_logits(micro.inputs), None
+                self.look(logits, micro, result, logged)
                 result.count(micro.share, forwards=1)
-                head = getattr(logits, "weight_VxD", None)
-                clean_head = saved.get(id(head), head)
                 if terms.full:
                     weights_B = micro.weights_B if self.axes.delta_descent == "reweighted" else None
                     weigh = None if weights_B is None else lambda which, _, w=weights_B: w[which]
@@ -261,7 +267,6 @@ class SharpnessAware(Gradient):
                 result.perturbed_loss = plus(result.perturbed_loss, loss)
             if terms != Terms(full=1):
                 micro.cotangent.free()
-            self.look(logits, micro, result, logged)
         if terms.logit:
             group[0].spent.dW_VxD = dW_VxD  # of all micro-batches: the first pull hands it on
 
@@ -278,7 +283,7 @@ class SharpnessAware(Gradient):
         if self.stores is None:
             dense, axes = isinstance(self.model, Adapter), self.axes
             bytes_ = 0 if dense else self.cotangent_bytes(group)
-            free = free_memory(self.device)
+            free = all_min(self.module, free_memory(self.device))
             self.stores = dense or (axes.weights != "delta" and bytes_ <= axes.cotangent_share * free)
             if not dense:
                 self.say(f"cotangent=auto takes {'store' if self.stores else 'rebuild'}: {bytes_ / 2**20:,.0f} MiB to store, "

@@ -1,0 +1,80 @@
+"""Tensors that may be sharded (DTensors of FSDP2) seen as what this process holds of them, and sums over all that hold the rest.
+
+Importing torch.distributed.tensor takes long, so a DTensor is told by what it can do."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor."""
+    return hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The shard of a tensor that this process holds, sharing its memory; a plain tensor as it is, without its graph."""
+    plain: Any = tensor.detach()
+    return plain.to_local() if is_sharded(tensor) else plain
+
+
+def summed(value: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """A sum over local shards, made the sum over all shards: over the processes that share one copy of the tensors, and no others."""
+    like: Any = tensors[0] if tensors else None
+    if like is not None and is_sharded(like):
+        for dim, placement in enumerate(like.placements):
+            if placement.is_shard():
+                torch.distributed.all_reduce(value, group=like.device_mesh.get_group(dim))
+    return value
+
+
+def shard_of(full: Tensor, like: Tensor) -> Tensor:
+    """The part of a full tensor that this process would hold of it, were it sharded as `like`."""
+    if not is_sharded(like):
+        return full
+    sharded: Any = like
+    for dim, placement in enumerate(sharded.placements):
+        if placement.is_shard():
+            parts, mine = full.chunk(sharded.device_mesh.size(dim), placement.dim), sharded.device_mesh.get_local_rank(dim)
+            full = parts[mine] if mine < len(parts) else full.narrow(placement.dim, 0, 0)
+    return full
+
+
+def sharded_as(shard: Tensor, like: Tensor) -> Any:
+    """The tensor of which every process holds a shard, as it does of `like`."""
+    if not is_sharded(like):
+        return shard
+    from torch.distributed.tensor import DTensor
+
+    sharded: Any = like
+    return DTensor.from_local(shard, sharded.device_mesh, sharded.placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def gathered(shard: Tensor, like: Tensor) -> Tensor:
+    """The same as a full tensor, on every process."""
+    return sharded_as(shard, like).full_tensor() if is_sharded(like) else shard
+
+
+def reshard(module: nn.Module | None) -> None:
+    """Lets go of gathered weights: what was gathered before the shards changed would be used again."""
+    sharded: list[Any] = [owner for owner in module.modules() if hasattr(owner, "reshard")] if module is not None else []
+    for owner in sharded:
+        owner.reshard()
+
+
+def all_sum(module: nn.Module, values: Tensor) -> Tensor:
+    """Values added up over all processes that train the module; its own where it is on one process."""
+    if any(is_sharded(p) for p in module.parameters()):
+        torch.distributed.all_reduce(values)
+    return values
+
+
+def all_min(module: nn.Module, value: int) -> int:
+    """The smallest value of all processes that train the module."""
+    if any(is_sharded(p) for p in module.parameters()):
+        smallest = torch.tensor(value, dtype=torch.int64)
+        torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
+        value = int(smallest)
+    return value
