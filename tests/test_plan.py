@@ -41,6 +41,14 @@ def test_micro_batches_change_neither_tokens_nor_flops(micro):
     assert all(cut[label] == whole[label] for label in ("tokens", "FLOPs", "parameters", "steps", "hours on one H100"))
 
 
+@pytest.mark.parametrize(("overrides", "micro"), [([], 8), (["optim=msam"], 2), (["optim=msam", "optim.num_groups=8"], 1),
+                                                  (["optim=msam", "batch.micro=1"], 1), (["optim.num_groups=4"], 8)])  # fmt: skip
+def test_a_micro_batch_is_a_group_unless_told(overrides, micro):
+    composed = compose([*SMALL, *overrides])
+    assert make_plan(composed).micro == micro
+    assert f"in {8 // micro} micro-batches of {micro}" in rows(*overrides)["tokens per step"]
+
+
 @pytest.mark.parametrize(("steps", "tenth", "tracked"), [(5, 1, 1), (999, 99, 1), (1000, 100, 10)])
 def test_ten_evaluations_and_checkpoints_unless_told(steps, tenth, tracked):
     plan = make_plan(compose([*SMALL, f"schedule.steps={steps}"]))

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from launch.preemption import EXIT_PREEMPTED, SIGNALS
-from tests.runs import ROOT, STEPS, Server, assert_same_run, content
+from tests.runs import ROOT, STEPS, Server, assert_same_run, assert_same_tensors, content, rows, tensors
 from tests.test_tracking import read_wandb
 
 
@@ -124,6 +124,25 @@ def test_command_of_a_user_is_killed_preempted_and_goes_on(tiny, tmp_path, refer
     process = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"resumed from {run}/checkpoints/step_{stopped:08d}\n" in process.stdout
     assert_same_run(run, reference)
+
+
+RULES = {"stale_sam": ["tracking.every=3"], "look_sam": ["optim.period=5", "optim.start=3"], "functional_sam": ["optim.rho_schedule=cosine"]}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_run_of_a_rule_that_is_killed(start, tmp_path, name):
+    """With a memory, or a point in time, that a checkpoint has to hold."""
+    run, undisturbed, rule = tmp_path / "run", tmp_path / "undisturbed", [f"optim={name}", *RULES[name], "batch.micro=2", "precision=fp32"]
+    assert start(*rule, dir=undisturbed).wait() == 0
+    for number, step in ((signal.SIGKILL, 5), (signal.SIGTERM, 11), (signal.SIGKILL, 19)):
+        process = start(*rule)
+        assert process.until(lambda step=step: reached(run) >= step)
+        process.kill(number)
+        assert process.wait() == (-number if number == signal.SIGKILL else EXIT_PREEMPTED)
+    assert start(*rule).wait() == 0
+    assert_same_tensors(tensors(run), tensors(undisturbed))
+    assert rows(run) == rows(undisturbed) and len(rows(run)) > 10
+    assert "rule/step" in tensors(run) and tensors(run)["rule/step"] == STEPS
 
 
 # Asked to stop

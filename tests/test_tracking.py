@@ -29,7 +29,8 @@ dir = Path(sys.argv[1])
 def tracker(mode, wandb_id=None, resumed_step=-1, **keys):
     return Tracker(dir, TrackingConfig(mode=mode, tags=["mine"], **keys), "my-run", {CONFIG!r}, wandb_id, 100, resumed_step)
 def row(step):
-    return {{"step": step, "tokens": step * 64, "flops": 1e6 * step, "seconds": step / 8, "train/loss": 5 - step / 100}}
+    return {{"step": step, "tokens": step * 64, "flops": 1e6 * step, "seconds": step / 8, "train/loss": 5 - step / 100,
+            "sharpness/rho": 0.05}}
 """
 
 
@@ -262,7 +263,7 @@ run.close(0)
     wandb_id = run_script(tmp_path, script).splitlines()[0]
     (start,) = read_wandb(tmp_path)
     assert [row["step"] for row in start.rows] == list(range(1, 302))
-    assert start.rows[9] | {"step": 10, "tokens": 640, "flops": 1e7, "seconds": 1.25, "train/loss": 4.9} == start.rows[9]
+    assert start.rows[9] | {"step": 10, "tokens": 640, "flops": 1e7, "seconds": 1.25, "train/loss": 4.9, "sharpness/rho": 0.05} == start.rows[9]
     assert "val/loss" not in start.rows[300]
     assert start.config | CONFIG == start.config
     assert start.metrics == {"step": "", "tokens": "", "flops": "", "seconds": "", "*": "step"}

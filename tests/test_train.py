@@ -17,6 +17,7 @@ import train as training
 from launch import checkpoint, config
 from launch.preemption import EXIT_PREEMPTED
 from model import load
+from optim import Gradient
 from optim.adamw import state_tensors
 from tests.runs import STEPS, assert_same_run, assert_same_tensors, content, rows, tensors
 from tests.test_checkpoint import DAMAGES, Bomb
@@ -331,6 +332,7 @@ def test_branch_without_the_optimiser_starts_anew_with_its_weights(branch, run, 
         (["init.optimizer=true", "batch.sequences=8"], "batch.sequences=8 differs from 4"),
         (["init.optimizer=true", "batch.length=16"], "batch.length=16 differs from 32"),
         (["init.optimizer=true", "data.validation_fraction=0.1"], "data.validation_fraction=0.1 differs from 0.05"),
+        (["init.optimizer=true", "optim.base=sgd"], "optim.base=sgd differs from adamw in init.run, whose state it cannot take over; keep it, or"),
         (["init.optimizer=true", "schedule.steps=9"], "schedule.steps=9 ends before step 10 of init.run; lengthen the run"),
         (["model.width=64"], "has another shape or tokenizer"),
         (["tokenizer=bpe", "tokenizer.vocab_size=300"], "has another shape or tokenizer"),
@@ -354,16 +356,24 @@ def test_branch_of_a_damaged_checkpoint_is_one_error(start, stopped, tmp_path, c
 
 def poison(monkeypatch, bad: Callable[[int], bool], what: str) -> None:
     """Makes the loss, or one number of the gradient, not finite at the steps that are bad; asserts that nothing moves there."""
-    step, gradient, now = training.Run.step, training.Gradient.gradient, []
+    gradient, now = Gradient.gradient, assert_unharmed(monkeypatch, bad)
 
-    def poisoned(self, batches):
-        result = gradient(self, batches)
+    def poisoned(self, *arguments):
+        result = gradient(self, *arguments)
         if bad(now[0]):
             if what == "loss":
                 result.loss = torch.full_like(result.loss, float("nan"))
             else:
                 next(self.model.parameters()).grad.view(-1)[3] = float("inf" if what == "infinite gradient" else "nan")
         return result
+
+    monkeypatch.setattr(Gradient, "gradient", poisoned)
+
+
+def assert_unharmed(monkeypatch, bad: Callable[[int], bool]) -> list[int]:
+    """Asserts of every step from now on that it changes no weight and nothing of the optimiser where it is bad, and something where it is
+    not; returns a list that holds the step under way."""
+    step, now = training.Run.step, [0]
 
     def watched(self):
         def state() -> dict[str, torch.Tensor]:
@@ -378,8 +388,8 @@ def poison(monkeypatch, bad: Callable[[int], bool], what: str) -> None:
         else:
             assert any(not torch.equal(before.get(name, torch.zeros(0)), tensor) for name, tensor in state().items())
 
-    monkeypatch.setattr(training.Gradient, "gradient", poisoned)
     monkeypatch.setattr(training.Run, "step", watched)
+    return now
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient", "infinite gradient"])
