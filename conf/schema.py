@@ -219,7 +219,16 @@ class ScheduleConfig:
 
 @dataclass
 class ParallelConfig:
-    name: str = key("single", "how the run is spread over devices", choices=("single",))
+    """How a run is spread over processes. It may be another on resume: a run's identity does not depend on it."""
+
+    name: str = key("single", "one process; fsdp: shards over all of them; hsdp: replicas of such shards", choices=("single", "fsdp", "hsdp"),
+                    mutable=True)  # fmt: skip
+    replicas: int = key(1, "copies of the sharded model; divides the number of processes", low=1, mutable=True,
+                        read_when=("parallel.name", ("hsdp",)))  # fmt: skip
+    reshard_after_forward: bool = key(True, "let go of a block's weights between forward and backward; false: faster, more memory",
+                                      mutable=True, read_when=("parallel.name", ("fsdp", "hsdp")))  # fmt: skip
+    timeout: float = key(10.0, "minutes until a process that waits for the others gives up", above=0.0, mutable=True,
+                         read_when=("parallel.name", ("fsdp", "hsdp")))  # fmt: skip
 
 
 @dataclass

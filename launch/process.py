@@ -3,10 +3,18 @@
 import contextlib
 import ctypes
 import os
-from contextlib import AbstractContextManager
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+
+from conf.schema import ParallelConfig
+from model.sharding import Layout
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 # Dense peak in bf16, FLOP/s, by a part of the device's name. An unknown device has none, and no MFU is better than a wrong one.
 PEAK_FLOPS = {
@@ -39,6 +47,51 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+@contextmanager
+def processes(parallel: ParallelConfig, device: torch.device) -> Iterator[Layout]:
+    """The process group of a run, and its layout. Ranks come from torchrun's variables, else from Slurm's; without either the run is
+    one process. Raises ValueError where the number of processes does not fit."""
+    rank, world = rank_and_world()
+    if parallel.name == "single":
+        if world > 1:
+            raise ValueError(f"parallel=single with {world} processes: each would train the same run; use parallel=fsdp or hsdp")
+        yield Layout()
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+
+    replicas = parallel.replicas if parallel.name == "hsdp" else 1
+    if world % replicas:
+        raise ValueError(f"parallel.replicas={replicas} does not divide {world} processes; choose a divisor")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))
+    timeout = timedelta(minutes=parallel.timeout)
+    if world == 1 and "MASTER_ADDR" not in os.environ:
+        torch.distributed.init_process_group(BACKENDS[device.type], store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        os.environ.setdefault("MASTER_ADDR", first_host(os.environ.get("SLURM_JOB_NODELIST", "localhost")))
+        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 9500)) % 40000))
+        torch.distributed.init_process_group(BACKENDS[device.type], rank=rank, world_size=world, timeout=timeout)
+    try:
+        mesh = init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replica", "shard"))
+        yield Layout(rank, world, mesh["shard"], mesh["replica"].get_group() if replicas > 1 else None)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the number of processes: torchrun's, else those of a Slurm step of several tasks, else (0, 1)."""
+    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
+        if rank in os.environ and world in os.environ:
+            return int(os.environ[rank]), int(os.environ[world])
+    return 0, 1
+
+
+def first_host(nodes: str) -> str:
+    """The first of Slurm's list of nodes, as in gpu[003-005,7],login1."""
+    name, bracket, numbers = nodes.partition("[")
+    return name + re.split("[-,\\]]", numbers)[0] if bracket and "," not in name else nodes.split(",")[0]
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:

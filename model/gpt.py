@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.logits import LazyLogits
+from model.sharding import local, shard_of
 
 CHOICES = {"norm": ("layernorm", "rmsnorm"), "positions": ("learned", "rope"), "rope_scaling": ("none", "linear", "llama3"),
            "activation": ("gelu", "swiglu", "relu2"), "init": ("nanodo", "gpt2")}  # fmt: skip
@@ -309,7 +310,7 @@ class GPT(nn.Module):
             elif not name.endswith("bias"):
                 rows = self.config.vocab_size if name in ("embedding.weight", "head.weight") else parameter.shape[0]
                 self._draw(name, values[:rows], named_generator(seed, name))
-            parameter.copy_(values)
+            local(parameter).copy_(shard_of(values, parameter))
 
     def _draw(self, name: str, values: Tensor, generator: torch.Generator) -> None:
         """Fills one weight matrix, out x in, by the rules of `init_weights`."""

@@ -1,12 +1,14 @@
-"""What is done to a model between building it and training it: compilation, activation checkpointing. In this order sharding follows."""
+"""What is done to a model between building it and training it: compilation, activation checkpointing, sharding, in this order."""
 
 import os
 import shutil
 import sys
+from typing import Any
 
 import torch
 
 from model.gpt import GPT
+from model.sharding import Layout
 
 
 def parallelize(model: GPT, compile: str, checkpoint_activations: bool, device: torch.device) -> None:
@@ -28,6 +30,24 @@ def parallelize(model: GPT, compile: str, checkpoint_activations: bool, device: 
             block.compile()
     elif compile == "whole":
         model.hidden = torch.compile(model.hidden)  # type: ignore[method-assign]
+
+
+def shard(model: GPT, layout: Layout, reshard_after_forward: bool) -> None:
+    """Shards the model by FSDP2 over the shards of a layout: each block on its own and the rest as the root, so that one block at a time
+    is gathered. Among replicas (HSDP) the sums of gradients are added up once each replica has its own. The last of all changes to the
+    model; weights on the meta device stay there, to be materialised and drawn shard by shard.
+
+    `reshard_after_forward=False` keeps gathered blocks for the backward: less communication, more memory."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for block in model.blocks:
+        fully_shard(block, mesh=layout.mesh, reshard_after_forward=reshard_after_forward)
+    fully_shard(model, mesh=layout.mesh)
+    register_fsdp_forward_method(model, "lazy_logits")
+    if layout.replicas is not None:
+        sharded: list[Any] = [module for module in model.modules() if hasattr(module, "set_all_reduce_hook")]
+        for module in sharded:
+            module.set_all_reduce_hook(layout.sum_over_replicas)
 
 
 def has_compiler() -> bool:

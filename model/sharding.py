@@ -2,11 +2,59 @@
 
 Importing torch.distributed.tensor takes long, so a DTensor is told by what it can do."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+@dataclass
+class Layout:
+    """How a run is spread over processes: every replica holds the whole model in shards, and takes its part of each batch. A run on one
+    process without a process group has no `mesh`."""
+
+    rank: int = 0
+    world: int = 1
+    mesh: Any = None  # the shards of this replica
+    replicas: Any = None  # the processes that hold the same shard, where there is more than one replica
+    summing: bool = True  # whether gradients are added up over the replicas
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the files of the run."""
+        return self.rank == 0
+
+    def sum_over_replicas(self, gradient: Tensor) -> None:
+        """Adds up a shard of a gradient over the replicas, in place."""
+        if self.summing:
+            torch.distributed.all_reduce(gradient, group=self.replicas)
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """What an action gives on the main process, on all of them. Its ValueError is everybody's ValueError."""
+        if self.mesh is None:
+            return action()
+        outcome: list[Any] = [None, None]
+        if self.main:
+            try:
+                outcome[0] = action()
+            except ValueError as error:
+                outcome[1] = str(error)
+        torch.distributed.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise ValueError(outcome[1])
+        return outcome[0]
+
+    def agreed(self, value: T) -> T:
+        """The first value of all processes, in the order of their ranks, that is true; else the main process's."""
+        if self.mesh is None:
+            return value
+        values: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(values, value)
+        return next((found for found in values if found), values[0])
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -78,3 +126,23 @@ def all_min(module: nn.Module, value: int) -> int:
         torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
         value = int(smallest)
     return value
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copies full tensors into a model's parameters, or this process's shards of them. Raises ValueError where the names are not the same."""
+    parameters = dict(model.named_parameters())
+    if parameters.keys() != tensors.keys():
+        raise ValueError(f"the weights are of another model: {', '.join(sorted(parameters.keys() ^ tensors.keys())[:4])}")
+    for name, parameter in parameters.items():
+        local(parameter).copy_(shard_of(tensors[name], parameter))
+
+
+def full_tensors(tensors: Mapping[str, Tensor], main: bool) -> dict[str, Tensor]:
+    """The full tensors behind shards, one after the other; kept on the main process only, and on the CPU where they were sharded."""
+    found = {}
+    for name, tensor in tensors.items():
+        full = gathered(local(tensor), tensor).cpu() if is_sharded(tensor) else tensor
+        if main:
+            found[name] = full
+    return found

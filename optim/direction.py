@@ -25,12 +25,10 @@ class Direction:
     """The gradient itself: q = g (Foret et al. 2021, 2010.01412), and the base of the other directions.
 
     needs_gradient    whether q is made of the clean gradient of this step; without, the clean pass is spared
-    is_told           whether `saw` and `gave` are to be called
     sign              of the move: +1, or -1 where q points downhill
     state             tensors by name that the next step depends on; a checkpoint keeps them"""
 
     needs_gradient = True
-    is_told = False
     sign = 1.0
 
     def __init__(self, axes: RuleConfig, optimizer: Optimizer) -> None:
@@ -95,8 +93,6 @@ class Stale(Direction):
 class Friendly(Direction):
     """q = g - sigma E with E <- decay E + (1 - decay) g after q was made, E = 0 at first (Friendly SAM, 2403.12350): what the gradients
     of late have in common is taken out of the ascent."""
-
-    is_told = True
 
     def __call__(self, name: str, parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
         assert gradient is not None

@@ -123,6 +123,7 @@ def rule_step(model: Any, batches: Sequence[Any], optimizer: Any = None, **axes:
     rule = SharpnessAware(model, optimizer or adamw(model), rho=abs(rho), **axes)
     rule.rho = rho
     result = rule.gradient(batches)
+    assert result.finite
     return taken(model), result
 
 
@@ -148,7 +149,7 @@ def perturbation(model: Any, batches: Sequence[Any], optimizer: Any = None, **ax
     rule = SharpnessAware(model, optimizer or adamw(model), **axes)
     before = weights_of(rule.module)
     with visited(rule) as points:
-        rule.gradient(batches)
+        assert rule.gradient(batches).finite
     taken(model)
     moves = [point - before for point in points]
     return next((move for move in reversed(moves) if move.any()), torch.zeros_like(before))
