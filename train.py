@@ -11,11 +11,12 @@ with the weights of a run that never stopped.
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.nn.utils import clip_grad_norm_
 
 from conf.schema import Config
@@ -25,14 +26,15 @@ from launch.evaluate import evaluate
 from launch.lock import RunLock
 from launch.plan import Plan, describe, make_plan
 from launch.preemption import EXIT_PREEMPTED, Preemption
-from launch.process import autocast, choose_device, choose_precision, keep_freed_memory, peak_flops, profiler, seed_everything
+from launch.process import autocast, choose_device, choose_precision, keep_freed_memory, peak_flops, processes, profiler, seed_everything
 from launch.snapshot import snapshot_code
 from launch.state import Progress, branch, restore, tensors_of
-from launch.tracking import Tracker
+from launch.tracking import Silent, Tracker
 from model import GPT, checkpoint_path, load
 from model.hf import start_from
-from model.parallelize import parallelize
+from model.parallelize import parallelize, shard
 from model.sample import decode_stream, generate
+from model.sharding import Layout, full_norm
 from optim import build_optimizer, build_rule
 from optim.adamw import describe_groups
 
@@ -50,17 +52,18 @@ def main(settings: Config) -> int:
         print(describe(settings, plan, name))
         return 0
     folder = Path(settings.dir or f"runs/{name}")
-    with RunLock(folder):
-        identity.refuse_another(folder, settings)
-        if (folder / "summary.json").exists():
-            print(f"finished already: {folder}/summary.json has its figures; another seed or dir starts another run")
+    with ExitStack() as stack:
+        layout = stack.enter_context(processes(settings.parallel, choose_device(settings.device)))
+        lock = RunLock(folder)
+        layout.on_main(lambda: stack.enter_context(lock), lambda: identity.refuse_another(folder, settings))
+        if layout.agreed((folder / "summary.json").exists()):
+            layout.on_main(lambda: print(f"finished already: {folder}/summary.json has its figures; another seed or dir starts another run"))
             return 0
-        checkpoint.remove_partial(folder)
-        run = Run(settings, plan, name, folder)  # a mistake that shows only here leaves nothing behind, and a signal ends it at once
-        identity.claim(folder, settings)
-        snapshot_code(folder)
-        with Preemption(settings.minutes) as run.preemption:
-            return run.train()
+        layout.on_main(lambda: checkpoint.remove_partial(folder))
+        run = Run(settings, plan, name, folder, layout)  # a mistake that shows only here leaves nothing behind, and a signal ends it at once
+        layout.on_main(lambda: identity.claim(folder, settings), lambda: snapshot_code(folder))
+        run.preemption = stack.enter_context(Preemption(settings.minutes))
+        return run.train()
 
 
 class Run:
@@ -68,16 +71,17 @@ class Run:
 
     preemption: Preemption
 
-    def __init__(self, settings: Config, plan: Plan, name: str, folder: Path) -> None:
-        self.settings, self.plan, self.name, self.folder = settings, plan, name, folder
+    def __init__(self, settings: Config, plan: Plan, name: str, folder: Path, layout: Layout) -> None:
+        self.settings, self.plan, self.name, self.folder, self.layout = settings, plan, name, folder, layout
         self.device = choose_device(settings.device)
         self.dtype = choose_precision(settings.precision, self.device)
-        seed_everything(settings.seed, settings.deterministic)
+        seed_everything(settings.seed, layout.rank, settings.deterministic)
         if self.device.type == "cpu":
             keep_freed_memory()
 
         # Data: any batch is a pure function of (seed, step), so there is no position to save.
         batch = settings.batch
+        layout.on_main(lambda: prepare(settings.data, settings.tokenizer))  # the others find it prepared
         self.corpus = prepare(settings.data, settings.tokenizer)
         self.micro = plan.micro
         self.loader = Loader(self.corpus.train, self.corpus.weights, batch.length, batch.sequences, settings.seed)
@@ -85,34 +89,40 @@ class Run:
             key: Validation(tokens, batch.length, self.corpus.tokenizer, settings.evaluation.tokens) for key, tokens in self.corpus.validation.items()
         }
 
-        # Weights are drawn on the meta device's shapes, each from a generator of its own.
-        with self.device:
-            self.model = GPT(plan.model, settings.seed)
+        # Shapes first; weights, or this process's shards of them, are drawn last, each from a generator of its own.
+        with torch.device("meta"):
+            self.model = GPT(plan.model)
+        parallelize(self.model, settings.compile, settings.activation_checkpointing, self.device)
+        if layout.mesh is not None:
+            shard(self.model, layout, settings.parallel.reshard_after_forward)
+        self.model.to_empty(device=self.device)
+        self.model.init_weights(settings.seed)
         self.optimizer = build_optimizer(self.model, settings.optim)
         self.rule = build_rule(self.model, self.optimizer, settings.optim, plan.schedule)
         self.progress, self.origin = Progress(), ""
         self.saved = checkpoint.load_newest(folder)
         if self.saved:
-            self.progress = restore(self.saved, self.model, self.optimizer, self.rule, self.corpus)
+            self.progress = restore(self.saved, self.model, self.optimizer, self.rule, self.corpus, layout)
             self.saved.tensors.clear()
             self.origin = f"resumed from {self.saved.path}"
         elif settings.init.run:
-            self.progress = branch(settings, self.model, self.optimizer, self.rule, self.corpus, plan.schedule.steps)
+            self.progress = branch(settings, self.model, self.optimizer, self.rule, self.corpus, layout, plan.schedule.steps)
             self.origin = f"branched from {checkpoint_path(settings.init.run, settings.init.step)}"
         elif settings.init.hf:
             start_from(self.model, settings.init.hf, self.corpus.tokenizer)
             self.origin = f"started from the weights of {settings.init.hf}"
         self.start = self.progress.step
-        parallelize(self.model, settings.compile, settings.activation_checkpointing, self.device)
 
     def announce(self) -> None:
         """Opens the logs and says what will be trained."""
         plan, settings, wandb_id = self.plan, self.settings, self.saved.state["wandb_id"] if self.saved else None
         steps, logged = plan.schedule.steps, self.progress.logged
-        self.tracker = Tracker(self.folder, settings.tracking, self.name, asdict(settings), wandb_id, steps, logged)
+        self.tracker: Tracker | Silent = Silent()
+        if self.layout.main:
+            self.tracker = Tracker(self.folder, settings.tracking, self.name, asdict(settings), wandb_id, steps, logged)
         say = self.rule.say = self.tracker.message
         say(f"{self.name}: {plan.num_parameters:,} parameters, {plan.num_non_embedding:,} without embeddings; {plan.schedule.steps:,} steps of "
-            f"{plan.tokens_per_step:,} tokens on {self.device.type} in {str(self.dtype).removeprefix('torch.')}")  # fmt: skip
+            f"{plan.tokens_per_step:,} tokens on {self.layout.world} x {self.device.type} in {str(self.dtype).removeprefix('torch.')}")  # fmt: skip
         say(describe_groups(self.optimizer))
         if self.origin:
             say(self.origin)
@@ -123,10 +133,10 @@ class Run:
         progress, steps, code = self.progress, self.plan.schedule.steps, 0
         self.prefetcher = Prefetcher(self.loader, progress.step, pin=self.device.type == "cuda")
         self.mark_interval()
-        profile = profiler(self.folder / "trace.json") if self.settings.profile else None
+        profile = profiler(self.folder / "trace.json") if self.settings.profile and self.layout.main else None
         while True:
             self.evaluate_if_due()
-            stopping = self.preemption.requested if progress.step < steps or self.evaluation_due() else None
+            stopping = self.layout.agreed(self.preemption.requested) if progress.step < steps or self.evaluation_due() else None
             if progress.row and not self.evaluation_due():
                 self.log()
             if self.checkpoint_due(bool(stopping)):
@@ -157,7 +167,9 @@ class Run:
         progress, optim = self.progress, self.settings.optim
         began = time.perf_counter()
         tokens_BxT, targets_BxT = (half.to(self.device, non_blocking=True) for half in self.prefetcher.next())
-        micros = list(zip(tokens_BxT.split(self.micro), targets_BxT.split(self.micro), strict=True))
+        # Groups, then micro-batches, then processes: each takes its part of every micro-batch.
+        mine = slice(self.layout.rank, None, self.layout.world)
+        micros = list(zip(tokens_BxT.split(self.micro)[mine], targets_BxT.split(self.micro)[mine], strict=True))
         size = len(micros) // self.plan.num_groups  # of a group that is perturbed on its own
         batches = [micros[first : first + size] for first in range(0, len(micros), size)]
         lr, self.rule.rho = self.plan.schedule.lr(progress.step), self.plan.schedule.radius(progress.step)
@@ -168,7 +180,7 @@ class Run:
         logged, diagnosed = self.row_due(progress.step + 1)
         with self.autocast():
             result = self.rule.gradient(batches, logged, diagnosed)
-        norm = clip_grad_norm_(self.model.parameters(), optim.clip or math.inf).item() if result.finite else math.nan
+        norm = full_norm(clip_grad_norm_(self.model.parameters(), optim.clip or math.inf)) if result.finite else math.nan
         seen = result.perturbed_loss if result.loss is None else result.loss
         loss = math.nan if seen is None else seen.item()
         if math.isfinite(loss) and math.isfinite(norm):
@@ -237,7 +249,7 @@ class Run:
         if not self.evaluation_due():
             return
         with self.pause():
-            found = evaluate(self.model, self.sets, self.micro, self.autocast, stop=lambda: bool(self.preemption.requested))
+            found = evaluate(self.model, self.sets, self.micro, self.autocast, lambda: bool(self.preemption.requested), self.layout)
         if found is not None:
             self.progress.evaluated, self.progress.validation = self.progress.step, found
             self.progress.row |= found
@@ -260,7 +272,7 @@ class Run:
     def save(self, needed: bool) -> None:
         """Saves a checkpoint. Where the disk refuses, the run goes on with a warning, unless the checkpoint is `needed`."""
         model, optimizer, settings = self.model, self.optimizer, self.settings
-        tensors = tensors_of(model, optimizer, self.rule)
+        tensors = tensors_of(model, optimizer, self.rule, self.layout)
         state = {
             "step": self.progress.step,
             "progress": asdict(self.progress),
@@ -272,12 +284,15 @@ class Run:
         }
         with self.pause():
             self.tracker.sync()
-            try:
-                checkpoint.save(self.folder, tensors, state, self.corpus.tokenizer, settings.checkpoint.keep, settings.checkpoint.milestones)
-            except OSError as error:
-                if needed:
-                    raise ValueError(f"step {self.progress.step} could not be saved ({error}); make room on the disk of {self.folder} and start "
-                                     "the same command again: it goes on from the checkpoint before") from None  # fmt: skip
+            error = None
+            if self.layout.main:
+                keep, milestones = settings.checkpoint.keep, settings.checkpoint.milestones
+                error = checkpoint.try_to_save(self.folder, tensors, state, self.corpus.tokenizer, keep, milestones)
+            error = self.layout.agreed(error)
+            if error and needed:
+                raise ValueError(f"step {self.progress.step} could not be saved ({error}); make room on the disk of {self.folder} and start "
+                                 "the same command again: it goes on from the checkpoint before")  # fmt: skip
+            if error:
                 self.tracker.message(f"warning: step {self.progress.step} could not be saved ({error}); the checkpoints before it are intact")
 
     def finish(self) -> None:
@@ -289,13 +304,13 @@ class Run:
                    **progress.validation}  # fmt: skip
         loss, bits = progress.validation["val/loss"], progress.validation["val/bits_per_byte"]
         say(f"validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte, after {progress.tokens:,} tokens in {progress.seconds:.0f} s")
-        if settings.evaluation.baselines:
+        if settings.evaluation.baselines and self.layout.main:
             first = next(iter(self.sets.values()))
             counted = training_sample(self.corpus.train, self.corpus.weights)
             unigram, bigram = unigram_bigram(counted, first, self.corpus.tokenizer.vocab_size)
             say(f"beside it: bigram {bigram:.4f}, unigram {unigram:.4f}")
             summary |= {"baseline/unigram": unigram, "baseline/bigram": bigram}
-        if settings.evaluation.sample:
+        if settings.evaluation.sample and self.layout.main:
             trained = load(self.folder).to(self.device)  # what others will load, and free of compilation
             with self.autocast():
                 tokens = generate(trained, self.corpus.tokenizer.prompt(""), settings.evaluation.sample, temperature=0.8, seed=settings.seed)

@@ -75,6 +75,15 @@ def save(run: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
     return final
 
 
+def try_to_save(*arguments: Any) -> str | None:
+    """`save`; what the disk said where it refused."""
+    try:
+        save(*arguments)
+    except OSError as error:
+        return str(error)
+    return None
+
+
 def load(path: Path, only: tuple[str, ...] = TENSORS) -> Checkpoint:
     """Reads and verifies a checkpoint. Raises DamagedCheckpoint where a file is missing, cut or changed."""
     try:

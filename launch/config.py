@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from conf.schema import KEYS, Config, DataConfig, RuleConfig, SourceConfig, check_value, lookup, meaning, type_name
+from launch.process import rank_and_world
 from optim import check_axes
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
@@ -53,7 +54,8 @@ def user_errors() -> Iterator[None]:
 
 def fail(line: str) -> None:
     """Ends the process as a user's mistake."""
-    print(f"error: {line}", file=sys.stderr)
+    if rank_and_world()[0] == 0:  # the others would say the same
+        print(f"error: {line}", file=sys.stderr)
     sys.exit(EXIT_USER_ERROR)
 
 
@@ -172,8 +174,13 @@ def check_contradictions(config: Config) -> None:
     batch, model, schedule, data = config.batch, config.model, config.schedule, config.data
     if model.width % model.num_heads:
         raise ValueError(f"model.width={model.width} is not divisible by model.num_heads={model.num_heads}; choose a divisor of the width")
-    if batch.sequences % (batch.micro or batch.sequences):
+    world = rank_and_world()[1]
+    if batch.sequences % (batch.micro or 1):
         raise ValueError(f"batch.sequences={batch.sequences} is not divisible by batch.micro={batch.micro}; choose a divisor of batch.sequences")
+    if batch.sequences % ((batch.micro or 1) * world):
+        raise ValueError(
+            f"batch.sequences={batch.sequences} is not divisible by batch.micro={batch.micro or 1} x {world} processes; choose a multiple"
+        )
     if batch.length > model.max_length:
         raise ValueError(f"batch.length={batch.length} exceeds model.max_length={model.max_length}; shorten the one or raise the other")
     if schedule.name == "fixed" and schedule.steps is None and schedule.tokens is None:
@@ -213,16 +220,18 @@ def check_rule(config: Config) -> None:
         check_axes(optim)
     except ValueError as error:
         raise ValueError(re.sub(rf"\b({'|'.join(entry.name for entry in fields(RuleConfig))})=", r"optim.\1=", str(error))) from None
+    if optim.base == "muon" and config.parallel.name != "single":
+        raise ValueError(f"optim.base=muon orthogonalises whole matrices, which parallel={config.parallel.name} keeps in shards; use parallel=single")
     if optim.metric == "adam" and optim.base != "adamw":
         raise ValueError(f"optim.metric=adam needs Adam's second moment, which optim.base={optim.base} does not keep of every weight; "
                          "use optim.base=adamw or optim.metric=euclidean")  # fmt: skip
     if optim.direction == "momentum" and optim.base == "sgd" and optim.momentum == 0:
         raise ValueError("optim.direction=momentum needs a momentum, and optim.momentum=0; raise it")
     if is_read(config, "optim.num_groups"):
-        size = batch.micro or 1
+        size = (batch.micro or 1) * rank_and_world()[1]
         if batch.sequences % optim.num_groups or batch.sequences // optim.num_groups % size:
             raise ValueError(f"optim.num_groups={optim.num_groups}: {batch.sequences} batch.sequences / {optim.num_groups} groups must be "
-                             f"a multiple of batch.micro={size}; choose another number of groups or another batch.micro")  # fmt: skip
+                             f"a multiple of batch.micro x processes = {size}; choose another number of groups or another batch.micro")  # fmt: skip
     if optim.compute_matched and is_read(config, "optim.cotangent") and optim.cotangent == "auto":
         raise ValueError("optim.compute_matched=true needs to know the cost of a step, and optim.cotangent=auto decides it on the machine; "
                          "use optim.cotangent=store or rebuild")  # fmt: skip

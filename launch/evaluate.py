@@ -5,11 +5,12 @@ DIR is a run, or a Hugging Face folder: GPT-2 or Llama weights in safetensors, w
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from omegaconf import MISSING
@@ -19,6 +20,10 @@ from data import Tokenizer, Validation, prepare
 from data.hf_tokenizer import read_tokenizer
 from model import GPT, checkpoint_path, load
 from model.hf import from_hf
+from model.logits import IGNORED
+from model.sharding import Layout, all_sum, reshard
+
+T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -28,27 +33,40 @@ def evaluate(
     sequences: int,
     context: Callable[[], AbstractContextManager],
     stop: Callable[[], bool] = lambda: False,
+    layout: Layout | None = None,
 ) -> dict[str, float] | None:
     """Loss in nats per token, perplexity and bits per byte of each validation set, by `val/[<set>/]loss` and so on; the first set's go
-    by `val/loss`. Batches of `sequences` run under `context()`. None where `stop()` came true meanwhile."""
+    by `val/loss`. Batches of `sequences` run under `context()`, each on one process of a layout. None where `stop()` came true meanwhile."""
+    layout = layout or Layout()
     device, was_training = model.embedding.weight.device, model.training
     model.eval()
     row: dict[str, float] = {}
     for name, validation in sets.items():
         total = torch.zeros((), dtype=torch.float64, device=device)
-        for tokens_BxT, targets_BxT in validation.batches(sequences):
-            if stop():
+        for turn in batched(validation.batches(sequences), layout.world):
+            if layout.agreed(stop()):
                 model.train(was_training)
+                reshard(model)
                 return None
+            tokens_BxT, targets_BxT = turn[layout.rank] if layout.rank < len(turn) else (turn[0][0], torch.full_like(turn[0][1], IGNORED))
             with context():
                 total += model.loss(tokens_BxT.to(device), targets_BxT.to(device))[0]
+        all_sum(model, total)
         loss = total.item() / validation.num_tokens
         prefix = "val/" if name == next(iter(sets)) else f"val/{name}/"
         row[prefix + "loss"] = loss
         row[prefix + "perplexity"] = math.exp(min(loss, 700.0))
         row[prefix + "bits_per_byte"] = total.item() / math.log(2) / validation.num_bytes
     model.train(was_training)
+    reshard(model)
     return row
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of up to `size` consecutive items."""
+    iterator = iter(items)
+    while turn := list(islice(iterator, size)):
+        yield turn
 
 
 class Trained(NamedTuple):

@@ -7,7 +7,7 @@ import torch
 from conf.schema import Config, ModelConfig, OptimConfig
 from data.hf_tokenizer import vocabulary
 from launch.config import is_read
-from launch.process import PEAK_FLOPS, choose_device, choose_precision
+from launch.process import PEAK_FLOPS, choose_device, choose_precision, rank_and_world
 from model import GPT, GPTConfig
 from model.logits import CHUNK_ELEMENTS
 from optim import ForwardFlops, Schedule, build_schedule, forward_flops, passes
@@ -62,7 +62,7 @@ def make_plan(config: Config) -> Plan:
         num_parameters=model.num_parameters(),
         num_non_embedding=model.num_parameters(embedding=False),
         tokens_per_step=tokens_per_step,
-        micro=config.batch.micro or config.batch.sequences // num_groups(config),
+        micro=config.batch.micro or config.batch.sequences // (num_groups(config) * rank_and_world()[1]),
         num_groups=num_groups(config),
         forward=forward,
         flops_per_step=plain * tokens_per_step,

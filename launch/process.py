@@ -109,9 +109,10 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return torch.autocast(device.type, dtype=dtype, enabled=dtype == torch.bfloat16)
 
 
-def seed_everything(seed: int, deterministic: bool) -> None:
-    """Seeds torch (dropout; weights and data have generators of their own) and forbids nondeterministic kernels if asked."""
-    torch.manual_seed(seed)
+def seed_everything(seed: int, rank: int, deterministic: bool) -> None:
+    """Seeds torch (dropout, apart on every process; weights and data have generators of their own) and forbids nondeterministic kernels
+    if asked."""
+    torch.manual_seed(seed + (rank << 32))
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -10,6 +10,7 @@ from conf.schema import Config
 from data import Corpus
 from launch import checkpoint, identity
 from model import GPT, checkpoint_path
+from model.sharding import Layout, full_tensors, load_weights, reshard
 from optim import Gradient
 from optim.adamw import load_state_tensors, state_tensors
 from optim.perturbation import random_state, set_random_state
@@ -36,24 +37,37 @@ class Progress:
     row: dict[str, Any] = field(default_factory=dict)  # of this step, not logged yet: it waits for the step's evaluation
 
 
-def tensors_of(model: GPT, optimizer: Optimizer, rule: Gradient) -> dict[str, dict[str, Tensor]]:
-    """Every tensor that the next step depends on, by file and name."""
-    return {"model": model.state_dict(), "optimizer": state_tensors(model, optimizer), "random": random_state(), "rule": rule.state_dict()}
+def tensors_of(model: GPT, optimizer: Optimizer, rule: Gradient, layout: Layout) -> dict[str, dict[str, Tensor]]:
+    """Every tensor that the next step depends on, by file and name; sharded ones are put together on the main process, and every process
+    has a random state of its own."""
+    reshard(model)
+    tensors: dict[str, dict[str, Any]] = {
+        "model": dict(model.named_parameters()),
+        "optimizer": state_tensors(model, optimizer),
+        "rule": rule.state_dict(),
+    }
+    full = {file: full_tensors(group, layout.main) for file, group in tensors.items()}
+    states = layout.collected(random_state())
+    full["random"] = {f"{name}/{rank}" if rank else name: value for rank, state in enumerate(states) for name, value in state.items()}
+    return full
 
 
-def restore(saved: checkpoint.Checkpoint, model: GPT, optimizer: Optimizer, rule: Gradient, corpus: Corpus) -> Progress:
+def restore(saved: checkpoint.Checkpoint, model: GPT, optimizer: Optimizer, rule: Gradient, corpus: Corpus, layout: Layout) -> Progress:
     """Takes over everything that the next step depends on. Raises ValueError where the data are others by now."""
     if saved.state["data"] != corpus.fingerprint:
         raise ValueError(f"the data have changed since {saved.path} was made; bring them back, or choose another dir")
-    model.load_state_dict(saved.tensors["model"])
+    load_weights(model, saved.tensors["model"])
     load_state_tensors(model, optimizer, saved.tensors["optimizer"])
-    set_random_state(saved.tensors["random"])
+    mine = f"/{layout.rank}" if layout.rank else ""
+    state = {name: saved.tensors["random"][name + mine] for name in ("cpu", "cuda") if name + mine in saved.tensors["random"]}
+    if state:  # with more processes than there were, the new ones' streams begin anew
+        set_random_state(state)
     if saved.tensors["rule"]:
         rule.load_state_dict(saved.tensors["rule"])
     return Progress(**saved.state["progress"])
 
 
-def branch(settings: Config, model: GPT, optimizer: Optimizer, rule: Gradient, corpus: Corpus, steps: int) -> Progress:
+def branch(settings: Config, model: GPT, optimizer: Optimizer, rule: Gradient, corpus: Corpus, layout: Layout, steps: int) -> Progress:
     """Starts from a checkpoint of another run: from its weights, and with init.optimizer from its optimiser, step and place in the data too.
     The rule, which may be another, starts without memory at that step.
 
@@ -68,7 +82,7 @@ def branch(settings: Config, model: GPT, optimizer: Optimizer, rule: Gradient, c
     if saved.state["tokenizer"] != corpus.tokenizer.hash or saved.state["model"] != asdict(model.config):
         raise ValueError(f"init.run={init.run} has another shape or tokenizer; choose its model, tokenizer and data")
     if not init.optimizer:
-        model.load_state_dict(saved.tensors["model"])
+        load_weights(model, saved.tensors["model"])
         return Progress()
     theirs = saved.state["identity"]
     if ours["optim.base"] != theirs.get("optim.base"):
@@ -78,7 +92,7 @@ def branch(settings: Config, model: GPT, optimizer: Optimizer, rule: Gradient, c
     if changed := [key for key in order if ours[key] != theirs.get(key)]:
         raise ValueError(f"{changed[0]}={ours[changed[0]]} differs from {theirs.get(changed[0])} in init.run; to go on in its data order, keep it")
     saved.tensors["rule"].clear()
-    done = restore(saved, model, optimizer, rule, corpus)
+    done = restore(saved, model, optimizer, rule, corpus, layout)
     rule.step = done.step
     if done.step >= steps:
         raise ValueError(f"schedule.steps={steps} ends before step {done.step} of init.run; lengthen the run")

@@ -148,6 +148,22 @@ class Tracker:
             self._wandb.close(exit_code)
 
 
+class Silent:
+    """The tracker of a process that is not the main one: it tracks nothing."""
+
+    wandb_id: str | None = None
+
+    def log(self, row: Row) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def summary(self, values: dict[str, Any]) -> None: ...
+
+    def close(self, exit_code: int = 0) -> None: ...
+
+
 def _strict(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _strict(entry) for key, entry in value.items()}

@@ -17,6 +17,7 @@ from torch import Tensor
 from data import Tokenizer
 from data.hf_tokenizer import FILES, find_folder, read_tokenizer
 from model.gpt import GPT, GPTConfig
+from model.sharding import load_weights
 
 TABLES = ("embedding.weight", "positions.weight", "head.weight")
 WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json", *FILES)
@@ -260,4 +261,4 @@ def start_from(model: GPT, name_or_dir: str, tokenizer: Tokenizer) -> None:
     if differing := [key for key in wanted if key not in unused and wanted[key] != ours[key]]:
         has, remedy = (" ".join(override(key, shape[key]) for key in differing) for shape in (ours, wanted))
         raise ValueError(f"init.hf={name_or_dir} has another shape than {has}; set {remedy}")
-    model.load_state_dict(read_state(folder, config, theirs))
+    load_weights(model, read_state(folder, config, theirs))

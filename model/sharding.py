@@ -33,27 +33,28 @@ class Layout:
         if self.summing:
             torch.distributed.all_reduce(gradient, group=self.replicas)
 
-    def on_main(self, action: Callable[[], T]) -> T:
-        """What an action gives on the main process, on all of them. Its ValueError is everybody's ValueError."""
-        if self.mesh is None:
-            return action()
-        outcome: list[Any] = [None, None]
+    def on_main(self, *actions: Callable[[], Any]) -> None:
+        """Acts on the main process; the others wait. A ValueError there is raised on all of them."""
+        failure = None
         if self.main:
             try:
-                outcome[0] = action()
+                for action in actions:
+                    action()
             except ValueError as error:
-                outcome[1] = str(error)
-        torch.distributed.broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise ValueError(outcome[1])
-        return outcome[0]
+                failure = str(error)
+        if failure := self.agreed(failure):
+            raise ValueError(failure)
+
+    def collected(self, value: T) -> list[T]:
+        """The values of all processes, in the order of their ranks."""
+        values: list[Any] = [value] * self.world
+        if self.mesh is not None:
+            torch.distributed.all_gather_object(values, value)
+        return values
 
     def agreed(self, value: T) -> T:
         """The first value of all processes, in the order of their ranks, that is true; else the main process's."""
-        if self.mesh is None:
-            return value
-        values: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(values, value)
+        values = self.collected(value)
         return next((found for found in values if found), values[0])
 
 
@@ -103,6 +104,12 @@ def sharded_as(shard: Tensor, like: Tensor) -> Any:
 def gathered(shard: Tensor, like: Tensor) -> Tensor:
     """The same as a full tensor, on every process."""
     return sharded_as(shard, like).full_tensor() if is_sharded(like) else shard
+
+
+def full_norm(norm: Tensor) -> float:
+    """The number behind a norm that may be a DTensor."""
+    whole: Any = norm
+    return (whole.full_tensor() if is_sharded(norm) else norm).item()
 
 
 def reshard(module: nn.Module | None) -> None:

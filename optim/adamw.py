@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
 from conf.schema import OptimConfig
+from model.sharding import shard_of, sharded_as
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, split: bool = False) -> list[dict]:
@@ -82,5 +83,6 @@ def load_state_tensors(model: nn.Module, optimizer: Optimizer, tensors: dict[str
     parameters = dict(model.named_parameters())
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition(".")
-        device = "cpu" if key == "step" and not parameters[name].is_cuda else parameters[name].device
-        optimizer.state[parameters[name]][key] = value.to(device)
+        p = parameters[name]
+        device = "cpu" if key == "step" and not p.is_cuda else p.device
+        optimizer.state[p][key] = sharded_as(shard_of(value, p).to(device, copy=True), p) if value.shape == p.shape else value.to(device)

@@ -79,6 +79,7 @@ class Gradient:
         modules: list[Any] = [owner for owner in self.module.modules() if hasattr(owner, "set_gradient_divide_factor")]
         for owner in modules:  # of FSDP2: gradients are sums here, each loss is divided by the N of all
             owner.set_gradient_divide_factor(1.0)
+            owner.set_force_sum_reduction_for_comms(True)
         self.step, self.rho = 0, 0.0
         self.say: Callable[[str], None] = partial(print, file=sys.stderr)
         self.device = next(iter(self.parameters.values())).device

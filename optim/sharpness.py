@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from conf.schema import DIRECTIONS, OptimConfig, RuleConfig
 from model.gpt import GPT
 from model.logits import compute_dtype
-from model.sharding import all_min, all_sum, gathered, local
+from model.sharding import all_min, all_sum, gathered, local, shard_of, sharded_as
 from optim import delta
 from optim.adapter import Adapter
 from optim.axes import Terms, check_optimizer, choose, kinds, make_axes, needs_gradient, terms_of
@@ -98,7 +98,9 @@ class SharpnessAware(Gradient):
         for owner, tensors in (("direction", self.direction.state), ("combine", self.memory)):
             tensors.clear()
             names = (name for name in state if name.startswith(f"{owner}/"))
-            tensors.update({name.partition("/")[2]: state[name].to(self.device, copy=True) for name in names})
+            for name in names:
+                parameter = self.parameters[name.partition("/")[2]]
+                tensors[name.partition("/")[2]] = sharded_as(shard_of(state[name], parameter).to(self.device, copy=True), parameter)
 
     def active(self, step: int) -> bool:
         """Whether the weights are moved in a step, counted from 0."""
