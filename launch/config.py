@@ -222,16 +222,20 @@ def check_rule(config: Config) -> None:
         raise ValueError(re.sub(rf"\b({'|'.join(entry.name for entry in fields(RuleConfig))})=", r"optim.\1=", str(error))) from None
     if optim.base == "muon" and config.parallel.name != "single":
         raise ValueError(f"optim.base=muon orthogonalises whole matrices, which parallel={config.parallel.name} keeps in shards; use parallel=single")
+    if optim.scope == "replica" and (config.parallel.name != "hsdp" or config.parallel.replicas == 1):
+        raise ValueError(f"optim.scope=replica needs replicas, which parallel={config.parallel.name} does not have; use parallel=hsdp with "
+                         "parallel.replicas, or optim.scope=batch or micro_batch")  # fmt: skip
     if optim.metric == "adam" and optim.base != "adamw":
         raise ValueError(f"optim.metric=adam needs Adam's second moment, which optim.base={optim.base} does not keep of every weight; "
                          "use optim.base=adamw or optim.metric=euclidean")  # fmt: skip
     if optim.direction == "momentum" and optim.base == "sgd" and optim.momentum == 0:
         raise ValueError("optim.direction=momentum needs a momentum, and optim.momentum=0; raise it")
     if is_read(config, "optim.num_groups"):
-        size = (batch.micro or 1) * rank_and_world()[1]
-        if batch.sequences % optim.num_groups or batch.sequences // optim.num_groups % size:
+        size, world = batch.micro or 1, rank_and_world()[1]
+        if batch.sequences % optim.num_groups or batch.sequences // optim.num_groups % (size * world):
             raise ValueError(f"optim.num_groups={optim.num_groups}: {batch.sequences} batch.sequences / {optim.num_groups} groups must be "
-                             f"a multiple of batch.micro x processes = {size}; choose another number of groups or another batch.micro")  # fmt: skip
+                             f"a multiple of batch.micro={size}{f' x {world} processes' if world > 1 else ''}; choose another number of groups "
+                             "or another batch.micro")  # fmt: skip
     if optim.compute_matched and is_read(config, "optim.cotangent") and optim.cotangent == "auto":
         raise ValueError("optim.compute_matched=true needs to know the cost of a step, and optim.cotangent=auto decides it on the machine; "
                          "use optim.cotangent=store or rebuild")  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.logits import LazyLogits
-from model.sharding import local, shard_of
+from model.sharding import Layout, local, shard_of
 
 CHOICES = {"norm": ("layernorm", "rmsnorm"), "positions": ("learned", "rope"), "rope_scaling": ("none", "linear", "llama3"),
            "activation": ("gelu", "swiglu", "relu2"), "init": ("nanodo", "gpt2")}  # fmt: skip
@@ -233,6 +233,7 @@ class GPT(nn.Module):
     """
 
     checkpoint_activations = False
+    layout = Layout()
 
     def __init__(self, config: GPTConfig, seed: int = 0) -> None:
         super().__init__()

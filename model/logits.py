@@ -96,10 +96,16 @@ class LazyLogits:
         return total, (targets_BxT != IGNORED).sum()
 
     def cross_entropy_and_cotangent(
-        self, targets_BxT: Tensor, scale: float = 1.0, keep_r: bool = False, keep_h: bool = False, weigh: Weigh | None = None
+        self,
+        targets_BxT: Tensor,
+        scale: float = 1.0,
+        keep_r: bool = False,
+        keep_h: bool = False,
+        weigh: Weigh | None = None,
+        into: Tensor | None = None,
     ) -> tuple[Tensor, Cotangent]:
-        """The loss as `cross_entropy` gives it, and r: `keep_r` stores it, tokens x vocabulary in the compute dtype; `keep_h` keeps h,
-        which with the W of this moment rebuilds it.
+        """The loss as `cross_entropy` gives it, and r: `keep_r` stores it, tokens x vocabulary in the compute dtype, in the memory of
+        `into` where it fits; `keep_h` keeps h, which with the W of this moment rebuilds it.
 
         With `weigh`, the gradient of the loss, and no other result, is that of sum_i w_i sum_{n in i} l_n over the instances (sequences)
         of the micro-batch."""
@@ -116,7 +122,8 @@ class LazyLogits:
         def compute(h_NxD: Tensor, weight_VxD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             here = Point(h_NxD.to(dtype), weight_VxD.to(dtype))
             if keep_r:
-                cotangent.r_NxV = here.h_NxD.new_empty(len(targets_N), weight_VxD.shape[0])
+                fits = into is not None and into.shape == (len(targets_N), len(weight_VxD)) and into.dtype == dtype
+                cotangent.r_NxV = into if fits else here.h_NxD.new_empty(len(targets_N), len(weight_VxD))
             if keep_h:
                 cotangent.h_NxD = here.h_NxD.detach()
             rows = sweep(here, here if gradients else None, targets_N, factor_N, shape, r_NxV=cotangent.r_NxV, instances=instance)

@@ -44,6 +44,7 @@ def shard(model: GPT, layout: Layout, reshard_after_forward: bool) -> None:
         fully_shard(block, mesh=layout.mesh, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=layout.mesh)
     register_fsdp_forward_method(model, "lazy_logits")
+    model.layout = layout
     if layout.replicas is not None:
         sharded: list[Any] = [module for module in model.modules() if hasattr(module, "set_all_reduce_hook")]
         for module in sharded:

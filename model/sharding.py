@@ -2,7 +2,8 @@
 
 Importing torch.distributed.tensor takes long, so a DTensor is told by what it can do."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -30,8 +31,17 @@ class Layout:
 
     def sum_over_replicas(self, gradient: Tensor) -> None:
         """Adds up a shard of a gradient over the replicas, in place."""
-        if self.summing:
+        if self.summing and self.replicas is not None:
             torch.distributed.all_reduce(gradient, group=self.replicas)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Keeps each replica's gradient to itself."""
+        self.summing = False
+        try:
+            yield
+        finally:
+            self.summing = True
 
     def on_main(self, *actions: Callable[[], Any]) -> None:
         """Acts on the main process; the others wait. A ValueError there is raised on all of them."""

@@ -55,7 +55,7 @@ class DenseLogits:
     counted: Callable[[Tensor], Tensor]
 
     def cross_entropy_and_cotangent(
-        self, targets: Tensor, scale: float = 1.0, keep_r: bool = False, keep_h: bool = False, weigh: Weigh | None = None
+        self, targets: Tensor, scale: float = 1.0, keep_r: bool = False, keep_h: bool = False, weigh: Weigh | None = None, into: Tensor | None = None
     ) -> tuple[Tensor, Cotangent]:
         with torch.enable_grad():  # r is wanted even where no gradient is
             leaf = self.z.detach().requires_grad_()

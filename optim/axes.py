@@ -82,11 +82,9 @@ def check_axes(axes: RuleConfig) -> None:
     """Raises ValueError, with the reason, for a combination of axes that means nothing."""
     direction, terms = DIRECTIONS[axes.direction], terms_of(axes)
     uneven = "weights=delta" if axes.weights == "delta" else f"ascent_fraction={axes.ascent_fraction:g}" if axes.ascent_fraction < 1 else ""
-    if axes.scope == "replica":
-        raise ValueError("scope=replica needs replicas, which a single process does not have; use scope=micro_batch or batch")
     if not direction.needs_gradient:
-        if axes.scope == "micro_batch":
-            raise ValueError(f"direction={axes.direction} is the same for every group, so scope=micro_batch means nothing; use scope=batch")
+        if axes.scope != "batch":
+            raise ValueError(f"direction={axes.direction} is the same for every group, so scope={axes.scope} means nothing; use scope=batch")
         if uneven:
             raise ValueError(f"{uneven} is about the ascent gradient, which direction={axes.direction} does not take; use direction=gradient")
     if uneven and (terms.clean or axes.combine != "replace"):

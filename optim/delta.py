@@ -10,12 +10,14 @@ through w; an instance without counted tokens weighs nothing.
 """
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
+import torch
 from torch import Tensor, nn
 
 from conf.schema import RuleConfig
 from optim.direction import noise
-from optim.perturbation import moved, norm
+from optim.perturbation import move_on, moved, norm
 
 Losses = Callable[[], list[Tensor]]  # one forward over a group: the instance losses of every micro-batch
 
@@ -23,18 +25,26 @@ Losses = Callable[[], list[Tensor]]  # one forward over a group: the instance lo
 def probe(axes: RuleConfig, module: nn.Module, parameters: Mapping[str, Tensor], step: int, losses: Losses) -> list[Tensor]:
     """What is to be added to -2 l_i(t) (central) or l_i(t) (mixed) in c_i, for every instance of every micro-batch."""
     weights = list(parameters.values())
-    count = sum(w.numel() for w in weights)
-    sigma = axes.delta_sigma * norm(weights).item() / count**0.5
+    sigma = axes.delta_sigma * norm(weights).item() / sum(w.numel() for w in weights) ** 0.5
 
-    def at(**signs: float) -> list[Tensor]:
-        """Losses at t + the sum of sign * z of each kind of noise."""
-        z = [sum(sign * noise(w, step, f"{kind}/{name}") for kind, sign in signs.items()) for name, w in parameters.items()]
-        with moved(weights, z, sigma, module):  # type: ignore[arg-type]
-            return losses()
+    def draw(kind: str) -> list[Tensor]:
+        """Noise for every parameter; a generator fills its tensor in one thread."""
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(lambda item: noise(item[1], step, f"{kind}/{item[0]}"), parameters.items()))
 
+    z = draw("z")
     if axes.delta_probe == "central":
-        return [plus + minus for plus, minus in zip(at(z=1.0), at(z=-1.0), strict=True)]
-    return [both - one - other for both, one, other in zip(at(z=1.0, other=1.0), at(z=1.0), at(other=1.0), strict=True)]
+        points = [(1.0, z, 1.0), (1.0, z, -1.0)]  # losses counted so many times, at t + so many times the noise
+    else:
+        other = draw("other")
+        points = [(1.0, [a + b for a, b in zip(z, other, strict=True)], 1.0), (-1.0, z, 1.0), (-1.0, other, 1.0)]
+    found: list[list[Tensor]] = []
+    with moved(weights, points[0][1], points[0][2] * sigma, module) as saved:
+        for times, directions, sign in points:
+            if found:
+                move_on(weights, saved, directions, sign * sigma, module)
+            found.append([times * losses_B for losses_B in losses()])
+    return [torch.stack(parts).sum(0) for parts in zip(*found, strict=True)]
 
 
 def weigh(axes: RuleConfig, offsets_B: Tensor, which: slice, losses_b: Tensor) -> Tensor:

@@ -156,6 +156,8 @@ def adam(axes: RuleConfig, group: dict[str, Any], state: dict[str, Any], q: Tens
             torch.div(rest[0], correction, out=out)
         out = out.sqrt_() if axes.metric_power == 0.5 else out.pow_(axes.metric_power)
         torch.div(along, out.add_(eps), out=out)
+        if eps == 0:
+            out.masked_fill_(along == 0, 0)  # 0 / 0: what has no gradient does not move
     return d
 
 

@@ -107,9 +107,10 @@ class Gradient:
         result.tokens = self.count_tokens([micro for group in micros for micro in group])
         return micros
 
-    def count_tokens(self, micros: list[Micro]) -> int:
-        """Notes how many targets each micro-batch counts over all processes; returns their sum."""
-        counts = all_sum(self.module, torch.stack([micro.counted_B.sum() for micro in micros])).tolist()
+    def count_tokens(self, micros: list[Micro], add: Callable[[Tensor], Tensor] | None = None) -> int:
+        """Notes how many targets each micro-batch counts over all processes, or those that `add` adds up; returns their sum."""
+        counts_K = torch.stack([micro.counted_B.sum() for micro in micros])
+        counts = (add(counts_K) if add else all_sum(self.module, counts_K)).tolist()
         for micro, tokens in zip(micros, counts, strict=True):
             micro.tokens = tokens
         return sum(counts)

@@ -70,6 +70,17 @@ def moved(parameters: Sequence[Tensor], directions: Sequence[Tensor], scale: flo
         torch.clear_autocast_cache()
 
 
+@torch.no_grad()
+def move_on(
+    parameters: Sequence[Tensor], saved: Sequence[Tensor], directions: Sequence[Tensor], scale: float, module: nn.Module | None = None
+) -> None:
+    """Within `moved`, which yielded `saved`: moves to another point, saved + scale * d, which spares the way back between the two."""
+    reshard(module)
+    for parameter, copy, direction in zip(parameters, saved, directions, strict=True):
+        torch.add(copy, local(direction), alpha=scale, out=local(parameter))
+    torch.clear_autocast_cache()
+
+
 @contextmanager
 def same_buffers(module: nn.Module) -> Iterator[None]:
     """Puts the buffers (running statistics and their like) back as they were: only the clean pass of a step may update them."""

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from conf.schema import DIRECTIONS, OptimConfig, RuleConfig
 from model.gpt import GPT
 from model.logits import compute_dtype
-from model.sharding import all_min, all_sum, gathered, local, shard_of, sharded_as
+from model.sharding import Layout, all_min, all_sum, gathered, local, shard_of, sharded_as, summed
 from optim import delta
 from optim.adapter import Adapter
 from optim.axes import Terms, check_optimizer, choose, kinds, make_axes, needs_gradient, terms_of
@@ -78,8 +78,12 @@ class SharpnessAware(Gradient):
         self.direction: Direction = DIRECTIONS[self.axes.direction](self.axes, optimizer)
         self.terms = terms_of(self.axes)
         self.memory: dict[str, Tensor] = {}  # LookSAM's g_v
+        self.room: dict[int, Tensor | None] = {}  # of stored cotangents: fresh memory of this size would be paid for page by page
         self.stores: bool | None = {"store": True, "rebuild": False}.get(self.axes.cotangent)
         self.warned = False
+        self.layout: Layout = getattr(self.module, "layout", Layout())
+        if self.axes.scope == "replica" and self.layout.replicas is None:
+            raise ValueError("scope=replica needs replicas, which a single process does not have; use scope=micro_batch or batch")
         self.head: Tensor | None = getattr(self.module, "unembedding", None)
         self.told = type(self.direction).saw is not Direction.saw  # the direction wants to know g
         self.needs_gradient = needs_gradient(self.axes)
@@ -120,6 +124,8 @@ class SharpnessAware(Gradient):
         groups = self.groups(batches, result)
         if self.axes.scope != "micro_batch":
             groups = [[micro for group in groups for micro in group]]
+        if self.axes.scope == "replica":
+            self.count_tokens(groups[0], self.add)
         step, self.step, self.direction.step = self.step, self.step + 1, self.step
         clean: dict[str, Tensor] = {}  # g, where somebody wants it at the end
         if not self.active(step):
@@ -150,15 +156,16 @@ class SharpnessAware(Gradient):
         looked = bool(self.needs_gradient or terms.functional or terms.logit)
         if looked:
             if self.axes.ascent_fraction < 1:
-                self.count_tokens(group := cut(group, self.axes.ascent_fraction))
-            gradients = self.clean_pass(group, terms, weight, result, random, logged)
+                self.count_tokens(group := cut(group, self.axes.ascent_fraction), self.add)
+            with self.layout.apart() if self.axes.scope == "replica" else nullcontext():
+                gradients = self.clean_pass(group, terms, weight, result, random, logged)
         elif diagnose:
             clean_loss(self, group, result, random)
         q = q or self.along(gradients)
         moving = [self.moving[name] for name in q]
         d = scaled(self.axes, self.optimizer, moving, list(q.values()), [gradients.get(name) for name in q])
         n = length(self.axes, d, list(q.values())).item()
-        if not math.isfinite(n):
+        if any(self.layout.collected(not math.isfinite(n)) if self.axes.scope == "replica" else [not math.isfinite(n)]):
             return False
         if logged and gradients:
             slope = dot(d, [gradients[name] for name in q]) / norm(d).clamp_min(1e-30) * self.direction.sign
@@ -171,7 +178,7 @@ class SharpnessAware(Gradient):
                     p.grad = earlier.get(name)
                     if terms.clean and name in gradients:
                         own = gradients[name] if self.axes.combine == "replace" else gradients[name].clone()
-                        p.grad = own.mul_(terms.clean * weight).add_(0 if p.grad is None else p.grad)
+                        p.grad = self.whole(own.mul_(terms.clean * weight)).add_(0 if p.grad is None else p.grad)
                 for held in (earlier, gradients, q, d):
                     held.clear()
                 result.perturbed = True
@@ -201,7 +208,7 @@ class SharpnessAware(Gradient):
         """The clean losses and cotangents of a group, and the gradient of its mean ascent loss if that is wanted."""
         axes, tokens = self.axes, sum(micro.tokens for micro in group)
         counted = torch.stack([micro.counted_B.count_nonzero() for micro in group]).sum()
-        if axes.weights == "delta" and int(all_sum(self.module, counted)) > 1:  # one instance weighs 1
+        if axes.weights == "delta" and int(self.add(counted)) > 1:  # one instance weighs 1
             with same_buffers(self.module):
                 offsets = delta.probe(axes, self.module, self.moving, self.direction.step, lambda: self.instance_losses(group, result, random))
             for micro, offsets_B in zip(group, offsets, strict=True):
@@ -209,13 +216,15 @@ class SharpnessAware(Gradient):
         store = bool(terms.functional) and self.store(group)
         keep_h = bool(terms.logit or (terms.functional and not store))
         set_random_state(random)
-        for micro in group:
+        for turn, micro in enumerate(group):
             trained = self.needs_gradient and micro.ascends
             with torch.set_grad_enabled(trained):
                 logits = self.model.lazy_logits(micro.inputs)
                 self.look(logits, micro, result, logged)
                 weigh = partial(delta.weigh, axes, micro.offsets_B) if micro.offsets_B is not None and micro.ascends else None
-                loss, micro.cotangent = logits.cross_entropy_and_cotangent(micro.targets, 1 / tokens, store, keep_h, weigh)
+                loss, micro.cotangent = logits.cross_entropy_and_cotangent(micro.targets, 1 / tokens, store, keep_h, weigh, self.room.get(turn))
+                if store:
+                    self.room[turn] = micro.cotangent.r_NxV
                 if trained:
                     loss.backward()
             result.count(micro.share, forwards=1, backwards=trained, head_products=3 if trained else 1)
@@ -224,7 +233,7 @@ class SharpnessAware(Gradient):
         mass = float(sum(micro.tokens for micro in group if micro.ascends))
         if any(micro.cotangent.weights_B is not None for micro in group):
             weighted = [micro.counted_B * (1 if micro.cotangent.weights_B is None else micro.cotangent.weights_B) for micro in group if micro.ascends]
-            mass = float(all_sum(self.module, torch.cat(weighted).double().sum()))
+            mass = float(self.add(torch.cat(weighted).double().sum()))
         for micro in group:
             if micro.cotangent.weights_B is not None and mass:
                 micro.weights_B = micro.cotangent.weights_B * (tokens / mass)
@@ -277,8 +286,20 @@ class SharpnessAware(Gradient):
         if self.told and weight == 1 and self.axes.combine == "replace":
             self.direction.saw({name: gradients[name] for name in moving})
         elif self.told or self.axes.combine != "replace":
+            self.memory = {}  # there will be a new one
             for name, gradient in gradients.items():
-                clean[name] = clean[name].add_(gradient, alpha=weight) if name in clean else gradient if weight == 1 else gradient * weight
+                own = gradient if weight == 1 else self.whole(gradient * weight)
+                clean[name] = clean[name].add_(own) if name in clean else own
+
+    def add(self, values: Tensor) -> Tensor:
+        """Values added up over the processes that share one perturbation."""
+        return summed(values, list(self.moving.values())) if self.axes.scope == "replica" else all_sum(self.module, values)
+
+    def whole(self, gradient: Tensor) -> Tensor:
+        """A part of the gradient that was kept within its replica, added up over the replicas in place."""
+        if self.axes.scope == "replica":
+            self.layout.sum_over_replicas(local(gradient))
+        return gradient
 
     def store(self, group: list[Micro]) -> bool:
         """Whether the cotangents of a group are stored; cotangent=auto decides once."""

@@ -149,6 +149,8 @@ def test_weights_survive_a_pass_that_raises(name, forward, where):
     del model.lazy_logits
     optimizer.zero_grad()
     untouched.step = rule.step
+    if name == "look_sam":  # let go of for the one that the step would have left
+        untouched.memory = {}
     rule.gradient(token_batches(2))
     untouched.gradient(token_batches(2))
     assert torch.equal(taken(model), taken(other))
@@ -689,7 +691,6 @@ def test_an_ascent_on_a_part_costs_a_part():
 # What is refused
 
 REFUSED = [
-    ({"scope": "replica"}, "scope=replica", "use scope="),
     ({"direction": "momentum", "scope": "micro_batch"}, "direction=momentum", "use scope=batch"),
     ({"direction": "stale", "scope": "micro_batch"}, "direction=stale", "use scope=batch"),
     ({"direction": "random", "scope": "micro_batch"}, "direction=random", "use scope=batch"),
@@ -703,6 +704,7 @@ REFUSED = [
     ({"path": "logit", "weights": "delta", "delta_descent": "reweighted"}, "delta_descent=reweighted", "use path=full"),
 ]
 OUT_OF_RANGE = [
+    ({"scope": "replica"}, "scope=replica", "use scope="),
     ({"rho": -0.1}, "rho=-0.1", "at least"), ({"period": 0}, "period=0", "at least 1"), ({"angle": 91.0}, "angle=91.0", "at most 90"),
     ({"ascent_fraction": 0.0}, "ascent_fraction=0.0", "above 0"), ({"direction": "uphill"}, "direction=uphill", "choose one of gradient"),
     ({"path": "sideways"}, "path=sideways", "choose one of none, full"), ({"radius": 1}, "radius=1", "choose among path"),
