@@ -53,10 +53,20 @@ RULES = {
 class Live(TorchDispatchMode):
     """Counts the bytes of all storages made while it is on, as long as they live."""
 
-    def __init__(self, known: list[torch.Tensor]) -> None:
+    def __init__(self, known: list[torch.Tensor], counted: list[torch.Tensor]) -> None:
         super().__init__()
-        self.seen = {tensor.untyped_storage()._cdata: 0 for tensor in known}  # what is there already
+        self.seen = {tensor.untyped_storage()._cdata: 0 for tensor in known}  # what is there for every rule
         self.now = self.peak = 0
+        for tensor in counted:
+            self.see(tensor)
+
+    def see(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if (key := storage._cdata) not in self.seen:
+            self.seen[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, key)
 
     def forget(self, key: int) -> None:
         self.now -= self.seen.pop(key)
@@ -65,13 +75,7 @@ class Live(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in self.seen:
-                    self.seen[key] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self.forget, key)
+                self.see(tensor)
         return out
 
 
@@ -126,14 +130,17 @@ class Step:
             self.model.loss(inputs, targets, 1 / TOKENS)[0].backward()
 
     def memory(self) -> float:
-        """Peak of live bytes in one step, beside weights, optimiser and what the rule keeps between steps, which are added."""
-        kept = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
-        rule = [] if self.peer else [tensor for name, tensor in self.rule.state_dict().items() if "/" in name]
-        kept += [tensor for state in self.peer.state.values() for tensor in state.values()] if self.peer else []
-        known = [*self.model.parameters(), *(tensor for tensor in kept if isinstance(tensor, torch.Tensor)), *rule]
-        with Live(known + [tensor for micro in self.micros for tensor in micro]) as live:
+        """Peak of live bytes in one step, beside weights and optimiser, what the rule keeps between steps among them."""
+        owners = [self.optimizer.state.values(), self.peer.state.values() if self.peer else ()]
+        kept = [tensor for states in owners for state in states for tensor in state.values() if isinstance(tensor, torch.Tensor)]
+        known = [*self.model.parameters(), *kept, *(tensor for micro in self.micros for tensor in micro)]
+        of_rule = [] if self.peer else [tensor for name, tensor in self.rule.state_dict().items() if "/" in name]
+        of_rule += [tensor for tensor in getattr(getattr(self, "rule", None), "room", {}).values() if tensor is not None]
+        live = Live(known, of_rule)
+        del of_rule, kept, known
+        with live:
             self()
-        return live.peak + sum(tensor.nbytes for tensor in rule)
+        return live.peak
 
 
 def contestant(name: str, vocab: int, length: int, micros: int, peer: str | None) -> None:
