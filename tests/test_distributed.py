@@ -19,7 +19,7 @@ CASES = [f"{kind}: {name}" for kind in KINDS for name in [*RULES, *(f"{name}, by
 
 def torchrun(world: int, *arguments: str, cwd: Path = ROOT, **options: object) -> subprocess.Popen:
     """N processes on this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", "0", *arguments]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -30,7 +30,7 @@ def found(tmp_path_factory):
     folder, results = tmp_path_factory.mktemp("ranks"), {}
     for world in (2, 4):
         process = torchrun(world, str(ROOT / "tests/ranks.py"), str(folder / f"{world}.json"))
-        out, _ = process.communicate(timeout=400)
+        out, _ = process.communicate(timeout=180)
         assert process.returncode == 0, out[-3000:]
         results |= json.loads((folder / f"{world}.json").read_text())
     return results
@@ -38,16 +38,17 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_processes_agree_with_one(found, case):
-    fp32, fp64 = found[case], found[f"{case}, fp64"]
-    assert fp32["loss"] < 1e-5 and fp32["gradient"] < 1e-6 * 2 and fp32["weights"] < 1e-4, fp32
-    assert fp64["loss"] < 1e-13 and fp64["gradient"] < 1e-12 and fp64["weights"] < 1e-10, fp64
+    fp32 = found[case]
+    assert fp32["loss"] < 1e-5 and fp32["gradient"] < 2e-6 and fp32["weights"] < 1e-4, fp32
+    if fp64 := found.get(f"{case}, fp64"):
+        assert fp64["loss"] < 1e-13 and fp64["gradient"] < 1e-12 and fp64["weights"] < 1e-10, fp64
 
 
 def run(world: int, *overrides: str) -> str:
     """A finished run of train.py on so many processes; what it printed."""
     process = torchrun(world, str(ROOT / "train.py"), *overrides) if world else subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *overrides], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
-    out, _ = process.communicate(timeout=300)
+    out, _ = process.communicate(timeout=90)
     assert process.returncode == 0, out[-3000:]
     return out
 
