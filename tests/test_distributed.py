@@ -73,7 +73,10 @@ def assert_same_curve(ours: list[dict], theirs: list[dict]) -> None:
     assert [(row["step"], row["tokens"]) for row in ours] == [(row["step"], row["tokens"]) for row in theirs]
     for one, other in zip(ours, theirs, strict=True):
         for key in ("train/loss", "val/loss", "sharpness/perturbed_loss", "grad/norm"):
-            assert one.get(key) == pytest.approx(other.get(key), rel=1e-4 if key == "grad/norm" else 1e-5)
+            if other.get(key) is None:
+                assert one.get(key) is None
+            else:
+                assert one[key] == pytest.approx(other[key], rel=1e-4 if key == "grad/norm" else 1e-5)
 
 
 def test_a_run_goes_on_on_other_numbers_of_processes(tmp_path, overrides, whole):
@@ -91,7 +94,7 @@ def test_a_run_goes_on_on_other_numbers_of_processes(tmp_path, overrides, whole)
         out, _ = process.communicate(timeout=200)
         assert (folder / "summary.json").exists() == (until > 12), out[-3000:]
         assert process.returncode == 0 or until < 12, out[-3000:]
-        assert "Traceback" not in out.split("torch/distributed/run.py")[0], out
+        assert until > 12 or "received SIGUSR1" in out and ": saved step" in out, out[-3000:]
     assert_same_curve(rows(folder), rows(whole))
 
 
