@@ -205,7 +205,7 @@ def test_shapes_have_the_published_sizes(name, millions):
         (["optim=stale_sam", "optim.scope=micro_batch"], "optim.direction=stale is the same for every group"),
         (["optim=stale_sam", "optim.ascent_fraction=0.5"], "optim.ascent_fraction=0.5 is about the ascent gradient, which optim.direction=stale"),
         (["optim=momentum_sam", "optim.weights=delta"], "optim.weights=delta is about the ascent gradient"),
-        (["optim=sam", "optim.scope=replica"], "optim.scope=replica needs replicas, which a single process does not have; use"),
+        (["optim=sam", "optim.scope=replica"], "optim.scope=replica needs replicas, which parallel=single does not have; use"),
         (["optim=msam", "optim.num_groups=3"], "optim.num_groups=3: 16 batch.sequences / 3 groups must be a multiple of batch.micro=1; choose"),
         (["optim=msam", "optim.num_groups=32"], "optim.num_groups=32: 16 batch.sequences / 32 groups"),
         (["optim=msam", "batch.micro=8"], "optim.num_groups=4: 16 batch.sequences / 4 groups must be a multiple of batch.micro=8"),

@@ -94,7 +94,7 @@ def test_a_run_goes_on_on_other_numbers_of_processes(tmp_path, overrides, whole)
         out, _ = process.communicate(timeout=200)
         assert (folder / "summary.json").exists() == (until > 12), out[-3000:]
         assert process.returncode == 0 or until < 12, out[-3000:]
-        assert until > 12 or "received SIGUSR1" in out and ": saved step" in out, out[-3000:]
+        assert until > 12 or ("received SIGUSR1" in out and ": saved step" in out), out[-3000:]
     assert_same_curve(rows(folder), rows(whole))
 
 

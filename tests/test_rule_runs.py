@@ -25,6 +25,7 @@ from launch.config import check_contradictions, compose, groups
 from launch.plan import make_plan, memory_estimate
 from launch.preemption import EXIT_PREEMPTED
 from model import GPT
+from model.sharding import Layout
 from optim import Schedule, SharpnessAware, passes
 from optim.axes import needs_gradient
 from optim.gradient import named_gradients
@@ -359,7 +360,7 @@ ABSENT = {  # what a rule does not know without another pass, or without keeping
 def test_a_row_is_what_an_independent_computation_finds(compose_run, tmp_path, path, metric, tied):
     settings = compose_run(f"optim.path={path}", f"optim.metric={metric}", f"model.tied={tied}", "optim=sam", "model.dropout=0", "batch.micro=4",
                            "schedule.steps=1", "optim.rho=0.3", "optim.diagnostics_every=1")  # fmt: skip
-    run = training.Run(settings, make_plan(settings), "run", tmp_path / "unused")
+    run = training.Run(settings, make_plan(settings), "run", tmp_path / "unused", Layout())
     expected = independent(run.model, *run.loader.batch(0), 0.3, path, metric)
     assert training.main(settings) == 0
     row = row_of(tmp_path / "run", 1)
@@ -512,7 +513,7 @@ def test_every_parameter_is_in_one_group(compose_run, tmp_path, tied):
     """Of each base optimiser; Muon has the matrices of the body."""
     for base in ("adamw", "sgd", "muon"):
         settings = compose_run(f"optim.base={base}", f"model.tied={tied}", "model.bias=true")
-        run = training.Run(settings, make_plan(settings), "run", tmp_path / "unused")
+        run = training.Run(settings, make_plan(settings), "run", tmp_path / "unused", Layout())
         groups = run.optimizer.param_groups
         assert sorted(name for group in groups for name in group["names"]) == sorted(name for name, _ in run.model.named_parameters())
         assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in run.model.parameters()}
