@@ -96,6 +96,7 @@ class SharpnessAware(Gradient):
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state_dict`; full tensors become this process's shards where the model is sharded."""
         self.step = int(state["step"])
         if "stores" in state and self.axes.cotangent == "auto":
             self.stores = bool(state["stores"])
