@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from model.sharding import compute_device
+
 IGNORED = -100  # a target that is not counted
 CHUNK_ELEMENTS = {"cpu": 2**27, "cuda": 2**27}  # logits per chunk, in the compute dtype
 BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}  # logits per block of rows, in fp32: what a core's cache holds on CPU
@@ -219,7 +221,7 @@ def instance_means(losses_N: Tensor, counted_N: Tensor, length: int) -> Tensor:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of matrix products with x: autocast's where it is on, else x's own."""
-    device = x.device.type
+    device = compute_device(x).type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
@@ -235,8 +237,8 @@ def sweep(
 ) -> Rows:
     """Once over all tokens, in chunks: r, each row times its factor, of the logits at `made`, and its products r W and r^T h with `at`.
 
-    made=None takes r from `r_NxV`; else r is written there if it is given. With `lse_N`, the log-normalisers at `made`, r needs one pass
-    over the logits and no loss comes out. Softmax and dW in fp32 or wider."""
+    made=None takes r from `r_NxV`; else r is written there if it is given. With `lse_N`, the log-normalisers at `made`, no loss comes out.
+    `instances` weigh the products, and not r. Softmax and dW in fp32 or wider."""
     like = made or at
     assert like is not None
     device, V = factor_N.device.type, like.weight_VxD.shape[0]
@@ -256,22 +258,20 @@ def sweep(
         z_CxV = buffer_CxV[rows] if r_NxV is not None else buffer_CxV[: rows.stop - begin]
         if made is not None:
             torch.mm(made.h_NxD[rows], made.weight_VxD.T, out=z_CxV)
-            blocks = [slice(first, min(rows.stop, first + block)) for first in range(begin, rows.stop, block)]
-            factor_C = factor_N[rows]
-            if instances:  # their losses first, for the weights; then r from the log-normalisers
-                for b in blocks:
-                    copy = z_CxV[b.start - begin : b.stop - begin].to(factor_N.dtype, copy=True)  # the logits are needed once more
-                    losses_N[b], lse_N[b] = softmax_block(copy, targets_N[b], factor_N[b], shape, None, False)
-                factor_C = factor_C * weights_of(instances, rows, losses_N[rows], targets_N[rows])
-            for b in blocks:
-                inner = slice(b.start - begin, b.stop - begin)
-                given = lse_N[b] if rebuild or instances else None
-                found = softmax_block(z_CxV[inner], targets_N[b], factor_C[inner], shape, given, write)
-                if given is None:
+            for first in range(begin, rows.stop, block):
+                b = slice(first, min(rows.stop, first + block))
+                given = lse_N[b] if rebuild else None
+                found = softmax_block(z_CxV[b.start - begin : b.stop - begin], targets_N[b], factor_N[b], shape, given, write)
+                if found:
                     losses_N[b], lse_N[b] = found
         if at is not None:  # z holds r now
             torch.mm(z_CxV, at.weight_VxD, out=dh_NxD[rows])
-            product = z_CxV.T @ at.h_NxD[rows]
+            h_CxD = at.h_NxD[rows]
+            if instances:  # their losses had to be known: the weights of r's rows are those of its products
+                weight_Cx1 = weights_of(instances, rows, losses_N[rows], targets_N[rows])[:, None]
+                h_CxD = (h_CxD * weight_Cx1).to(h_CxD.dtype)
+                dh_NxD[rows] *= weight_Cx1
+            product = z_CxV.T @ h_CxD
             dW_VxD = dW_VxD.add_(product) if begin else product.to(factor_N.dtype)
     if at is not None and not N:
         dW_VxD = torch.zeros_like(at.weight_VxD, dtype=factor_N.dtype)
@@ -291,28 +291,26 @@ def weights_of(instances: Instances, rows: slice, losses_C: Tensor, targets_C: T
     return instances.weights_B[which].repeat_interleave(T)
 
 
-def softmax_block(z_CxV: Tensor, targets_C: Tensor, factor_C: Tensor, shape: Shape, lse_C: Tensor | None, write: bool) -> tuple[Tensor, Tensor]:
-    """(l, log-normaliser) of a block of rows; with `write`, z is overwritten by factor * r. A known log-normaliser spares the
-    search for the largest logit and the sum, and l is not computed."""
+def softmax_block(
+    z_CxV: Tensor, targets_C: Tensor, factor_C: Tensor, shape: Shape, lse_C: Tensor | None, write: bool
+) -> tuple[Tensor, Tensor] | None:
+    """(l, log-normaliser) of a block of rows, unless that is known; with `write`, z is overwritten by factor * r."""
     vocab_size, cap, z_loss = shape
-    wide, known = factor_C.dtype, lse_C is not None
     index = targets_C.where(targets_C != IGNORED, 0)[:, None]
-    factor = factor_C[:, None]
-    z = z_CxV[:, :vocab_size].to(wide)
-    top = lse_C[:, None] if lse_C is not None else z_CxV[:, :vocab_size].amax(1, keepdim=True).to(wide)
+    z = z_CxV[:, :vocab_size].to(factor_C.dtype)  # every row is passed over as few times as can be
     if cap is not None:
         z = cap * torch.tanh(z / cap)
-        top = top if known else cap * torch.tanh(top / cap)
-    slope = 1.0 if cap is None or not write else 1 - (z / cap).square()
-    target = z.gather(1, index)
-    p = z.sub_(top).exp_()  # softmax but for its denominator: every row is passed over as few times as can be
-    denominator = torch.ones_like(top) if known else p.sum(1, keepdim=True)
-    lse = top if known else top + denominator.log()
-    if write:
-        r = p.mul_(factor * (1 + 2 * z_loss * lse) / denominator).scatter_add_(1, index, -factor)
-        z_CxV[:, :vocab_size] = r if cap is None else r.mul_(slope)
-        z_CxV[:, vocab_size:] = 0
-    return (lse - target + z_loss * lse.square())[:, 0], lse[:, 0]
+    if not write:
+        log_p = z.log_softmax(1).gather(1, index)
+        lse = z.gather(1, index) - log_p
+        return (z_loss * lse.square() - log_p)[:, 0], lse[:, 0]
+    p, factor = z.softmax(1), factor_C[:, None]
+    lse = z.amax(1, keepdim=True) - p.amax(1, keepdim=True).log() if lse_C is None else lse_C[:, None]
+    found = None if lse_C is not None else ((lse - z.gather(1, index) + z_loss * lse.square())[:, 0], lse[:, 0])
+    r = p.mul_(factor * (1 + 2 * z_loss * lse) if z_loss else factor).scatter_add_(1, index, -factor)
+    z_CxV[:, :vocab_size] = r if cap is None else r.mul_(1 - (z / cap).square())
+    z_CxV[:, vocab_size:] = 0
+    return found
 
 
 def differentiable_gradients(h_NxD: Tensor, weight_VxD: Tensor, targets_N: Tensor, factor_N: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:

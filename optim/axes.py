@@ -90,8 +90,6 @@ def check_axes(axes: RuleConfig) -> None:
     if uneven and (terms.clean or axes.combine != "replace"):
         needs = f"path={axes.path}" if terms.clean else f"combine={axes.combine}"
         raise ValueError(f"{needs} needs the plain gradient, which {uneven} does not compute; use weights=uniform and ascent_fraction=1")
-    if axes.weights == "delta" and terms.functional and axes.cotangent == "store":
-        raise ValueError("cotangent=store would keep the weighted cotangent of weights=delta; use cotangent=rebuild")
     if axes.weights == "delta" and axes.delta_descent == "reweighted" and not terms.full:
         raise ValueError(f"delta_descent=reweighted weighs the loss at the moved point, which path={axes.path} does not take; use path=full")
 

@@ -10,7 +10,6 @@ through w; an instance without counted tokens weighs nothing.
 """
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +27,8 @@ def probe(axes: RuleConfig, module: nn.Module, parameters: Mapping[str, Tensor],
     sigma = axes.delta_sigma * norm(weights).item() / sum(w.numel() for w in weights) ** 0.5
 
     def draw(kind: str) -> list[Tensor]:
-        """Noise for every parameter; a generator fills its tensor in one thread."""
-        with ThreadPoolExecutor() as pool:
-            return list(pool.map(lambda item: noise(item[1], step, f"{kind}/{item[0]}"), parameters.items()))
+        """Noise for every parameter."""
+        return [noise(parameter, step, f"{kind}/{name}") for name, parameter in parameters.items()]
 
     z = draw("z")
     if axes.delta_probe == "central":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from model.sharding import is_sharded, local, reshard, summed
 
-BLOCK = {"cpu": 2**17}  # numbers that are worked on at once; on CUDA a kernel takes a whole tensor
+BLOCK = {"cpu": 2**20}  # numbers that are worked on at once; on CUDA a kernel takes a whole tensor
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

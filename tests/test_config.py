@@ -213,7 +213,6 @@ def test_shapes_have_the_published_sizes(name, millions):
                                                 "optim.weights=uniform and optim.ascent_fraction=1"),
         (["optim=look_sam", "optim.ascent_fraction=0.5"], "optim.combine=reuse needs the plain gradient, which optim.ascent_fraction=0.5 does not"),
         (["optim=angle_sam", "optim.angle=30", "optim.weights=delta"], "optim.path=angle needs the plain gradient"),
-        (["optim=functional_sam", "optim.weights=delta", "optim.cotangent=store"], "optim.cotangent=store would keep the weighted cotangent"),
         (["optim=functional_sam", "optim.weights=delta", "optim.delta_descent=reweighted"], "optim.delta_descent=reweighted weighs the loss at the"),
         (["optim=functional_sam", "optim.compute_matched=true"], "optim.compute_matched=true needs to know the cost of a step, and "
                                                                  "optim.cotangent=auto decides it on the machine; use optim.cotangent=store or"),

@@ -29,6 +29,7 @@ RULES = PRESETS | {
     "functional_store": {"path": "functional", "cotangent": "store"},
     "angle_rebuild": {"path": "angle", "angle": 30.0, "cotangent": "rebuild"},
     "preconditioned_before": {"path": "full", "metric": "adam", "second_moment": "before"},
+    "delta_functional": {"path": "functional", "weights": "delta", "cotangent": "store"},
     "delta_mixed_functional": {"path": "functional", "weights": "delta", "delta_probe": "mixed", "cotangent": "rebuild"},
     "delta_reweighted": {"path": "full", "weights": "delta", "delta_descent": "reweighted"},
     "random": {"path": "full", "direction": "random"},
@@ -700,7 +701,6 @@ REFUSED = [
     ({"path": "angle", "angle": 30.0, "ascent_fraction": 0.5}, "ascent_fraction=0.5", "ascent_fraction=1"),
     ({"combine": "orthogonal", "weights": "delta"}, "combine=orthogonal", "use weights=uniform"),
     ({"combine": "reuse", "ascent_fraction": 0.25}, "combine=reuse", "ascent_fraction=1"),
-    ({"path": "functional", "weights": "delta", "cotangent": "store"}, "cotangent=store", "use cotangent=rebuild"),
     ({"path": "logit", "weights": "delta", "delta_descent": "reweighted"}, "delta_descent=reweighted", "use path=full"),
 ]
 OUT_OF_RANGE = [

@@ -28,6 +28,7 @@ from launch.config import compose
 from launch.process import autocast, choose_precision, keep_freed_memory
 from model import GPT, GPTConfig
 from optim import Schedule, build_optimizer, build_rule
+from optim.perturbation import moved, norm
 
 TOKENS, LAYERS, HEADS, WIDTH = 3072, 6, 6, 384
 RULES = {
@@ -184,6 +185,28 @@ def compare(names: list[str], arguments: argparse.Namespace, vocab: int) -> list
     return rows
 
 
+def perturbation(vocab: int, length: int, rounds: int) -> str:
+    """Norm, perturbation and restore of all weights, beside AdamW's own step with its fused and its foreach kernels."""
+    weights = list(GPT(GPTConfig(vocab, length, LAYERS, HEADS, WIDTH)).parameters())
+    fused, foreach = (torch.optim.AdamW(weights, foreach=not kernel, fused=kernel) for kernel in (True, False))
+    gradients = [torch.randn_like(w) for w in weights]
+    for w, gradient in zip(weights, gradients, strict=True):
+        w.grad = gradient
+
+    def perturb() -> None:
+        with moved(weights, gradients, 0.05 / norm(gradients).item()):
+            pass
+
+    seconds: dict[str, list[float]] = {"perturb": [], "fused": [], "foreach": []}
+    for _ in range(rounds + 2):
+        for name, action in (("perturb", perturb), ("fused", fused.step), ("foreach", foreach.step)):
+            began = time.perf_counter()
+            action()
+            seconds[name].append(time.perf_counter() - began)
+    ours, *theirs = (statistics.median(found[2:]) for found in seconds.values())
+    return f"norm, perturbation and restore: {ours / theirs[0]:.2f} of AdamW's fused step, {ours / theirs[1]:.2f} of its foreach step"
+
+
 def main() -> None:
     """Prints a table in Markdown for every vocabulary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -197,6 +220,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.contestant:
         return contestant(arguments.contestant, arguments.vocab[0], arguments.length, arguments.micros, arguments.peer)
+    keep_freed_memory()
     names = ["adamw", *(rule for rule in arguments.rules if rule != "adamw"), *(["davda54 SAM"] if arguments.peer else [])]
     precision = str(choose_precision("auto", torch.device("cpu"))).removeprefix("torch.")
     print(f"{date.today()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
@@ -205,6 +229,7 @@ def main() -> None:
     for vocab in arguments.vocab:
         print(f"\n| vocabulary {vocab} | step | ratio to AdamW (quartiles) | memory above AdamW's peak |\n|---|---|---|---|")
         print("\n".join(compare(names, arguments, vocab)), flush=True)
+        print(f"\n{perturbation(vocab, arguments.length, arguments.rounds)}", flush=True)
 
 
 if __name__ == "__main__":
