@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 	@touch $@
 
 .venv/.test: .venv/.base
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,hf]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,hf,slurm,report]'
 	@touch $@
 
 train: .venv/.base

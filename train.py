@@ -26,10 +26,23 @@ from launch.evaluate import evaluate
 from launch.lock import RunLock
 from launch.plan import Plan, describe, make_plan
 from launch.preemption import EXIT_PREEMPTED, Preemption
-from launch.process import autocast, choose_device, choose_precision, keep_freed_memory, peak_flops, processes, profiler, seed_everything
+from launch.process import (
+    autocast,
+    choose_device,
+    choose_precision,
+    keep_freed_memory,
+    peak_flops,
+    processes,
+    profiler,
+    rank_and_world,
+    seed_everything,
+)
+from launch.replicated import refuse_divergence, replicated
+from launch.saver import Saver
 from launch.snapshot import snapshot_code
 from launch.state import Progress, branch, restore, tensors_of
-from launch.tracking import Silent, Tracker
+from launch.tracking import Silent, Tracker, loss_at_flops, read_rows
+from launch.watchdog import Watchdog
 from model import GPT, checkpoint_path, load
 from model.hf import start_from
 from model.parallelize import parallelize, shard
@@ -39,6 +52,7 @@ from optim import build_optimizer, build_rule
 from optim.adamw import describe_groups
 
 EXIT_DIVERGED = 3
+FIRST = 6.0  # times parallel.timeout that may pass until the first step is done: it compiles
 
 
 def main(settings: Config) -> int:
@@ -53,14 +67,19 @@ def main(settings: Config) -> int:
         return 0
     folder = Path(settings.dir or f"runs/{name}")
     with ExitStack() as stack:
-        layout = stack.enter_context(processes(settings.parallel, choose_device(settings.device)))
+        layout = Layout(*rank_and_world())
+        watchdog = stack.enter_context(Watchdog(folder, layout, settings.parallel.timeout))
+        stack.enter_context(processes(settings.parallel, choose_device(settings.device), layout))
         lock = RunLock(folder)
         layout.on_main(lambda: stack.enter_context(lock), lambda: identity.refuse_another(folder, settings))
         if layout.agreed((folder / "summary.json").exists()):
             layout.on_main(lambda: print(f"finished already: {folder}/summary.json has its figures; another seed or dir starts another run"))
             return 0
+        stack.enter_context(watchdog.heartbeats())
         layout.on_main(lambda: checkpoint.remove_partial(folder))
         run = Run(settings, plan, name, folder, layout)  # a mistake that shows only here leaves nothing behind, and a signal ends it at once
+        stack.callback(run.saver.close)
+        run.compare()
         layout.on_main(lambda: identity.claim(folder, settings), lambda: snapshot_code(folder))
         run.preemption = stack.enter_context(Preemption(settings.minutes))
         return run.train()
@@ -81,6 +100,7 @@ class Run:
 
         # Data: any batch is a pure function of (seed, step), so there is no position to save.
         batch = settings.batch
+        layout.enter("preparing data", allowance=math.inf)
         layout.on_main(lambda: prepare(settings.data, settings.tokenizer))  # the others find it prepared
         self.corpus = prepare(settings.data, settings.tokenizer)
         self.micro = plan.micro
@@ -89,18 +109,23 @@ class Run:
             key: Validation(tokens, batch.length, self.corpus.tokenizer, settings.evaluation.tokens) for key, tokens in self.corpus.validation.items()
         }
 
+        layout.enter("building the model", allowance=FIRST)
         # Shapes first; weights, or this process's shards of them, are drawn last, each from a generator of its own.
         with torch.device("meta"):
             self.model = GPT(plan.model)
         parallelize(self.model, settings.compile, settings.activation_checkpointing, self.device)
+        parallel, home = settings.parallel, self.device
         if layout.mesh is not None:
-            shard(self.model, layout, settings.parallel.reshard_after_forward)
-        self.model.to_empty(device=self.device)
+            gathered = self.dtype if self.dtype == torch.bfloat16 and settings.optim.compute == "precision" else None
+            shard(self.model, layout, parallel.reshard_after_forward, gathered, parallel.cpu_offload)
+            home = torch.device("cpu") if parallel.cpu_offload else home
+        self.model.to_empty(device=home)
         self.model.init_weights(settings.seed)
         self.optimizer = build_optimizer(self.model, settings.optim)
         self.rule = build_rule(self.model, self.optimizer, settings.optim, plan.schedule)
         self.progress, self.origin = Progress(), ""
-        self.saved = checkpoint.load_newest(folder)
+        self.saver = Saver(folder, layout)
+        self.saved = checkpoint.load_newest(folder, layout)
         if self.saved:
             self.progress = restore(self.saved, self.model, self.optimizer, self.rule, self.corpus, layout)
             self.saved.tensors.clear()
@@ -119,7 +144,7 @@ class Run:
         steps, logged = plan.schedule.steps, self.progress.logged
         self.tracker: Tracker | Silent = Silent()
         if self.layout.main:
-            self.tracker = Tracker(self.folder, settings.tracking, self.name, asdict(settings), wandb_id, steps, logged)
+            self.tracker = Tracker(self.folder, settings.tracking, self.name, identity.as_read(settings), wandb_id, steps, logged)
         say = self.rule.say = self.tracker.message
         say(f"{self.name}: {plan.num_parameters:,} parameters, {plan.num_non_embedding:,} without embeddings; {plan.schedule.steps:,} steps of "
             f"{plan.tokens_per_step:,} tokens on {self.layout.world} x {self.device.type} in {str(self.dtype).removeprefix('torch.')}")  # fmt: skip
@@ -139,6 +164,8 @@ class Run:
             stopping = self.layout.agreed(self.preemption.requested) if progress.step < steps or self.evaluation_due() else None
             if progress.row and not self.evaluation_due():
                 self.log()
+            if self.saver.done:
+                self.end_save()
             if self.checkpoint_due(bool(stopping)):
                 self.save(needed=bool(stopping) or progress.step == steps)
             if stopping:
@@ -157,6 +184,7 @@ class Run:
         if profile:
             profile.stop()
         self.prefetcher.close()
+        self.end_save()
         if code == 0:
             self.finish()
         self.tracker.close(code)
@@ -172,6 +200,7 @@ class Run:
         micros = list(zip(tokens_BxT.split(self.micro)[mine], targets_BxT.split(self.micro)[mine], strict=True))
         size = len(micros) // self.plan.num_groups  # of a group that is perturbed on its own
         batches = [micros[first : first + size] for first in range(0, len(micros), size)]
+        self.layout.enter("training", progress.step, FIRST if progress.step == self.start else 1.0)
         lr, self.rule.rho = self.plan.schedule.lr(progress.step), self.plan.schedule.radius(progress.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -224,6 +253,8 @@ class Run:
             "perf/tokens_per_second": speed,
             "perf/data_wait": (self.prefetcher.seconds_waiting - self.interval_waiting) / seconds,
         }
+        if self.device.type == "cuda":
+            progress.row["perf/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if peak := peak_flops(self.device):
             useful = self.plan.flops_per_step * (progress.step - self.interval_step)
             recomputed = self.settings.activation_checkpointing * (self.plan.forward.body + self.plan.forward.attention) * self.plan.tokens_per_step
@@ -248,6 +279,7 @@ class Run:
         """Evaluates; asked to stop meanwhile, it leaves that to the next start."""
         if not self.evaluation_due():
             return
+        self.layout.enter("evaluating", self.progress.step, FIRST if self.progress.step == self.start else 1.0)
         with self.pause():
             found = evaluate(self.model, self.sets, self.micro, self.autocast, lambda: bool(self.preemption.requested), self.layout)
         if found is not None:
@@ -270,38 +302,55 @@ class Run:
         return not restored and (stopping or at_interval or step in (self.plan.schedule.steps, *self.settings.checkpoint.milestones))
 
     def save(self, needed: bool) -> None:
-        """Saves a checkpoint. Where the disk refuses, the run goes on with a warning, unless the checkpoint is `needed`."""
-        model, optimizer, settings = self.model, self.optimizer, self.settings
-        tensors = tensors_of(model, optimizer, self.rule, self.layout)
+        """Begins to save a checkpoint once the one before is on disk, and waits for it if it is `needed`."""
+        settings = self.settings
         state = {
             "step": self.progress.step,
             "progress": asdict(self.progress),
-            "model": asdict(model.config),
+            "model": asdict(self.model.config),
             "tokenizer": self.corpus.tokenizer.hash,
             "data": self.corpus.fingerprint,
             "identity": identity.canonical(settings),
             "wandb_id": self.tracker.wandb_id,
         }
+        self.layout.enter("saving", self.progress.step)
         with self.pause():
+            self.end_save()
+            self.compare()
             self.tracker.sync()
-            error = None
-            if self.layout.main:
-                keep, milestones = settings.checkpoint.keep, settings.checkpoint.milestones
-                error = checkpoint.try_to_save(self.folder, tensors, state, self.corpus.tokenizer, keep, milestones)
-            error = self.layout.agreed(error)
-            if error and needed:
-                raise ValueError(f"step {self.progress.step} could not be saved ({error}); make room on the disk of {self.folder} and start "
-                                 "the same command again: it goes on from the checkpoint before")  # fmt: skip
-            if error:
-                self.tracker.message(f"warning: step {self.progress.step} could not be saved ({error}); the checkpoints before it are intact")
+            tensors = tensors_of(self.model, self.optimizer, self.rule, self.layout)
+            self.saver.begin(tensors, state, self.corpus.tokenizer, settings.checkpoint.keep, settings.checkpoint.milestones)
+            if needed:
+                self.end_save(needed)
+
+    def end_save(self, needed: bool = False) -> None:
+        """Waits for the save under way. Where the disk refused it, the run goes on with a warning, unless the checkpoint is `needed`."""
+        step, error = self.saver.step, self.saver.wait()
+        if error and needed:
+            raise ValueError(f"step {step} could not be saved ({error}); make room on the disk of {self.folder} and start "
+                             "the same command again: it goes on from the checkpoint before")  # fmt: skip
+        if error:
+            self.tracker.message(f"warning: step {step} could not be saved ({error}); the checkpoints before it are intact")
+
+    def compare(self) -> None:
+        """Refuses to go on where the processes do not hold the same."""
+        plan, settings = self.plan, identity.canonical(self.settings) | asdict(self.settings.parallel)
+        settings |= {name: getattr(plan, name) for name in ("evaluation_every", "checkpoint_every", "tracking_every", "micro")}
+        values = replicated(settings, self.corpus, self.progress, self.optimizer, self.rule)
+        refuse_divergence(self.layout, values, self.model, self.optimizer)
 
     def finish(self) -> None:
         """Writes the summary, and prints what the run came to."""
         progress, settings, say = self.progress, self.settings, self.tracker.message
+        self.layout.enter("finishing", progress.step, math.inf)
         summary = {"name": self.name, "step": progress.step, "tokens": progress.tokens, "flops": progress.flops, "seconds": progress.seconds,
                    "parameters": self.plan.num_parameters, "non_embedding": self.plan.num_non_embedding, "skipped": progress.skipped,
                    "perturbed_steps": progress.perturbed,
                    **progress.validation}  # fmt: skip
+        if self.layout.main:
+            adamw = self.plan.flops_per_step * self.plan.schedule.steps
+            budget = math.inf if settings.optim.compute_matched else adamw  # a matched run ends at that budget
+            summary["val/loss_at_equal_flops"] = loss_at_flops(read_rows(self.folder / "metrics.jsonl"), budget)
         loss, bits = progress.validation["val/loss"], progress.validation["val/bits_per_byte"]
         say(f"validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte, after {progress.tokens:,} tokens in {progress.seconds:.0f} s")
         if settings.evaluation.baselines and self.layout.main:

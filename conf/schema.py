@@ -225,9 +225,15 @@ class ParallelConfig:
                     mutable=True)  # fmt: skip
     replicas: int = key(1, "copies of the sharded model; divides the number of processes", low=1, mutable=True,
                         read_when=("parallel.name", ("hsdp",)))  # fmt: skip
+    processes: int | None = key(None, "their number: for plan_only=true and local sweeps any, else what torchrun or Slurm started, the default",
+                                low=1, mutable=True)  # fmt: skip
     reshard_after_forward: bool = key(True, "let go of a block's weights between forward and backward; false: faster, more memory",
                                       mutable=True, read_when=("parallel.name", ("fsdp", "hsdp")))  # fmt: skip
-    timeout: float = key(10.0, "minutes until a process that waits for the others gives up", above=0.0, mutable=True,
+    sync: str = key("every", "micro-batches after which gradients are summed over processes; last: less traffic, each keeps whole fp32 gradients",
+                    choices=("every", "last"), mutable=True, read_when=("parallel.name", ("fsdp", "hsdp")))  # fmt: skip
+    cpu_offload: bool = key(False, "keep weights, gradients and optimiser in the host's memory: slower, and room on the device", mutable=True,
+                            read_when=("parallel.name", ("fsdp", "hsdp")))  # fmt: skip
+    timeout: float = key(10.0, "minutes without progress after which several processes end and name the one that hangs", above=0.0, mutable=True,
                          read_when=("parallel.name", ("fsdp", "hsdp")))  # fmt: skip
 
 
@@ -288,6 +294,9 @@ class Config:
     minutes: float | None = key(None, "save and stop after so many minutes, as a preempted run does", above=0.0, mutable=True)
     max_skipped: int = key(10, "stop after so many non-finite steps in a row", low=1, mutable=True)
     plan_only: bool = key(False, "print everything derived and exit", mutable=True)
+    device_memory: float | None = key(None, "GiB of a device, for plan_only=true; default this machine's, else those of common ones", above=0.0,
+                                      mutable=True)  # fmt: skip
+    print_only: bool = key(False, "of a sweep: print every run with its GPU-hours and exit", mutable=True)
     help: bool = key(False, "print this table and exit", mutable=True)
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -301,6 +310,35 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     init: InitConfig = field(default_factory=InitConfig)
+
+
+@dataclass
+class LauncherConfig:
+    """How a sweep gets onto machines, `hydra.launcher`; the names are joblib's and submitit's."""
+
+    _target_: str = "hydra_plugins.flatgpt.SweepLauncher"
+    scheduler: str = key("local", "hydra/launcher sets it; all below n_jobs is for slurm", choices=("local", "slurm"))
+    n_jobs: int | None = key(None, "local: runs at a time; default as many as have GPUs of their own, else 1", low=1)
+    array_parallelism: int = key(256, "runs at a time", low=1)
+    nodes: int = key(1, "nodes of a run", low=1)
+    gpus_per_node: int | None = key(None, "GPUs of a run on each node", low=1)
+    tasks_per_node: int | None = key(None, "processes of a run on each node; default one per GPU, else 1", low=1)
+    cpus_per_task: int | None = key(None, "cores of a process", low=1)
+    mem_gb: float | None = key(None, "memory on each node", above=0.0)
+    timeout_min: int = key(60, "time limit, in minutes", low=1)
+    signal_delay_s: int = key(120, "seconds before the time limit at which a run is told to save", low=1)
+    max_num_timeout: int = key(3, "how often a run that met its time limit goes on in another job", low=0)
+    partition: str | None = key(None, "partition")
+    account: str | None = key(None, "account")
+    qos: str | None = key(None, "quality of service")
+    constraint: str | None = key(None, "features that the nodes need")
+    setup: list[str] = key([], "shell commands before the run, such as module load cuda")
+    additional_parameters: dict[str, Any] = key({}, "further options of sbatch, such as {exclude: node7}")
+
+    @property
+    def tasks(self) -> int:
+        """Processes of a run on each node."""
+        return self.tasks_per_node or self.gpus_per_node or 1
 
 
 def walk(section: Any = Config, prefix: str = "") -> Iterator[tuple[str, Field]]:

@@ -25,8 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from conf.schema import KEYS, Config, DataConfig, RuleConfig, SourceConfig, check_value, lookup, meaning, type_name
-from launch.process import rank_and_world
+from conf.schema import KEYS, Config, DataConfig, LauncherConfig, RuleConfig, SourceConfig, check_value, lookup, meaning, type_name
+from launch.process import num_processes, rank_and_world
 from optim import check_axes
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
@@ -34,6 +34,8 @@ EXIT_USER_ERROR = 2
 T = TypeVar("T")
 
 ConfigStore.instance().store(name="schema", node=Config)
+for scheduler in ("local", "slurm"):
+    ConfigStore.instance().store(group="hydra/launcher", name=scheduler, node=LauncherConfig(scheduler=scheduler))
 
 
 @contextmanager
@@ -79,7 +81,10 @@ def main(run: Callable[[Config], int]) -> None:
             check_overrides([argument for argument in sys.argv[1:] if argument[:1] in "+~" or ("=" in argument and not argument.startswith("-"))])
             job()
         else:
-            sys.exit(run(compose(sys.argv[1:])))
+            config = compose(sys.argv[1:])
+            if config.print_only:
+                raise ValueError("print_only=true is for sweeps, python train.py -m ...; use plan_only=true for one run")
+            sys.exit(run(config))
 
 
 def compose(overrides: list[str]) -> Config:
@@ -174,7 +179,14 @@ def check_contradictions(config: Config) -> None:
     batch, model, schedule, data = config.batch, config.model, config.schedule, config.data
     if model.width % model.num_heads:
         raise ValueError(f"model.width={model.width} is not divisible by model.num_heads={model.num_heads}; choose a divisor of the width")
-    world = rank_and_world()[1]
+    parallel, started, world = config.parallel, rank_and_world()[1], num_processes(config.parallel)
+    if world != started and not (config.plan_only and started == 1):
+        raise ValueError(f"parallel.processes={world}, but {started} {'was' if started == 1 else 'were'} started; "
+                         f"use torchrun --nproc-per-node {world}, or plan_only=true")  # fmt: skip
+    if parallel.name == "single" and world > 1:
+        raise ValueError(f"parallel=single with {world} processes: each would train the same run; use parallel=fsdp or hsdp")
+    if parallel.name == "hsdp" and world > 1 and world % parallel.replicas:  # one process may be a sweep's, which trains nothing itself
+        raise ValueError(f"parallel.replicas={parallel.replicas} does not divide {world} processes; choose a divisor")
     if batch.sequences % (batch.micro or 1):
         raise ValueError(f"batch.sequences={batch.sequences} is not divisible by batch.micro={batch.micro}; choose a divisor of batch.sequences")
     if batch.sequences % ((batch.micro or 1) * world):
@@ -231,7 +243,7 @@ def check_rule(config: Config) -> None:
     if optim.direction == "momentum" and optim.base == "sgd" and optim.momentum == 0:
         raise ValueError("optim.direction=momentum needs a momentum, and optim.momentum=0; raise it")
     if is_read(config, "optim.num_groups"):
-        size, world = batch.micro or 1, rank_and_world()[1]
+        size, world = batch.micro or 1, num_processes(config.parallel)
         if batch.sequences % optim.num_groups or batch.sequences // optim.num_groups % (size * world):
             raise ValueError(f"optim.num_groups={optim.num_groups}: {batch.sequences} batch.sequences / {optim.num_groups} groups must be "
                              f"a multiple of batch.micro={size}{f' x {world} processes' if world > 1 else ''}; choose another number of groups "
@@ -245,6 +257,16 @@ def is_read(config: Config, name: str) -> bool:
     """Whether a run of this configuration reads the key, given its `read_when` and that of the key named there."""
     condition = KEYS[name].metadata.get("read_when")
     return condition is None or (lookup(config, condition[0]) in condition[1] and is_read(config, condition[0]))
+
+
+def num_groups(config: Config) -> int:
+    """Groups of the batch that are perturbed apart."""
+    return config.optim.num_groups if is_read(config, "optim.num_groups") else 1
+
+
+def micro_sequences(config: Config) -> int:
+    """Sequences per forward on each process: batch.micro, else all of a group."""
+    return config.batch.micro or config.batch.sequences // (num_groups(config) * num_processes(config.parallel))
 
 
 def explain(error: Exception) -> str:
@@ -284,6 +306,8 @@ def table() -> str:
     values = {name: lookup(defaults, name) for name in KEYS}
     shown = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
     rows = [(name, type_name(entry), shown[name], meaning(entry)) for name, entry in KEYS.items()]
+    rows += [(f"hydra.launcher.{entry.name}", type_name(entry), json.dumps(getattr(LauncherConfig(), entry.name)), meaning(entry))
+             for entry in fields(LauncherConfig) if entry.metadata]  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(
         [

@@ -21,7 +21,7 @@ from data.hf_tokenizer import read_tokenizer
 from model import GPT, checkpoint_path, load
 from model.hf import from_hf
 from model.logits import IGNORED
-from model.sharding import Layout, all_sum, reshard
+from model.sharding import Layout, all_sum, compute_device, reshard
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ def evaluate(
     """Loss in nats per token, perplexity and bits per byte of each validation set, by `val/[<set>/]loss` and so on; the first set's go
     by `val/loss`. Batches of `sequences` run under `context()`, each on one process of a layout. None where `stop()` came true meanwhile."""
     layout = layout or Layout()
-    device, was_training = model.embedding.weight.device, model.training
+    device, was_training = compute_device(model.embedding.weight), model.training
     model.eval()
     row: dict[str, float] = {}
     for name, validation in sets.items():

@@ -19,6 +19,16 @@ def canonical(config: Config) -> dict[str, Any]:
     return {name: lookup(plain, name) for name in KEYS if not is_mutable(config, name) and is_read(config, name)}
 
 
+def as_read(config: Config) -> dict[str, Any]:
+    """The configuration as nested dicts, with None for what the run does not read: a radius that nobody uses is none."""
+    plain = asdict(config)
+    for name in KEYS:
+        if not is_read(config, name):
+            section, last = name.rsplit(".", 1)
+            lookup(plain, section)[last] = None
+    return plain
+
+
 def is_mutable(config: Config, name: str) -> bool:
     """Whether a key may differ between two starts of a run."""
     rule = KEYS[name].metadata.get("mutable", False)

@@ -120,5 +120,22 @@ class RunLock:
         return f"dir={self._dir} is in use by {_name(owner)} since {owner.get('start', '?')}; wait for it, stop it, or choose another dir"
 
 
+def is_in_use(dir: Path) -> bool:
+    """Whether a process seems to hold the folder: one that has not let go of it, and gave a sign of life lately. It takes nothing."""
+    file = dir / "lock"
+    try:
+        owner, touched = json.loads(file.read_text() or "{}"), file.stat().st_mtime
+    except (OSError, ValueError):
+        return False
+    if owner.get("host") == socket.gethostname():
+        try:
+            os.kill(owner["pid"], 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:  # another user's
+            pass
+    return bool(owner) and time.time() - touched < 2 * WATCH  # clocks of two hosts differ by less
+
+
 def _name(owner: dict[str, Any]) -> str:
     return f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"

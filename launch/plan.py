@@ -1,18 +1,23 @@
 """What follows from a configuration before anything is built: sizes, steps, FLOPs, memory, hours."""
 
+from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
 from conf.schema import Config, ModelConfig, OptimConfig
 from data.hf_tokenizer import vocabulary
-from launch.config import is_read
-from launch.process import PEAK_FLOPS, choose_device, choose_precision, rank_and_world
+from launch.config import is_read, micro_sequences, num_groups
+from launch.memory import estimate, planned_device, planned_precision
+from launch.process import PEAK_FLOPS, num_processes
 from model import GPT, GPTConfig
-from model.logits import CHUNK_ELEMENTS
 from optim import ForwardFlops, Schedule, build_schedule, forward_flops, passes
 from optim.axes import choose
 
+DEVICES = {"A100 40 GB": 39, "A100 80 GB": 79, "H100 80 GB": 79, "H200 141 GB": 139}  # GiB that torch sees
+USABLE = 0.93  # of a device; the rest is for CUDA's context, NCCL's buffers and what the allocator cannot use
 ASSUMED_MFU = 0.4  # of the dense bf16 peak, for the estimate of hours
 
 
@@ -33,6 +38,16 @@ class Plan:
     evaluation_every: int
     checkpoint_every: int
     tracking_every: int
+
+    @property
+    def flops(self) -> float:
+        """Of all steps."""
+        moved = self.schedule.perturbed_steps
+        return self.flops_per_step * (self.schedule.steps - moved) + self.flops_per_perturbed_step * moved
+
+    def hours(self, device: str) -> float:
+        """On one device of PEAK_FLOPS; as many share them as if they cost each other nothing."""
+        return self.flops / (PEAK_FLOPS[device] * ASSUMED_MFU) / 3600
 
 
 def gpt_config(config: ModelConfig, vocab_size: int) -> GPTConfig:
@@ -62,7 +77,7 @@ def make_plan(config: Config) -> Plan:
         num_parameters=model.num_parameters(),
         num_non_embedding=model.num_parameters(embedding=False),
         tokens_per_step=tokens_per_step,
-        micro=config.batch.micro or config.batch.sequences // (num_groups(config) * rank_and_world()[1]),
+        micro=micro_sequences(config),
         num_groups=num_groups(config),
         forward=forward,
         flops_per_step=plain * tokens_per_step,
@@ -81,72 +96,93 @@ def refuse_nothing_to_move(model: GPT, optim: OptimConfig) -> None:
         raise ValueError(f"optim.{error}") from None
 
 
-def memory_estimate(config: Config, plan: Plan) -> dict[str, float]:
-    """Bytes that live at the peak of a step. Activations count what autograd keeps of a block per token, in units of D:
-    two norms' inputs in fp32, their outputs, q, k, v, the attention's output and both sides of the GELU in compute precision."""
-    device = choose_device(config.device)
-    size = choose_precision(config.precision, device).itemsize
-    shape, tokens = plan.model, plan.micro * config.batch.length
-    D, M = shape.width, shape.hidden_width
-    per_token = shape.num_layers * (2 * 4 * D + size * (2 * D + 4 * D + 2 * M))
-    chunk = min(tokens * shape.vocab_size, CHUNK_ELEMENTS[device.type])
-    stored = is_read(config, "optim.cotangent") and config.optim.cotangent != "rebuild"
-    held = config.batch.sequences // num_groups(config) * config.batch.length * (shape.vocab_size if stored else D)
-    cotangent = float(held * size) if config.optim.path in ("functional", "angle", "logit") else 0.0
-    rows = {
-        "weights": 4.0 * plan.num_parameters,
-        "gradients": 4.0 * plan.num_parameters,
-        "Adam's moments": 8.0 * plan.num_parameters,
-        "copies of the rule": 4.0 * plan.num_parameters * copies(config),
-        "cotangent": cotangent,
-        "activations": float(tokens * per_token),
-        "head: logits of a chunk, gradients": chunk * (4 + 2 * size) + (4.0 + size) * shape.vocab_size * D + tokens * D * size,
-    }
-    return {part: size for part, size in rows.items() if size}
-
-
-def num_groups(config: Config) -> int:
-    """Groups of the batch that are perturbed apart."""
-    return config.optim.num_groups if is_read(config, "optim.num_groups") else 1
-
-
-def copies(config: Config) -> int:
-    """Copies of the parameters that a rule holds: the weights it restores, the gradient of earlier groups, and what it remembers."""
-    optim = config.optim
-    if optim.path == "none":
-        return 0
-    return 1 + (num_groups(config) > 1) + (optim.direction in ("stale", "friendly")) + (optim.combine != "replace")
-
-
 def describe(config: Config, plan: Plan, name: str) -> str:
     """Everything derived, as a person reads it."""
     schedule, shape = plan.schedule, plan.model
     tokens, counted = schedule.steps * plan.tokens_per_step, config.schedule.parameters
-    memory = memory_estimate(config, plan)
-    moved = schedule.perturbed_steps
-    flops = plan.flops_per_step * (schedule.steps - moved) + plan.flops_per_perturbed_step * moved
+    memory, world, moved = estimate(config, shape), num_processes(config.parallel), schedule.perturbed_steps
+    where = f"{planned_device(config)} in {str(planned_precision(config)).removeprefix('torch.')}"
+    fits = [f"{device}: {remedy(config, shape, size)}" for device, size in devices(config).items()]
     rows = [
         ("name", name),
         ("model", f"{shape.num_layers} layers x {shape.width}, {shape.num_heads} heads, vocabulary {shape.vocab_size:,}"),
         ("parameters", f"{plan.num_parameters:,}, of which {plan.num_non_embedding:,} without embeddings"),
         ("tokens per step", f"{plan.tokens_per_step:,} = {config.batch.sequences} sequences x {config.batch.length}, "
-                            f"in {config.batch.sequences // plan.micro} micro-batches of {plan.micro}"),
+                            f"in {config.batch.sequences // plan.micro} micro-batches of {plan.micro}"
+                            + (f", {config.batch.sequences // plan.micro // world} on each of {world} processes" if world > 1 else "")),
         ("steps", f"{schedule.steps:,}, of which {schedule.warmup:,} warm-up"
                   + (f"; {config.schedule.tokens_per_parameter:g} tokens per parameter, {counted.replace('_', '-')} ones counted"
                      if config.schedule.name == "chinchilla" else "")),
         ("tokens", f"{tokens:,}"),
         ("tokens per parameter", f"{tokens / plan.num_non_embedding:.2f} without embeddings, {tokens / plan.num_parameters:.2f} with"),
         ("evaluation", f"every {plan.evaluation_every:,} steps; rows every {plan.tracking_every:,}; checkpoints every {plan.checkpoint_every:,}"),
-        ("FLOPs", f"{flops:.3e} in all, {plan.flops_per_step:.3e} a {'plain ' * bool(moved)}step (forward and backward, the head counted exactly)"),
+        ("FLOPs", f"{plan.flops:.3e} in all, {plan.flops_per_step:.3e} a {'plain ' * bool(moved)}step "
+                  "(forward and backward, the head counted exactly)"),
         *([("perturbed steps", f"{moved:,}, each {plan.flops_per_perturbed_step / plan.flops_per_step:.2f} plain ones in FLOPs")] if moved else []),
-        ("memory, about", f"{human(sum(memory.values()))} = " + " + ".join(f"{human(size)} {part}" for part, size in memory.items())),
+        ("memory, about", f"{human(memory.total)}{' a process' * (world > 1)} on {where}, fullest in the {memory.moment} = "
+                          + " + ".join(f"{human(size)} {part}" for part, size in memory.parts.items() if size)),
+        *([("fits on", "; ".join(fits))] if fits else []),
         ("checkpoint", human(12.0 * plan.num_parameters)),
     ]  # fmt: skip
     for device in ("A100", "H100", "H200"):
-        hours = flops / (PEAK_FLOPS[device] * ASSUMED_MFU) / 3600
-        shown = f"{hours:,.2f}" if hours >= 0.1 else f"{hours:.2g}"
-        rows.append((f"hours on one {device}", f"{shown} at an assumed {ASSUMED_MFU:.0%} of its dense bf16 peak"))
+        hours = plan.hours(device)
+        one, each = (f"{spent:,.2f}" if spent >= 0.1 else f"{spent:.2g}" for spent in (hours, hours / world))
+        shared = f", {each} on {world} of them" if world > 1 else ""
+        rows.append((f"hours on one {device}", f"{one}{shared}, at an assumed {ASSUMED_MFU:.0%} of its dense bf16 peak"))
     return "\n".join(f"{label:22}{text}" for label, text in rows)
+
+
+def devices(config: Config) -> dict[str, float]:
+    """Bytes of the devices that a run may have to fit on, by name: what config.device_memory says, this machine's, or common ones."""
+    if config.device_memory is not None:
+        return {f"{config.device_memory:g} GiB": config.device_memory * 2**30}
+    if planned_device(config) == "cpu":
+        return {}
+    if torch.cuda.is_available():
+        return {torch.cuda.get_device_name(): torch.cuda.get_device_properties().total_memory}
+    return {name: size * 2**30 for name, size in DEVICES.items()}
+
+
+def remedy(config: Config, shape: GPTConfig, size: float) -> str:
+    """Whether a step fits on a device of so many bytes: "yes", or the first change of keys that makes it fit, found by trying."""
+    for change in changes(config):
+        if estimate(changed(config, change), shape).total <= USABLE * size:
+            return "with " + " ".join(f"{name}={str(value).lower()}" for name, value in change.items()) if change else "yes"
+    return "no change of keys tried makes it fit"
+
+
+def changes(config: Config) -> Iterator[dict[str, Any]]:
+    """Changes of keys that spend less memory, the cheapest in time first: none, then each of three alone, then together, then more processes,
+    with everything else spared as well."""
+    world, sequences, groups = num_processes(config.parallel), config.batch.sequences, num_groups(config)
+    yield {}
+    spared: dict[str, Any] = {}
+    if is_read(config, "optim.cotangent") and config.optim.cotangent != "rebuild":
+        yield (spared := {"optim.cotangent": "rebuild"})
+    smaller = [micro for micro in range(micro_sequences(config) - 1, 0, -1) if sequences % (micro * world * groups) == 0]
+    yield from ({"batch.micro": micro} for micro in smaller)
+    if not config.activation_checkpointing:
+        yield {"activation_checkpointing": True}
+        spared = spared | {"activation_checkpointing": True}
+    yield from (spared | {"batch.micro": micro} for micro in smaller)
+    least = spared | ({"batch.micro": 1} if smaller else {})
+    sharded = {} if config.parallel.name != "single" else {"parallel": "fsdp"}
+    for extra in ({}, least):
+        micro = extra.get("batch.micro", config.batch.micro or 1)
+        more = [world * 2**k for k in range(1, 13) if sequences % (micro * world * 2**k * groups) == 0]
+        yield from (extra | sharded | {"parallel.processes": processes} for processes in more)
+
+
+def changed(config: Config, change: dict[str, Any]) -> Config:
+    """A copy of a configuration with other values."""
+    other = deepcopy(config)
+    for name, value in change.items():
+        *sections, last = ("parallel.name" if name == "parallel" else name).split(".")
+        section: Any = other
+        for part in sections:
+            section = getattr(section, part)
+        setattr(section, last, value)
+    return other
 
 
 def human(size: float) -> str:

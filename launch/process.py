@@ -4,17 +4,20 @@ import contextlib
 import ctypes
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 
 from conf.schema import ParallelConfig
 from model.sharding import Layout
 
-BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # numbers that processes agree on stay on the CPU, and the device need not wait
+PATIENCE = timedelta(days=7)  # of collectives: what waits too long the watchdog ends, and a process may wait long for data being prepared
 
 # Dense peak in bf16, FLOP/s, by a part of the device's name. An unknown device has none, and no MFU is better than a wrong one.
 PEAK_FLOPS = {
@@ -50,34 +53,58 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 @contextmanager
-def processes(parallel: ParallelConfig, device: torch.device) -> Iterator[Layout]:
-    """The process group of a run, and its layout. Ranks come from torchrun's variables, else from Slurm's; without either the run is
-    one process. Raises ValueError where the number of processes does not fit."""
-    rank, world = rank_and_world()
+def processes(parallel: ParallelConfig, device: torch.device, layout: Layout) -> Iterator[None]:
+    """The process group of a run, which completes its layout. Processes find each other by torchrun's variables, else by Slurm's; a run
+    with `parallel=single` has no group. Raises ValueError for replicas without processes."""
     if parallel.name == "single":
-        if world > 1:
-            raise ValueError(f"parallel=single with {world} processes: each would train the same run; use parallel=fsdp or hsdp")
-        yield Layout()
+        yield
         return
-    from torch.distributed.device_mesh import init_device_mesh
-
     replicas = parallel.replicas if parallel.name == "hsdp" else 1
-    if world % replicas:
-        raise ValueError(f"parallel.replicas={replicas} does not divide {world} processes; choose a divisor")
+    if layout.world < replicas:
+        raise ValueError(f"parallel.replicas={replicas} with one process; start more, with torchrun --nproc-per-node {replicas} or by srun")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.rendezvous import rendezvous
+
+    layout.enter("meeting the other processes")
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))
-    timeout = timedelta(minutes=parallel.timeout)
-    if world == 1 and "MASTER_ADDR" not in os.environ:
-        torch.distributed.init_process_group(BACKENDS[device.type], store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
-        os.environ.setdefault("MASTER_ADDR", first_host(os.environ.get("SLURM_JOB_NODELIST", "localhost")))
-        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 9500)) % 40000))
-        torch.distributed.init_process_group(BACKENDS[device.type], rank=rank, world_size=world, timeout=timeout)
+        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+        torch.cuda.set_device(local % torch.cuda.device_count())  # Slurm may show each task no device but its own
+    rank, world = layout.rank, layout.world
+    store: torch.distributed.Store = torch.distributed.HashStore()
+    if world > 1 or "MASTER_ADDR" in os.environ:
+        for name, value in meeting_point(os.environ).items():
+            os.environ.setdefault(name, value)
+        store, _, _ = next(rendezvous("env://", rank, world, timeout=PATIENCE))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = of_this_start(store, rank, world)
+    torch.distributed.init_process_group(BACKENDS[device.type], store=store, rank=rank, world_size=world, timeout=PATIENCE)
     try:
-        mesh = init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replica", "shard"))
-        yield Layout(rank, world, mesh["shard"], mesh["replica"].get_group() if replicas > 1 else None)
+        mesh = init_device_mesh(device.type, (replicas, layout.world // replicas), mesh_dim_names=("replica", "shard"))
+        layout.mesh, layout.replicas = mesh["shard"], mesh["replica"].get_group() if replicas > 1 else None
+        layout.saving = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        layout.sync = parallel.sync
+        yield
     finally:
         torch.distributed.destroy_process_group()
+
+
+def of_this_start(store: torch.distributed.Store, rank: int, world: int) -> torch.distributed.Store:
+    """A part of torchrun's store for this start alone: its agent keeps one store over all restarts, and addresses of processes that are gone
+    would be taken for those of their successors. Nor do the agents of several nodes count restarts alike. So the main process names a part,
+    and the others answer; a name that an earlier start left does not know who answers now."""
+    mine = uuid4().hex
+    if rank == 0:
+        store.set("start", mine)
+        store.set(f"{mine}/known", " ".join(store.get(f"{mine}/{other}").decode() for other in range(1, world)))
+        return torch.distributed.PrefixStore(mine, store)
+    while True:
+        name = store.get("start").decode()
+        store.set(f"{name}/{rank}", mine)
+        with contextlib.suppress(torch.distributed.DistStoreError):  # another start's, or the others are not there yet
+            store.wait([f"{name}/known"], timedelta(seconds=1))
+            if mine in store.get(f"{name}/known").decode().split():
+                return torch.distributed.PrefixStore(name, store)
+        time.sleep(0.01)
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -86,6 +113,19 @@ def rank_and_world() -> tuple[int, int]:
         if rank in os.environ and world in os.environ:
             return int(os.environ[rank]), int(os.environ[world])
     return 0, 1
+
+
+def meeting_point(environment: Mapping[str, str]) -> dict[str, str]:
+    """Where the processes of a Slurm step meet: on the step's first node, at a port that other steps and jobs there do not use, below those
+    that Linux gives to whoever asks for any."""
+    nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", "localhost"))
+    job, step = (int(environment.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))  # each task of an array is a job of its own
+    return {"MASTER_ADDR": first_host(nodes), "MASTER_PORT": str(20000 + (16 * job + step) % 12000)}
+
+
+def num_processes(parallel: ParallelConfig) -> int:
+    """How many processes a run has, or the one that is planned for."""
+    return parallel.processes or rank_and_world()[1]
 
 
 def first_host(nodes: str) -> str:

@@ -10,7 +10,7 @@ from conf.schema import Config
 from data import Corpus
 from launch import checkpoint, identity
 from model import GPT, checkpoint_path
-from model.sharding import Layout, full_tensors, load_weights, reshard
+from model.sharding import Layout, load_weights, reshard
 from optim import Gradient
 from optim.adamw import load_state_tensors, state_tensors
 from optim.perturbation import random_state, set_random_state
@@ -38,18 +38,19 @@ class Progress:
 
 
 def tensors_of(model: GPT, optimizer: Optimizer, rule: Gradient, layout: Layout) -> dict[str, dict[str, Tensor]]:
-    """Every tensor that the next step depends on, by file and name; sharded ones are put together on the main process, and every process
+    """What this process saves of the tensors that the next step depends on, by file and name: of sharded ones its shard; every process
     has a random state of its own."""
     reshard(model)
-    tensors: dict[str, dict[str, Any]] = {
-        "model": dict(model.named_parameters()),
-        "optimizer": state_tensors(model, optimizer),
-        "rule": rule.state_dict(),
-    }
-    full = {file: full_tensors(group, layout.main) for file, group in tensors.items()}
-    states = layout.collected(random_state())
-    full["random"] = {f"{name}/{rank}" if rank else name: value for rank, state in enumerate(states) for name, value in state.items()}
-    return full
+    tensors: dict[str, dict[str, Any]] = {"model": dict(model.named_parameters()), "optimizer": state_tensors(model, optimizer)}
+    tensors["rule"] = rule.state_dict()
+    mine = {file: {name: value for name, value in group.items() if layout.saves(value)} for file, group in tensors.items()}
+    mine["random"] = {name + own(layout): value for name, value in random_state().items()}
+    return mine
+
+
+def own(layout: Layout) -> str:
+    """What the names of a process's own tensors end on."""
+    return f"/{layout.rank}" if layout.rank else ""
 
 
 def restore(saved: checkpoint.Checkpoint, model: GPT, optimizer: Optimizer, rule: Gradient, corpus: Corpus, layout: Layout) -> Progress:
@@ -58,8 +59,8 @@ def restore(saved: checkpoint.Checkpoint, model: GPT, optimizer: Optimizer, rule
         raise ValueError(f"the data have changed since {saved.path} was made; bring them back, or choose another dir")
     load_weights(model, saved.tensors["model"])
     load_state_tensors(model, optimizer, saved.tensors["optimizer"])
-    mine = f"/{layout.rank}" if layout.rank else ""
-    state = {name: saved.tensors["random"][name + mine] for name in ("cpu", "cuda") if name + mine in saved.tensors["random"]}
+    random = saved.tensors["random"]
+    state = {name: random[name + own(layout)][...] for name in ("cpu", "cuda") if name + own(layout) in random}
     if state:  # with more processes than there were, the new ones' streams begin anew
         set_random_state(state)
     if saved.tensors["rule"]:
@@ -74,9 +75,9 @@ def branch(settings: Config, model: GPT, optimizer: Optimizer, rule: Gradient, c
     Raises ValueError where there is no such checkpoint, where it does not fit this model or these data, or lies beyond the horizon of
     `steps`."""
     init, ours = settings.init, identity.canonical(settings)
-    path = checkpoint_path(init.run or "", init.step)
+    path = layout.agreed(checkpoint_path(init.run or "", init.step))  # that run may be under way
     try:
-        saved = checkpoint.load(path)
+        saved = checkpoint.load(path, layout=layout)
     except checkpoint.DamagedCheckpoint as error:
         raise ValueError(f"init.run={init.run}: {path} is damaged ({error}); choose another of its checkpoints with init.step") from None
     if saved.state["tokenizer"] != corpus.tokenizer.hash or saved.state["model"] != asdict(model.config):

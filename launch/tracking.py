@@ -4,30 +4,25 @@
 console and W&B are views of it that may fail without harm.
 """
 
-import configparser
-import contextlib
 import json
 import math
-import netrc
 import os
 import secrets
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
-from urllib.parse import urlsplit
+
+import numpy as np
 
 from conf.schema import TrackingConfig
-from launch.preemption import EXIT_PREEMPTED
+from launch.wandb_run import Wandb, recorded_id, wandb_mode
 
 REDRAW = 0.2  # seconds between redraws of the live line
 PLAIN = 10.0  # seconds between plain lines where stdout is no terminal
-FINISH = 15.0  # seconds W&B gets to upload what is left at the end
-AXES = ("step", "tokens", "flops", "seconds")  # x axes of W&B charts
+NEAR = 0.05  # a run that ends within this share of a budget is read at its end
 
 Row = dict[str, Any]
 
@@ -44,14 +39,20 @@ def read_rows(path: Path) -> list[Row]:
         raise ValueError(f"{path} is damaged ({error}); remove the line that is not JSON") from None
 
 
-def cut_metrics(path: Path, step: int) -> int:
-    """Drops the rows after `step` (all of them for -1), which a resumed run will log again.
-
-    Returns the largest step the file held before: other views have seen the rows up to there.
-    """
+def cut_metrics(path: Path, step: int) -> None:
+    """Drops the rows after `step` (all of them for -1), which a resumed run will log again."""
     rows = read_rows(path) if path.exists() else []
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
-    return max((row["step"] for row in rows), default=-1)
+
+
+def loss_at_flops(rows: list[Row], budget: float) -> float | None:
+    """The validation loss where a run had spent `budget` FLOPs, on a line between the evaluations around it; the last one's where the run
+    ended short of the budget or within NEAR of it. None where no evaluation was finite."""
+    points = [(row["flops"], row["val/loss"]) for row in rows if row.get("val/loss") is not None]
+    if not points:
+        return None
+    flops, losses = zip(*points, strict=True)
+    return losses[-1] if flops[-1] <= (1 + NEAR) * budget else float(np.interp(budget, flops, losses))
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -72,7 +73,7 @@ class Tracker:
 
     dir, run_name    the run folder, and the name shown in W&B
     plain_config     the configuration as plain dicts, for W&B
-    wandb_id         the id of an earlier start of this run, or None
+    wandb_id         the id of an earlier start of this run, where its checkpoint knows one
     total_steps      the horizon, for the progress bar
     resumed_step     step of the checkpoint that the run resumes from; metrics after it are dropped. -1: from scratch
     """
@@ -89,17 +90,15 @@ class Tracker:
     ) -> None:
         self._dir = dir
         self._console = Console(total_steps)
-        logged_step = cut_metrics(dir / "metrics.jsonl", resumed_step)
+        cut_metrics(dir / "metrics.jsonl", resumed_step)
         self._file = (dir / "metrics.jsonl").open("a")
-        # W&B cannot take rows back, so it gets those that are logged again only once.
-        self._wandb_step = logged_step if wandb_id else -1
         self._wandb: Wandb | None = None
         self.wandb_id = wandb_id
         mode, notice = wandb_mode(config.mode)
         if notice:
             self.message(notice)
         if mode != "off":
-            self.wandb_id = wandb_id or secrets.token_hex(4)
+            self.wandb_id = wandb_id or recorded_id(dir) or secrets.token_hex(4)
             model, method, data = (plain_config[group]["name"] for group in ("model", "optim", "data"))
             arguments = {
                 "dir": dir,
@@ -113,15 +112,15 @@ class Tracker:
                 "job_type": "train",
                 "config": plain_config,
             }
-            self._wandb = Wandb(mode, config.timeout, arguments, self.message)
+            self._wandb = Wandb(mode, config.timeout, arguments, lambda: read_rows(dir / "metrics.jsonl"), self.message)
 
     def log(self, row: Row) -> None:
         """Appends a row, which has a "step", to metrics.jsonl; numbers that JSON lacks (nan, inf) become null there."""
         row = _strict(row)
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
-        if self._wandb and row["step"] > self._wandb_step:
-            self._wandb.send(lambda run: run.log({key: value for key, value in row.items() if value is not None}))
+        if self._wandb:
+            self._wandb.log(row)
         self._console.row(row)
 
     def message(self, text: str) -> None:
@@ -242,119 +241,3 @@ class Console:
             return text[:width]
         filled = min(bar, bar * self._latest["step"] // max(1, self._total))
         return f"[{'#' * filled}{'.' * (bar - filled)}]  {text}"
-
-
-def wandb_mode(mode: str) -> tuple[str, str | None]:
-    """(online, offline or off; a notice for the user or None), from tracking.mode, WANDB_MODE and the known keys."""
-    if mode == "auto":
-        mode = {"offline": "offline", "disabled": "off", "online": "online"}.get(os.environ.get("WANDB_MODE", ""), "auto")
-    if mode in ("auto", "online") and has_wandb_key():
-        return "online", None
-    if mode == "auto":
-        return "off", "W&B: no key found, tracking off (tracking.mode=offline records without one)"
-    if mode == "online":  # W&B would ask for a key on the terminal
-        return "offline", "W&B: no key found, recording offline (`wandb login` stores a key)"
-    return mode, None
-
-
-def has_wandb_key() -> bool:
-    """Whether W&B would find credentials for its host. Its own answer costs an import of a third of a second."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    settings = configparser.ConfigParser(interpolation=None)
-    try:
-        settings.read(Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser() / "settings")
-        stored = dict(settings["default"]) if "default" in settings else {}
-        if stored.get("api_key"):
-            return True
-        url = os.environ.get("WANDB_BASE_URL") or stored.get("base_url") or "https://api.wandb.ai"
-        entries = netrc.netrc(Path(os.environ.get("NETRC", "~/.netrc")).expanduser())
-        return entries.authenticators(urlsplit(url).netloc) is not None
-    except (OSError, configparser.Error, netrc.NetrcParseError):
-        return False
-
-
-class Wandb:
-    """A W&B run on a thread of its own, so that a slow or absent network costs the training nothing.
-
-    Calls queue up until the run has started. Where no online run starts, it is recorded offline. Whatever goes wrong
-    becomes a notice, never an exception.
-    """
-
-    def __init__(self, mode: str, timeout: float, arguments: dict[str, Any], notice: Callable[[str], None]) -> None:
-        self._mode = mode
-        self._timeout = timeout
-        self._arguments = arguments
-        self._notice = notice
-        self._queue: SimpleQueue[Callable[[Any], object] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
-        self._thread.start()
-
-    def send(self, call: Callable[[Any], object]) -> None:
-        """Queues a call on the run."""
-        if self._thread.is_alive():  # else W&B has failed, and nobody empties the queue
-            self._queue.put(call)
-
-    def close(self, exit_code: int) -> None:
-        """Finishes the run, within the time of a failed start and of an upload without a network."""
-        if exit_code == EXIT_PREEMPTED:
-            self.send(lambda run: run.mark_preempting())
-        self.send(lambda run: run.finish(exit_code))
-        self._queue.put(None)
-        self._thread.join(self._timeout + 2 * FINISH)
-        if self._thread.is_alive():
-            self._notice(f"W&B: did not finish in time{self._remedy()}")
-
-    def _work(self) -> None:
-        try:
-            run = self._start()
-            while (call := self._queue.get()) is not None:
-                call(run)
-        except Exception as error:  # no error of W&B's is worth a run
-            self._notice(f"W&B: tracking ended, {_first_line(error)}{self._remedy()}")
-            with contextlib.suppress(Exception):
-                _teardown()
-
-    def _start(self) -> Any:
-        import wandb
-
-        wandb.setup(settings=wandb.Settings(silent=True))  # wandb.init alone would still print a line about the key
-        settings = wandb.Settings(
-            init_timeout=self._timeout,
-            finish_timeout=FINISH,
-            finish_timeout_raises=True,
-            # W&B's service dies at once of the SIGTERM that Slurm sends to every process of a job, and takes with it
-            # what it has not yet written: by default the last 15 seconds.
-            x_transaction_log_flush_interval=1.0,
-            console="off",  # it would catch each redraw of the live line
-            silent=True,
-            reinit="create_new",  # a sweep may train several runs in one process
-        )
-        try:
-            run = wandb.init(mode=self._mode, settings=settings, **self._arguments)  # type: ignore[arg-type]
-            if self._mode == "online":
-                self._notice(f"W&B: {run.url}")
-        except Exception as error:
-            if self._mode != "online":
-                raise
-            self._notice(f"W&B: recording offline, {_first_line(error)}{self._remedy()}")
-            _teardown()  # the failed run would still hold the id
-            run = wandb.init(mode="offline", settings=settings, **self._arguments)
-        for name in AXES:
-            run.define_metric(name)
-        run.define_metric("*", step_metric="step")
-        return run
-
-    def _remedy(self) -> str:
-        return f"; `wandb sync {self._arguments['dir']}/wandb/*run-*` uploads what was recorded"
-
-
-def _teardown() -> None:
-    """Ends W&B's service, which otherwise fails or waits again when the interpreter exits."""
-    import wandb
-
-    wandb.teardown()
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

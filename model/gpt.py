@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.logits import LazyLogits
 from model.sharding import Layout, local, shard_of
+from model.stored import describe, files_of, open_tensors
 
 CHOICES = {"norm": ("layernorm", "rmsnorm"), "positions": ("learned", "rope"), "rope_scaling": ("none", "linear", "llama3"),
            "activation": ("gelu", "swiglu", "relu2"), "init": ("nanodo", "gpt2")}  # fmt: skip
@@ -366,10 +366,10 @@ def load(run: str | Path, step: int | None = None) -> GPT:
     try:
         state = json.loads((path / "state.json").read_text())
         config = GPTConfig(**state["model"])
-        with (path / "model.safetensors").open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != state["files"]["model.safetensors"][1]:
-                raise ValueError("model.safetensors does not match its checksum")
-        weights = load_file(path / "model.safetensors")
+        for name in (names := files_of("model", state["files"])):
+            if describe(path / name) != state["files"][name]:
+                raise ValueError(f"{name} does not match its checksum")
+        weights = {name: stored[...] for name, stored in open_tensors(path / name for name in names).items()}
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged ({error}); choose another step of the run") from None
     with torch.device("meta"):

@@ -5,12 +5,16 @@ Importing torch.distributed.tensor takes long, so a DTensor is told by what it c
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
+
+
+class AgreedError(ValueError):
+    """A mistake that the main process found and all processes know of."""
 
 
 @dataclass
@@ -22,7 +26,19 @@ class Layout:
     world: int = 1
     mesh: Any = None  # the shards of this replica
     replicas: Any = None  # the processes that hold the same shard, where there is more than one replica
+    saving: Any = None  # all processes once more, on CPUs, for the threads that save: collectives of two threads must not meet
     summing: bool = True  # whether gradients are added up over the replicas
+    sync: str = "every"  # the micro-batches of a pass after which gradients are added up over the processes: every, or the last
+
+    phase: str = "starting"  # what this process is doing, for whoever watches that it gets on
+    step: int = 0
+    allowance: float = 1.0  # how many times longer than usual that may take
+    marks: int = 0  # how often it has got on; processes make the same marks in the same order
+
+    def enter(self, phase: str, step: int = 0, allowance: float = 1.0) -> None:
+        """Says what this process does from here on."""
+        self.phase, self.step, self.allowance = phase, step, allowance
+        self.marks += 1
 
     @property
     def main(self) -> bool:
@@ -44,7 +60,7 @@ class Layout:
             self.summing = True
 
     def on_main(self, *actions: Callable[[], Any]) -> None:
-        """Acts on the main process; the others wait. A ValueError there is raised on all of them."""
+        """Acts on the main process; the others wait. A ValueError there is raised on all of them, as an AgreedError."""
         failure = None
         if self.main:
             try:
@@ -53,24 +69,42 @@ class Layout:
             except ValueError as error:
                 failure = str(error)
         if failure := self.agreed(failure):
-            raise ValueError(failure)
+            raise AgreedError(failure)
 
-    def collected(self, value: T) -> list[T]:
+    def saves(self, tensor: Tensor) -> bool:
+        """Whether this process writes to a checkpoint what it holds of a tensor: its shard, unless another replica does or it is empty, and
+        of what every process has whole the main process's."""
+        first = self.replicas is None or torch.distributed.get_rank(self.replicas) == 0
+        return first and local(tensor).numel() > 0 if is_sharded(tensor) else self.main
+
+    def collected(self, value: T, group: Any = None) -> list[T]:
         """The values of all processes, in the order of their ranks."""
         values: list[Any] = [value] * self.world
         if self.mesh is not None:
-            torch.distributed.all_gather_object(values, value)
+            torch.distributed.all_gather_object(values, value, group=group)
         return values
 
-    def agreed(self, value: T) -> T:
-        """The first value of all processes, in the order of their ranks, that is true; else the main process's."""
-        values = self.collected(value)
-        return next((found for found in values if found), values[0])
+    def agreed(self, value: T, group: Any = None) -> T:
+        """The first value of all processes, in the order of their ranks, that is true; else this process's. Where none is true, as at most
+        steps, it costs a sum of one number, on the CPU."""
+        if group is None:  # else it is a thread that agrees
+            self.marks += 1
+        if self.mesh is None:
+            return value
+        true = torch.tensor(bool(value), dtype=torch.int64)
+        torch.distributed.all_reduce(true, group=group)
+        return next(found for found in self.collected(value, group) if found) if true else value
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor."""
     return hasattr(tensor, "device_mesh")
+
+
+def compute_device(parameter: Tensor) -> torch.device:
+    """Where products with a parameter are computed: its device, or that of the mesh where a CPU keeps its shards."""
+    sharded: Any = parameter
+    return torch.device(sharded.device_mesh.device_type) if is_sharded(parameter) else parameter.device
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -89,16 +123,22 @@ def summed(value: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     return value
 
 
-def shard_of(full: Tensor, like: Tensor) -> Tensor:
-    """The part of a full tensor that this process would hold of it, were it sharded as `like`."""
-    if not is_sharded(like):
-        return full
-    sharded: Any = like
-    for dim, placement in enumerate(sharded.placements):
+def region_of(like: Tensor) -> tuple[slice, ...]:
+    """Where in the full tensor lies what this process holds of it: shards are cut as torch.chunk cuts."""
+    region, sharded = [slice(0, size) for size in like.shape], cast(Any, like)
+    for dim, placement in enumerate(sharded.placements if is_sharded(like) else ()):
         if placement.is_shard():
-            parts, mine = full.chunk(sharded.device_mesh.size(dim), placement.dim), sharded.device_mesh.get_local_rank(dim)
-            full = parts[mine] if mine < len(parts) else full.narrow(placement.dim, 0, 0)
-    return full
+            whole, mesh = region[placement.dim], sharded.device_mesh
+            size = -(-(whole.stop - whole.start) // mesh.size(dim))
+            first = min(whole.start + size * mesh.get_local_rank(dim), whole.stop)
+            region[placement.dim] = slice(first, min(first + size, whole.stop))
+    return tuple(region)
+
+
+def shard_of(full: Tensor, like: Tensor) -> Tensor:
+    """The part of a full tensor that this process would hold of it, were it sharded as `like`; of one on disk it reads no more than that."""
+    assert full.shape == like.shape
+    return full[region_of(like)]
 
 
 def sharded_as(shard: Tensor, like: Tensor) -> Any:
@@ -127,6 +167,8 @@ def reshard(module: nn.Module | None) -> None:
     sharded: list[Any] = [owner for owner in module.modules() if hasattr(owner, "reshard")] if module is not None else []
     for owner in sharded:
         owner.reshard()
+    if sharded and compute_device(first := next(sharded[0].parameters())).type != first.device.type:
+        torch.accelerator.synchronize()  # shards on the CPU may still be on their way to the device
 
 
 def all_sum(module: nn.Module, values: Tensor) -> Tensor:
@@ -147,19 +189,10 @@ def all_min(module: nn.Module, value: int) -> int:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copies full tensors into a model's parameters, or this process's shards of them. Raises ValueError where the names are not the same."""
+    """Copies full tensors, in memory or on disk, into a model's parameters, or this process's shards of them. Raises ValueError where the
+    names are not the same."""
     parameters = dict(model.named_parameters())
     if parameters.keys() != tensors.keys():
         raise ValueError(f"the weights are of another model: {', '.join(sorted(parameters.keys() ^ tensors.keys())[:4])}")
     for name, parameter in parameters.items():
         local(parameter).copy_(shard_of(tensors[name], parameter))
-
-
-def full_tensors(tensors: Mapping[str, Tensor], main: bool) -> dict[str, Tensor]:
-    """The full tensors behind shards, one after the other; kept on the main process only, and on the CPU where they were sharded."""
-    found = {}
-    for name, tensor in tensors.items():
-        full = gathered(local(tensor), tensor).cpu() if is_sharded(tensor) else tensor
-        if main:
-            found[name] = full
-    return found

@@ -29,8 +29,8 @@ def look_at_move(rule: "SharpnessAware", moving: Sequence[Tensor], copies: Seque
     for parameter, square in zip(moving, squares, strict=True):
         kind = rule.kinds[names[id(parameter)]]
         shares["body" if kind == "norm" else kind] += square / max(length**2, 1e-300)
-    result.log(weight, {"sharpness/realised_radius": seen, "sharpness/realised_cosine": cosine})
-    result.log(weight, {f"sharpness/share_{kind}": share for kind, share in shares.items()})
+    found = {"sharpness/realised_radius": seen, "sharpness/realised_cosine": cosine}
+    rule.log(result, weight, found | {f"sharpness/share_{kind}": share for kind, share in shares.items()})
     if weight == 1 and not terms.logit and length > 0:
         pairs = [(sharded_as(local(now) - before, now), now.grad) for now, before in zip(moving, copies, strict=True) if now.grad is not None]
         slope = dot([e for e, _ in pairs], [g for _, g in pairs]).item() / length

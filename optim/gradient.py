@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from model.gpt import GPT
 from model.logits import Cotangent
-from model.sharding import all_sum
+from model.sharding import Layout, all_sum, compute_device
 from optim.adapter import Adapter, is_counted
 
 Batch = tuple[Any, Tensor]  # tokens_BxT (or what the adapter takes), targets_BxT
@@ -82,14 +82,14 @@ class Gradient:
             owner.set_force_sum_reduction_for_comms(True)
         self.step, self.rho = 0, 0.0
         self.say: Callable[[str], None] = partial(print, file=sys.stderr)
-        self.device = next(iter(self.parameters.values())).device
+        self.device = compute_device(next(iter(self.parameters.values())))
+        self.layout: Layout = getattr(self.module, "layout", Layout())
 
     def gradient(self, batches: Sequence[Any], logged: bool = True, diagnose: bool = False) -> RuleResult:
         """Leaves g in p.grad, which must be empty, and returns what the step was. `batches` are the micro-batches of the step; the
         caller's autocast holds. `logged=False` spares the metrics."""
         result = RuleResult()
-        for group in self.groups(batches, result):
-            self.plain(group, result, logged)
+        self.plain([micro for group in self.groups(batches, result) for micro in group], result, logged)
         self.add_up(result)
         return result
 
@@ -129,9 +129,16 @@ class Gradient:
             logits = self.model.lazy_logits(micro.inputs)
             self.look(logits, micro, result, logged)
             loss, _ = logits.cross_entropy_and_cotangent(micro.targets, 1 / max(1, result.tokens))
-            loss.backward()
+            self.backward(loss, micro is group[-1])
             result.count(micro.share, forwards=1, backwards=1, head_products=3)
             result.loss = plus(result.loss, loss)
+
+    def backward(self, value: Tensor, last: bool) -> None:
+        """Adds the gradient of a micro-batch, the `last` of its pass or not, to p.grad. Where gradients are added up over the processes
+        at the last one only, each process keeps its own whole sum of them until then, and p.grad is none."""
+        if self.layout.sync == "last":
+            self.module.set_requires_gradient_sync(last)  # type: ignore[operator]
+        value.backward()
 
     def look(self, logits: Any, micro: Micro, result: RuleResult, logged: bool) -> None:
         """Logs statistics of the first logits of a step."""

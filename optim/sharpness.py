@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from conf.schema import DIRECTIONS, OptimConfig, RuleConfig
 from model.gpt import GPT
 from model.logits import compute_dtype
-from model.sharding import Layout, all_min, all_sum, gathered, local, shard_of, sharded_as, summed
+from model.sharding import all_min, all_sum, gathered, local, shard_of, sharded_as, summed
 from optim import delta
 from optim.adapter import Adapter
 from optim.axes import Terms, check_optimizer, choose, kinds, make_axes, needs_gradient, terms_of
@@ -81,7 +81,6 @@ class SharpnessAware(Gradient):
         self.room: dict[int, Tensor | None] = {}  # of stored cotangents: fresh memory of this size would be paid for page by page
         self.stores: bool | None = {"store": True, "rebuild": False}.get(self.axes.cotangent)
         self.warned = False
-        self.layout: Layout = getattr(self.module, "layout", Layout())
         if self.axes.scope == "replica" and self.layout.replicas is None:
             raise ValueError("scope=replica needs replicas, which a single process does not have; use scope=micro_batch or batch")
         self.head: Tensor | None = getattr(self.module, "unembedding", None)
@@ -105,7 +104,7 @@ class SharpnessAware(Gradient):
             names = (name for name in state if name.startswith(f"{owner}/"))
             for name in names:
                 parameter = self.parameters[name.partition("/")[2]]
-                tensors[name.partition("/")[2]] = sharded_as(shard_of(state[name], parameter).to(self.device, copy=True), parameter)
+                tensors[name.partition("/")[2]] = sharded_as(shard_of(state[name], parameter).to(parameter.device, copy=True), parameter)
 
     def active(self, step: int) -> bool:
         """Whether the weights are moved in a step, counted from 0."""
@@ -130,8 +129,7 @@ class SharpnessAware(Gradient):
         step, self.step, self.direction.step = self.step, self.step + 1, self.step
         clean: dict[str, Tensor] = {}  # g, where somebody wants it at the end
         if not self.active(step):
-            for group in groups:
-                self.plain(group, result, logged)
+            self.plain([micro for group in groups for micro in group], result, logged)
             clean = named_gradients(self.parameters) if self.told else {}
         else:
             result.metrics["sharpness/rho"] = self.rho
@@ -170,7 +168,7 @@ class SharpnessAware(Gradient):
             return False
         if logged and gradients:
             slope = dot(d, [gradients[name] for name in q]) / norm(d).clamp_min(1e-30) * self.direction.sign
-            result.log(weight, {"sharpness/gradient_norm": norm(list(gradients.values())), "sharpness/slope": slope})
+            self.log(result, weight, {"sharpness/gradient_norm": norm(list(gradients.values())), "sharpness/slope": slope})
         if clean is not None:
             self.keep(clean, gradients, list(q), weight)
         with same_buffers(self.module) if looked else nullcontext():
@@ -186,10 +184,11 @@ class SharpnessAware(Gradient):
                 self.moved_pass(group, terms, dict(zip(map(id, moving), copies, strict=True)), weight, result, random, logged, diagnose)
                 if logged:
                     look_at_move(self, moving, copies, terms, weight, result)
+            copies.clear()
             if terms.logit:
                 set_random_state(random)
                 for micro in group:
-                    (terms.logit * self.model.lazy_logits(micro.inputs).pull(micro.spent)).backward()
+                    self.backward(terms.logit * self.model.lazy_logits(micro.inputs).pull(micro.spent), micro is group[-1])
                     result.count(micro.share, forwards=1, backwards=1)
                     micro.spent.free()
         return True
@@ -217,6 +216,7 @@ class SharpnessAware(Gradient):
         store = bool(terms.functional) and self.store(group)
         keep_h = bool(terms.logit or (terms.functional and not store))
         set_random_state(random)
+        last = [micro for micro in group if micro.ascends][-1]
         for turn, micro in enumerate(group):
             trained = self.needs_gradient and micro.ascends
             with torch.set_grad_enabled(trained):
@@ -227,7 +227,7 @@ class SharpnessAware(Gradient):
                 if store:
                     self.room[turn] = micro.cotangent.r_NxV
                 if trained:
-                    loss.backward()
+                    self.backward(loss, micro is last)
             result.count(micro.share, forwards=1, backwards=trained, head_products=3 if trained else 1)
             result.loss = plus(result.loss, loss * weight)
         found = take_gradients(self.parameters)
@@ -249,7 +249,8 @@ class SharpnessAware(Gradient):
         """Adds to p.grad what is to be had at the moved point. `saved` are the clean weights, by the identity of their parameters."""
         scale, dW_VxD, clean_head = 1 / result.tokens, None, None
         if self.head is not None and (terms.logit or (terms.functional and not self.stores)):
-            clean_head = gathered(saved.get(id(self.head), local(self.head)), self.head)
+            shard_vxD = saved.get(id(self.head), local(self.head)).to(self.device)
+            clean_head = gathered(shard_vxD.to(compute_dtype(shard_vxD)), self.head)
         set_random_state(random)
         for micro in group:
             with torch.set_grad_enabled(bool(terms.full or terms.functional)):
@@ -260,7 +261,7 @@ class SharpnessAware(Gradient):
                     weights_B = micro.weights_B if self.axes.delta_descent == "reweighted" else None
                     weigh = None if weights_B is None else lambda which, _, w=weights_B: w[which]
                     loss, _ = logits.cross_entropy_and_cotangent(micro.targets, scale, weigh=weigh)
-                    loss.backward()
+                    self.backward(loss, micro is group[-1])
                     result.count(micro.share, backwards=1, head_products=3)
                 if terms.logit:
                     loss, micro.spent = logits.spend(micro.targets, scale, micro.cotangent.h_NxD, clean_head)
@@ -273,7 +274,7 @@ class SharpnessAware(Gradient):
                         loss, _ = logits.cross_entropy_and_cotangent(micro.targets, scale)
                     result.count(micro.share, head_products=1)
                 if terms.functional:
-                    (terms.functional * weight * logits.pull(micro.cotangent, clean_head)).backward()
+                    self.backward(terms.functional * weight * logits.pull(micro.cotangent, clean_head), micro is group[-1])
                     result.count(micro.share, backwards=1, head_products=3 if micro.cotangent.r_NxV is None else 2)
             if loss is not None:
                 result.perturbed_loss = plus(result.perturbed_loss, loss)
@@ -302,13 +303,21 @@ class SharpnessAware(Gradient):
             self.layout.sum_over_replicas(local(gradient))
         return gradient
 
+    def log(self, result: RuleResult, weight: float, metrics: dict[str, Any]) -> None:
+        """Logs metrics of a move, to be averaged over the groups, or over the replicas, by their weights."""
+        if self.axes.scope == "replica":
+            values = torch.tensor([weight * float(value) for value in metrics.values()], dtype=torch.float64, device=self.device)
+            self.layout.sum_over_replicas(values)
+            metrics, weight = dict(zip(metrics, values.tolist(), strict=True)), 1.0
+        result.log(weight, metrics)
+
     def store(self, group: list[Micro]) -> bool:
         """Whether the cotangents of a group are stored; cotangent=auto decides once."""
         if self.stores is None:
             dense, axes = isinstance(self.model, Adapter), self.axes
             bytes_ = 0 if dense else self.cotangent_bytes(group)
             free = all_min(self.module, free_memory(self.device))
-            self.stores = dense or (axes.weights != "delta" and bytes_ <= axes.cotangent_share * free)
+            self.stores = dense or bytes_ <= axes.cotangent_share * free
             if not dense:
                 self.say(f"cotangent=auto takes {'store' if self.stores else 'rebuild'}: {bytes_ / 2**20:,.0f} MiB to store, "
                          f"{free / 2**20:,.0f} MiB free, of which a share of {axes.cotangent_share:g} may be filled")  # fmt: skip

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, TINY
+from tests.runs import ROOT, TINY, torchrun
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for a busy core spin: ten times slower beside other work
 
@@ -47,3 +48,15 @@ def reference(tmp_path_factory, tiny):
     overrides = [*tiny, f"dir={folder}", "checkpoint.milestones=[10]"]
     subprocess.run([sys.executable, str(ROOT / "train.py"), *overrides], check=True, capture_output=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def found(tmp_path_factory):
+    """What 1, 2 and 4 processes found out (tests/ranks.py)."""
+    folder, results = tmp_path_factory.mktemp("ranks"), {}
+    for world in (1, 2, 4):
+        process = torchrun(world, str(ROOT / "tests/ranks.py"), str(folder / f"{world}.json"))
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, out[-3000:]
+        results |= json.loads((folder / f"{world}.json").read_text())
+    return results

@@ -1,30 +1,36 @@
-"""What several processes find out together, run under torchrun by test_distributed.py: every rule, sharded, beside one process.
+"""What several processes find out together, run under torchrun by the fixture `found`: every rule, sharded, beside one process.
 
     torchrun --nproc-per-node N tests/ranks.py OUT.json
 
 Each entry of the file is one comparison: the largest relative difference of losses, of first-step gradients by tensor, and of weights
-after some steps, in fp32 and, on two processes, in fp64 too. The batch is cut unevenly over shards: no dimension is a multiple of the
-number of processes, and the processes count different numbers of targets.
+after some steps, in fp32, and on two processes in fp64 and for some rules in bf16 too; on four what they sent each other. The weights are
+cut unevenly over shards: no dimension is a multiple of the number of processes, and the processes count different numbers of targets.
 """
 
 import json
+import os
 import sys
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conf.schema import OptimConfig
 from model import GPT, GPTConfig
 from model.parallelize import shard
-from model.sharding import Layout, is_sharded
+from model.sharding import Layout, is_sharded, local
 from optim import Gradient, SharpnessAware, build_optimizer
 
-STEPS = {2: 10, 4: 3}  # by the number of processes: four on two cores wait for each other
+STEPS = 10
 TIED = GPTConfig(40, 8, 1, 3, 18)
 UNTIED = GPTConfig(40, 8, 1, 3, 18, norm="rmsnorm", positions="rope", activation="swiglu", tied=False, logit_softcap=20.0, z_loss=1e-3)
+DEEP = GPTConfig(40, 8, 2, 3, 18, bias=True, qk_norm=True)
 RULES: dict[str, dict[str, Any]] = {
     "adamw": {},
     "sam": {"path": "full"},
@@ -39,6 +45,7 @@ RULES: dict[str, dict[str, Any]] = {
     "msam, preconditioned functional every second step": {"path": "functional", "metric": "adam", "scope": "micro_batch", "period": 2},
     "delta": {"weights": "delta"},
     "momentum": {"direction": "momentum", "rho": 0.5},
+    "functional along momentum": {"path": "functional", "direction": "momentum", "rho": 0.5, "cotangent": "rebuild"},  # looks, and moves then
     "stale": {"direction": "stale"},
     "friendly": {"direction": "friendly"},
     "friendly in groups": {"direction": "friendly", "scope": "micro_batch"},
@@ -48,64 +55,112 @@ RULES: dict[str, dict[str, Any]] = {
     "head only": {"parameters": "head"},
 }
 REPLICA = ("sam", "functional rebuild", "logit", "angle", "preconditioned", "delta", "friendly", "gsam")
+BF16 = ("adamw", "sam", "functional rebuild")
+SHARDING = {"bf16": {"compute": torch.bfloat16}, "last": {}, "kept": {"reshard_after_forward": False}}
 
 
-def make(shape: GPTConfig, dtype: torch.dtype, axes: dict[str, Any], layout: Layout) -> tuple[GPT, torch.optim.Optimizer, Gradient]:
+UNLIKE = {f"logits/{name}" for name in ("entropy", "log_normaliser", "largest", "hidden_norm", "weight_norm")}  # of a process's own tokens
+HIDDEN = {"sharpness/curvature", "sharpness/gap"}  # differences that rounding to bf16 hides
+
+
+def make(shape: GPTConfig, dtype: torch.dtype, axes: dict[str, Any], layout: Layout, **sharding: Any) -> tuple[GPT, torch.optim.Optimizer, Gradient]:
     """A model, sharded where the layout says so, its optimiser and its rule."""
     torch.manual_seed(3)
     with torch.device("meta"):
         model = GPT(shape).to(dtype)
     if layout.mesh is not None:
-        shard(model, layout, reshard_after_forward=True)
+        shard(model, layout, **({"reshard_after_forward": True} | sharding))
     model.to_empty(device="cpu")
     model.init_weights(0)
     optimizer = build_optimizer(model, OptimConfig(lr=1e-2, eps=1e-6))
     return model, optimizer, SharpnessAware(model, optimizer, **axes) if axes else Gradient(model)
 
 
-def full(tensor: Any) -> torch.Tensor:
-    """The whole of a tensor."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+def batch(generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+    """Two micro-batches of four sequences, which count different numbers of targets."""
+    tokens_BxT, targets_BxT = torch.randint(0, 40, (2, 8, 8), generator=generator)
+    targets_BxT[0, :5] = targets_BxT[3] = targets_BxT[5, 2:] = -100
+    return list(zip(tokens_BxT.split(4), targets_BxT.split(4), strict=True))
 
 
-def difference(ones: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
+def part(micros: list[tuple[Tensor, Tensor]], index: int, parts: int) -> list[Any]:
+    """One of so many equal parts of every micro-batch."""
+    return [tuple(half.chunk(parts)[index] for half in micro) for micro in micros]
+
+
+def whole(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """The full tensors."""
+    return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone() for name, tensor in tensors.items() if tensor is not None}
+
+
+def gradients(model: GPT) -> dict[str, Tensor]:
+    """Every p.grad as a full tensor."""
+    return whole({name: p.grad for name, p in model.named_parameters()})
+
+
+@torch.no_grad()
+def difference(ones: dict[str, Tensor], others: dict[str, Tensor]) -> float:
     """The largest relative L2 difference of tensors by name; a bias of keys has no gradient but rounding, and there is none here."""
+    assert ones.keys() == others.keys()
     return max(float((one - others[name]).norm() / others[name].norm().clamp_min(1e-12)) for name, one in ones.items())
 
 
-def compare(shape: GPTConfig, axes: dict[str, Any], layout: Layout, dtype: torch.dtype, steps: int) -> dict[str, float]:
-    """One process on the whole batch beside all processes on their parts of it."""
+def compare(shape: GPTConfig, axes: dict[str, Any], layout: Layout, dtype: torch.dtype, steps: int, **sharding: Any) -> dict[str, float]:
+    """All processes on their parts of the batch beside the main one on the whole of it. `late` sums gradients at the last micro-batch of a
+    pass only, and is looked at for a step or two; later steps of all take a batch without groups in one."""
     generator = torch.Generator().manual_seed(1)
-    ours, theirs = make(shape, dtype, axes, layout), make(shape, dtype, reference_axes(axes), Layout())
-    found = {"loss": 0.0, "gradient": 0.0, "weights": 0.0, "metrics": 0.0}
+    ours, late = make(shape, dtype, axes, layout, **sharding), make(shape, dtype, axes, replace(layout, sync="last"), **sharding)
+    theirs = make(shape, dtype, reference_axes(axes), Layout()) if layout.main else None
+    found = dict.fromkeys(("loss", "gradient", "sync", "metrics", "weights"), 0.0)
     for step in range(steps):
-        tokens_BxT = torch.randint(0, 40, (8, 8), generator=generator)
-        targets_BxT = torch.randint(0, 40, (8, 8), generator=generator)
-        targets_BxT[0, :5] = targets_BxT[3] = targets_BxT[5, 2:] = -100
-        micros = list(zip(tokens_BxT.split(4), targets_BxT.split(4), strict=True))
-        part = 4 // layout.world
-        mine = [tuple(half[layout.rank * part : (layout.rank + 1) * part] for half in micro) for micro in micros]
-        whole: Any = micros
-        if axes.get("scope") == "replica":  # a group is what a replica has of the batch
-            size = 4 // 2
-            whole = [[tuple(half[r * size : (r + 1) * size] for half in micro) for micro in micros] for r in range(2)]
-        results = [rule.gradient(batches) for (_, _, rule), batches in ((ours, mine), (theirs, whole))]
-        assert results[0].tokens == results[1].tokens
-        for name in ("loss", "perturbed_loss"):
-            one, other = (getattr(result, name) for result in results)
-            assert (one is None) == (other is None)
-            if other is not None:
-                found["loss"] = max(found["loss"], abs(float(one) - float(other)) / abs(float(other)))
+        micros, looks = batch(generator), step < (2 if dtype == torch.float64 else 1)
+        if step >= 2 and axes.get("scope") != "micro_batch":
+            micros = [(torch.cat(tokens), torch.cat(targets)) for tokens, targets in [zip(*micros, strict=True)]]
+        mine = part(micros, layout.rank, layout.world)
+        with torch.autocast("cpu", torch.bfloat16, enabled="compute" in sharding):
+            result, expected = ours[2].gradient(mine, logged=step < 2), None
+            if theirs:  # where replicas are perturbed apart, a group is what a replica has of the batch
+                parts = [part(micros, r, 2) for r in range(2)] if axes.get("scope") == "replica" else micros
+                expected = theirs[2].gradient(parts, logged=step < 2)
+            if looks:
+                late[2].gradient(mine)
+                found["sync"] = max(found["sync"], difference(gradients(late[0]), gradients(ours[0])))
         if step == 0:
-            gradients = [{name: full(p.grad) for name, p in model.named_parameters()} for model, _, _ in (ours, theirs)]
-            found["gradient"] = difference(*gradients)
-        for _, optimizer, _ in (ours, theirs):
+            first = gradients(ours[0])
+        if expected and theirs:
+            assert result.tokens == expected.tokens
+            found["gradient"] = found["gradient"] if step else difference(first, gradients(theirs[0]))
+            for name in ("loss", "perturbed_loss"):
+                one, other = getattr(result, name), getattr(expected, name)
+                assert (one is None) == (other is None)
+                found["loss"] = max(found["loss"], 0.0 if one is None else abs(float(one) - float(other)) / abs(float(other)))
+            for name in expected.metrics.keys() - UNLIKE - (HIDDEN if "compute" in sharding else set()):
+                one, other = (float(seen.metrics[name]) for seen in (result, expected))
+                found["metrics"] = max(found["metrics"], abs(one - other) / max(abs(other), 1e-3))
+        for p, q in zip(ours[0].parameters(), late[0].parameters(), strict=True):
+            if looks:
+                local(q.grad).copy_(local(p.grad))
+        for _, optimizer, _ in (ours, late, *([theirs] if theirs else [])):
             optimizer.step()
             optimizer.zero_grad()
-        assert layout.mesh is None or all(isinstance(p, DTensor) for p in ours[0].parameters())  # nothing stays gathered
-    weights = [{name: full(p.detach()) for name, p in model.named_parameters()} for model, _, _ in (ours, theirs)]
-    found["weights"] = difference(*weights)
+        assert all(is_sharded(p) and p.dtype == dtype for p in ours[0].parameters())  # nothing stays gathered
+    weights = whole(dict(ours[0].named_parameters()))
+    if theirs:
+        found["weights"] = difference(weights, whole(dict(theirs[0].named_parameters())))
+    found["replicas"] = apart(ours[0], layout)
     return found
+
+
+def apart(model: GPT, layout: Layout) -> float:
+    """How many shards are not, bit for bit, those of the first replica, over all processes."""
+    shards = [local(p) for p in model.parameters()]
+    copies = [shard.clone() for shard in shards]
+    if layout.replicas is not None:
+        for copy in copies:
+            dist.broadcast(copy, group=layout.replicas, group_src=0)
+    number = torch.tensor(sum(not shard.equal(copy) for shard, copy in zip(shards, copies, strict=True)))
+    dist.all_reduce(number)
+    return float(number)
 
 
 def reference_axes(axes: dict[str, Any]) -> dict[str, Any]:
@@ -113,24 +168,74 @@ def reference_axes(axes: dict[str, Any]) -> dict[str, Any]:
     return axes | {"scope": "micro_batch"} if axes.get("scope") == "replica" else axes
 
 
+COLLECTIVES = {"_allgather_base_": "gather", "all_gather_into_tensor": "gather", "_reduce_scatter_base_": "reduce_scatter",
+               "allreduce_": "all_reduce", "allgather_": "objects"}  # fmt: skip
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what a process sends and receives, by kind and group: `calls`, and the `bytes` of the whole tensors, gathered or yet to be
+    reduced."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.calls, self.bytes, self.layout = Counter(), Counter(), layout
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # the collectives it takes come back here
+        out, (space, name) = func(*args, **(kwargs or {})), func._schema.name.split("::")
+        if space == "c10d" or (space == "_c10d_functional" and name in COLLECTIVES):
+            kind = COLLECTIVES[name]
+            tensors = {"gather": [args[0] if space == "c10d" else out], "reduce_scatter": [args[1]], "all_reduce": args[0], "objects": args[1]}[kind]
+            if kind == "all_reduce" and self.layout.replicas and dist.ProcessGroup.unbox(args[1]).group_name == self.layout.replicas.group_name:
+                kind = "over_replicas"
+            self.calls[kind] += 1
+            self.bytes[kind] += sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+        return out
+
+
+def sent(axes: dict[str, Any], layout: Layout, **sharding: Any) -> dict[str, Any]:
+    """What a process sends in a step of a rule, with the passes that it counts; of two micro-batches, no metrics logged."""
+    generator = torch.Generator().manual_seed(1)
+    _, optimizer, rule = make(DEEP, torch.float32, axes, layout, **sharding)
+    for _ in range(1 + (axes.get("direction") in ("momentum", "stale"))):  # they move from the second step on
+        mine = part(batch(generator), layout.rank, layout.world)
+        with torch.autocast("cpu", torch.bfloat16, enabled="compute" in sharding), Collectives(layout) as seen:
+            result = rule.gradient(mine, logged=False)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"calls": seen.calls, "bytes": seen.bytes, "forwards": result.forwards, "backwards": result.backwards}
+
+
 def main(out: str) -> None:
     """Compares everything and writes what came of it."""
-    dist.init_process_group("gloo")
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     rank, world = dist.get_rank(), dist.get_world_size()
     layouts = {"fsdp": Layout(rank, world, init_device_mesh("cpu", (world,)))}
     if world == 4:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
         layouts["hsdp"] = Layout(rank, world, mesh["shard"], mesh["replica"].get_group())
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for kind, layout in layouts.items():
         cases = dict(RULES)
         if kind == "hsdp":
             cases |= {f"{name}, by replica": RULES[name] | {"scope": "replica"} for name in REPLICA}
-        for name, axes in cases.items():
-            shape = UNTIED if len(found) % 3 == 2 else TIED
-            found[f"{kind} {world}: {name}"] = compare(shape, axes, layout, torch.float32, STEPS[world])
+        for turn, (name, axes) in enumerate(cases.items()):
+            shape, other = (UNTIED, TIED) if turn % 3 == 2 else (TIED, UNTIED)
+            case = f"{kind} {world}: {name}"
+            found[case] = compare(shape, axes, layout, torch.float32, STEPS, reshard_after_forward=world < 4)
             if world == 2:
-                found[f"{kind} {world}: {name}, fp64"] = compare(TIED if shape is UNTIED else UNTIED, axes, layout, torch.float64, 2)
+                found[f"{case}, fp64"] = compare(other, axes, layout, torch.float64, 2)
+            if world == 2 and name in BF16:
+                found[f"{case}, bf16"] = compare(DEEP, axes, layout, torch.float32, 2, compute=torch.bfloat16, cpu_offload=name == "sam")
+            if world == 4 and (kind == "fsdp" or name.split(",")[0] in BF16):
+                found[f"{case}, sent"] = sent(axes, layout)
+            if world == 4 and kind == "fsdp" and name in BF16:
+                for way, sharding in SHARDING.items():
+                    found[f"{case}, sent, {way}"] = sent(axes, replace(layout, sync="last" if way == "last" else "every"), **sharding)
     if rank == 0:
         with open(out, "w") as file:
             json.dump(found, file)

@@ -33,13 +33,14 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def tensors(run: Path, step: int = STEPS) -> dict[str, Any]:
-    """Every tensor of a checkpoint, by "<file>/<name>": weights, optimiser state, random state."""
-    from safetensors.torch import load_file
+    """Every tensor of a checkpoint, however many processes wrote it, by "<group>/<name>": weights, optimiser state, random state."""
+    from launch.checkpoint import TENSORS
+    from model.stored import files_of, open_tensors
 
     path = run / "checkpoints" / f"step_{step:08d}"
-    found = {f"{file.stem}/{name}": tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    assert {name.split("/")[0] for name in found} >= {"model", "optimizer", "random"}
-    return found
+    groups = {group: open_tensors(path / name for name in files_of(group, os.listdir(path))) for group in TENSORS}
+    assert groups["model"] and groups["optimizer"] and groups["random"]
+    return {f"{group}/{name}": stored[...] for group, found in groups.items() for name, stored in found.items()}
 
 
 def bits(tensor: Any) -> list[int]:
@@ -66,6 +67,13 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert summaries[0] | {"seconds": 0} == summaries[1] | {"seconds": 0}
 
 
+def torchrun(world: int, *arguments: str, cwd: Path = ROOT) -> subprocess.Popen:
+    """N processes on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
 def content(folder: Path) -> dict[str, tuple[bytes, int]]:
     """Bytes and modification time of every file of a folder, but for the lock's time."""
     return {str(path.relative_to(folder)): (path.read_bytes(), 0 if path.name == "lock" else path.stat().st_mtime_ns)
@@ -79,11 +87,12 @@ class Server:
         command, environment = [sys.executable, str(Path(__file__).resolve())], {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def start(self, *overrides: str, output: Path, file_size: int | None = None) -> "Started":
-        """Starts `python train.py OVERRIDES` with both its outputs in a file; it can write no file beyond `file_size` bytes."""
+    def start(self, *overrides: str, output: Path, file_size: int | None = None, variables: dict[str, str] | None = None) -> "Started":
+        """Starts `python train.py OVERRIDES` with both its outputs in a file and more variables in its environment; it can write no file
+        beyond `file_size` bytes."""
         assert self.process.stdin and self.process.stdout
         output.unlink(missing_ok=True)
-        order = {"overrides": overrides, "output": str(output), "file_size": file_size}
+        order = {"overrides": overrides, "output": str(output), "file_size": file_size, "variables": variables or {}}
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
         return Started(int(self.process.stdout.readline()), output, self.process.stdout)
@@ -155,6 +164,9 @@ def serve() -> None:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             if order["file_size"]:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_size"],) * 2)
+            else:  # a limit that is set later ends it in the middle of a write
+                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            os.environ.update(order["variables"])
             sys.argv = ["train.py", *order["overrides"]]
             config.main(train.main)
             sys.exit()

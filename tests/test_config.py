@@ -20,7 +20,7 @@ from conf.schema import KEYS, Config, OptimConfig, lookup, walk
 from launch import config
 from launch.config import CONF, compose, groups
 from launch.identity import run_name
-from launch.plan import describe, make_plan, memory_estimate
+from launch.plan import describe, make_plan
 from optim import build_schedule
 
 CHOICES = [(group, name) for group, names in groups().items() if group != "local" for name in names]
@@ -438,15 +438,6 @@ def test_chinchilla_counts_and_says_what(command, counted):
     steps = -(-30 * count // plan.tokens_per_step)
     assert f"{steps:,}, of which" in out
     assert f"30 tokens per parameter, {counted.replace('_', '-')} ones counted" in out
-
-
-def test_memory_estimate_holds_weights_gradients_and_moments():
-    composed = compose(["model=nanodo_10m", "device=cpu"])
-    plan = make_plan(composed)
-    memory = memory_estimate(composed, plan)
-    assert memory["weights"] + memory["gradients"] + memory["Adam's moments"] == 16 * plan.num_parameters
-    cut = compose(["model=nanodo_10m", "device=cpu", "batch.micro=4"])
-    assert memory_estimate(cut, make_plan(cut))["activations"] == memory["activations"] / 4
 
 
 def test_schema_is_consistent():

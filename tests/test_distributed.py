@@ -1,47 +1,35 @@
 """Several processes give what one gives: gloo processes under torchrun, FSDP2 and HSDP, for every rule (identities 21, 30 and 31)."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from tests.ranks import REPLICA, RULES
-from tests.runs import ROOT, assert_same_tensors, rows, tensors
+from tests.ranks import BF16, REPLICA, RULES
+from tests.runs import ROOT, assert_same_tensors, rows, tensors, torchrun
 
-KINDS = {"fsdp 2": 2, "fsdp 4": 4, "hsdp 4": 4}
+KINDS = ("fsdp 1", "fsdp 2", "fsdp 4", "hsdp 4")
 CASES = [f"{kind}: {name}" for kind in KINDS for name in [*RULES, *(f"{name}, by replica" for name in REPLICA if kind == "hsdp 4")]]
-
-
-def torchrun(world: int, *arguments: str, cwd: Path = ROOT, **options: object) -> subprocess.Popen:
-    """N processes on this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-@pytest.fixture(scope="session")
-def found(tmp_path_factory):
-    """What 2 and 4 processes found out."""
-    folder, results = tmp_path_factory.mktemp("ranks"), {}
-    for world in (2, 4):
-        process = torchrun(world, str(ROOT / "tests/ranks.py"), str(folder / f"{world}.json"))
-        out, _ = process.communicate(timeout=180)
-        assert process.returncode == 0, out[-3000:]
-        results |= json.loads((folder / f"{world}.json").read_text())
-    return results
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_processes_agree_with_one(found, case):
     fp32 = found[case]
-    assert fp32["loss"] < 1e-5 and fp32["gradient"] < 2e-6 and fp32["weights"] < 1e-4, fp32
+    assert fp32["loss"] < 1e-5 and fp32["gradient"] < 1e-6 and fp32["weights"] < 1e-4, fp32
+    assert fp32["sync"] < 1e-6 and fp32["metrics"] < 1e-3 and fp32["replicas"] == 0, (
+        fp32
+    )  # reduced at the last micro-batch only; replicas are the same bit for bit
     if fp64 := found.get(f"{case}, fp64"):
-        assert fp64["loss"] < 1e-13 and fp64["gradient"] < 1e-12 and fp64["weights"] < 1e-10, fp64
+        assert fp64["loss"] < 1e-13 and fp64["gradient"] < 1e-12 and fp64["weights"] < 1e-10 and fp64["sync"] < 1e-13, fp64
+
+
+@pytest.mark.parametrize("rule", BF16)
+def test_bf16_is_that_of_one_process_under_autocast(found, rule):
+    bf16 = found[f"fsdp 2: {rule}, bf16"]  # rounding turns the move, and rules with one part further
+    assert bf16["loss"] < 2e-3 and bf16["gradient"] < (5e-3 if rule == "adamw" else 5e-2) and bf16["metrics"] < 5e-2, bf16
 
 
 def run(world: int, *overrides: str) -> str:
@@ -80,10 +68,14 @@ def assert_same_curve(ours: list[dict], theirs: list[dict]) -> None:
 
 
 def test_a_run_goes_on_on_other_numbers_of_processes(tmp_path, overrides, whole):
-    """4 save, 2 go on, 4 again, 2 replicas of 1 finish, with a signal to one process each time but the last."""
+    """4 save, 2 go on with everything on the CPU, 2 replicas of 1 finish, with a signal to one process each time but the last."""
     folder = tmp_path / "run"
-    for world, parallel, until in ((4, "fsdp", 3), (2, "fsdp", 6), (2, "hsdp", 13)):
-        process = torchrun(world, str(ROOT / "train.py"), *overrides, f"dir={folder}", f"parallel={parallel}", "checkpoint.every=2")
+    for world, until, *keys in (
+        (4, 3, "parallel=fsdp", "parallel.sync=last"),
+        (2, 6, "parallel=fsdp", "parallel.cpu_offload=true"),
+        (2, 13, "parallel=hsdp", "parallel.reshard_after_forward=false"),
+    ):
+        process = torchrun(world, str(ROOT / "train.py"), *overrides, f"dir={folder}", *keys, "checkpoint.every=2")
         end = time.monotonic() + 200
         if until < 12:
             while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < until:

@@ -11,7 +11,7 @@ import pytest
 
 from conf.schema import KEYS, Config, SourceConfig, lookup
 from launch.config import compose, is_read
-from launch.identity import canonical, claim, load_config, run_name
+from launch.identity import as_read, canonical, claim, load_config, run_name
 
 MUTABLE = [name for name, entry in KEYS.items() if entry.metadata.get("mutable")]
 CONDITIONAL = [name for name in KEYS if "read_when" in KEYS[name].metadata]
@@ -84,6 +84,15 @@ def test_what_may_change_on_resume():
     others = {"dir", "device", "profile", "minutes", "max_skipped", "plan_only", "help", "activation_checkpointing",
               "data.cache", "data.workers", "tokenizer.path", "optim.diagnostics_every", "optim.cotangent_share"}  # fmt: skip
     assert set(MUTABLE) == logging | others & set(KEYS)
+
+
+def test_what_is_not_read_is_shown_as_none():
+    """A radius in W&B's table is one that the run uses; the configuration itself stays as it is."""
+    adamw, sam = compose(["optim.rho=0.3"]), compose(["optim=sam", "optim.rho=0.3"])
+    assert (as_read(adamw)["optim"]["rho"], as_read(sam)["optim"]["rho"]) == (None, 0.3)
+    assert (adamw.optim.rho, adamw.optim.name) == (0.3, as_read(adamw)["optim"]["name"])
+    unread = {name for name in KEYS if lookup(as_read(sam), name) != lookup(sam, name)}
+    assert "optim.num_groups" in unread and not any(is_read(sam, name) for name in unread)
 
 
 def test_a_condition_of_a_condition_counts():

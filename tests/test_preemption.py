@@ -18,8 +18,7 @@ with Preemption() as preemption:
     while not preemption.requested:
         time.sleep(0.01)
     print(preemption.requested, flush=True)
-    if sys.argv[1] == "hang":
-        time.sleep(60)
+    time.sleep({"save": 0, "save slowly": 1, "hang": 60}[sys.argv[1]])
 sys.exit(EXIT_PREEMPTED)
 """
 
@@ -48,6 +47,17 @@ def test_second_signal_exits_at_once(second):
     run.send_signal(second)
     run.communicate(timeout=20)
     assert run.returncode == 128 + second
+
+
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RUN_ID", "SUBMITIT_EXECUTOR"])
+def test_under_a_process_that_passes_them_on_the_echo_of_a_signal_is_the_same_signal(monkeypatch, variable):
+    monkeypatch.setenv(variable, "1")
+    run = start("save slowly")
+    run.send_signal(signal.SIGTERM)
+    assert run.stdout and run.stdout.readline() == "SIGTERM\n"
+    run.send_signal(signal.SIGTERM)
+    run.communicate(timeout=20)
+    assert run.returncode == EXIT_PREEMPTED
 
 
 def test_time_limit(monkeypatch):

@@ -3,15 +3,17 @@
     python tests/benchmarks/gpu.py gpt2 [--peer DIR_OF_NANOGPT]        GPT-2 124M, length 1024, beside nanoGPT's compiled step
     python tests/benchmarks/gpu.py large                               the 1208M shape, length 2048
     python tests/benchmarks/gpu.py rules [--large] [--rules sam ...]   gradient rules beside AdamW, 0.5M tokens a step by accumulation
+    python tests/benchmarks/gpu.py memory [--rules sam ...]            the plan's memory beside what a step allocates; fails beyond a tenth
     python tests/benchmarks/gpu.py shakespeare --data .../input.txt    shakespeare_char: the best evaluation of 5000 steps
 
-Needs torch and safetensors; `shakespeare` also what train.py imports. Steps are bf16, compiled block by block, with fused AdamW. The
+Needs torch and safetensors; `shakespeare` and `memory` also what train.py imports. Steps are bf16, compiled block by block, with fused AdamW. The
 utilisation counts forward and backward as optim/flops.py does, over the dense bf16 peak. --profile prints the kernels that take longest.
 """
 
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import statistics
 import subprocess
 import sys
@@ -114,6 +116,48 @@ def rules(shape: GPTConfig, micro: int, names: list[str], rounds: int = 5) -> No
         del optimizer, contestants, rule
 
 
+def memory(names: list[str]) -> None:
+    """The plan's peak beside torch.cuda.max_memory_allocated for a logged step of GPT-2 124M, in bf16 and fp32, with activations kept and
+    computed again, eager and compiled. Exits with 1 where an eager one differs by more than a tenth; compiled blocks may need less."""
+    from launch.config import compose
+    from launch.memory import estimate
+    from launch.plan import make_plan
+
+    shape = ["model=gpt2_124m", "tokenizer=bpe", "tokenizer.vocab_size=50257", "batch.length=1024", "batch.sequences=16", "device=cuda"]
+    print("| rule | precision | checkpointing | compile | plan | measured | plan / measured |\n|---|---|---|---|---|---|---|")
+    wrong = []
+    for name, precision, checkpointing, compiled in itertools.product(names, ("bf16", "fp32"), (False, True), ("none", "block")):
+        settings = compose([*shape, f"precision={precision}", f"activation_checkpointing={checkpointing}", f"compile={compiled}", "batch.micro=4",
+                            *(f"optim.{key}={value}" for key, value in RULES[name].items()), "optim.num_groups=2", "schedule.steps=10"])  # fmt: skip
+        plan = make_plan(settings)
+        torch._dynamo.reset()
+        torch._dynamo.config.error_on_recompile = False
+        with CUDA:
+            model = GPT(plan.model)
+        parallelize(model, settings.compile, settings.activation_checkpointing, CUDA)
+        optimizer = build_optimizer(model, settings.optim)
+        rule = build_rule(model, optimizer, settings.optim, plan.schedule)
+        micros = [part.split(plan.micro) for part in tokens(plan.model, settings.batch.sequences)]
+        batches = list(zip(*micros, strict=True))
+        size = len(batches) // plan.num_groups
+        for step in range(3):
+            torch.cuda.reset_peak_memory_stats()
+            with autocast(CUDA, torch.bfloat16 if precision == "bf16" else torch.float32):
+                rule.gradient([batches[first : first + size] for first in range(0, len(batches), size)], logged=step == 2)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        planned, measured = estimate(settings, plan.model).total, torch.cuda.max_memory_allocated()
+        found = f"{planned / 2**30:.2f} GiB | {measured / 2**30:.2f} GiB | {planned / measured:.3f}"
+        print(f"| {name} | {precision} | {checkpointing} | {compiled} | {found} |", flush=True)
+        if compiled == "none" and abs(planned / measured - 1) > 0.1:
+            wrong.append(f"{name} in {precision}")
+        del model, optimizer, rule, micros, batches
+        torch.cuda.empty_cache()
+    if wrong:
+        sys.exit(f"off by more than a tenth: {', '.join(wrong)}")
+
+
 def nanogpt_step(folder: str, sequences: int) -> Step:
     """One step as nanoGPT's train.py takes it, compiled, at its own padded vocabulary."""
     spec = importlib.util.spec_from_file_location("nanogpt", Path(folder) / "model.py")
@@ -183,7 +227,7 @@ def shakespeare(data: str) -> None:
 def main() -> None:
     """Runs one piece."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("piece", choices=("gpt2", "large", "rules", "shakespeare"))
+    parser.add_argument("piece", choices=("gpt2", "large", "rules", "memory", "shakespeare"))
     parser.add_argument("--peer", help="a checkout of nanoGPT")
     parser.add_argument("--data", help="tinyshakespeare/input.txt")
     parser.add_argument("--sequences", type=int, help="sequences per step")
@@ -194,6 +238,8 @@ def main() -> None:
     print(f"{date.today()}, torch {torch.__version__}, {torch.cuda.get_device_name()}: {' '.join(sys.argv[1:])}")
     if arguments.piece == "shakespeare":
         return shakespeare(arguments.data)
+    if arguments.piece == "memory":
+        return memory(arguments.rules)
     if arguments.piece == "rules":
         return rules(*((LARGE, arguments.sequences or 8) if arguments.large else (GPT2, arguments.sequences or 32)), arguments.rules)
     shape, sequences = (GPT2, arguments.sequences or 32) if arguments.piece == "gpt2" else (LARGE, arguments.sequences or 8)

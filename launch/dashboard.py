@@ -1,0 +1,147 @@
+"""The project on W&B: python -m launch.dashboard [entity=E] [project=P] [offline=true] [out=FILE]
+
+Creates a workspace and a report: validation loss against steps, tokens, FLOPs and seconds by method, radius and learning-rate responses,
+stability, sharpness, throughput. Where W&B cannot be reached, what would be created goes into a file.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conf.schema import key
+from launch.tracking import write_atomically
+from launch.wandb_run import has_wandb_key
+
+NAME = "flatgpt: methods compared"
+HIGH, WIDE = 8, 12  # of a panel, where a report is 24 wide
+
+
+@dataclass
+class Options:
+    """What `python -m launch.dashboard` takes."""
+
+    entity: str | None = key(None, "W&B entity; default tracking.entity, else your own")
+    project: str | None = key(None, "W&B project; default tracking.project")
+    offline: bool = key(False, "write what would be created, and ask nobody")
+    out: str = key("dashboard.json", "file for what would be created")
+
+
+def sections() -> list[tuple[str, str, list[Any]]]:
+    """(title, what it shows, panels) of each part. Lines and bars are means over the runs of a method, bands their standard error."""
+    import wandb_workspaces.reports.v2 as wr
+
+    def lines(title: str, x: str, *y: str, **how: Any) -> wr.LinePlot:
+        how = {"groupby": wr.Config("optim.name"), "groupby_aggfunc": "mean", "groupby_rangefunc": "stderr", **how}
+        return wr.LinePlot(title=title, x=x, y=list(y), **how)
+
+    def bars(title: str, metric: str) -> wr.BarPlot:
+        method = wr.Config("optim.name")
+        return wr.BarPlot(title=title, metrics=[metric], groupby=method, groupby_aggfunc="mean", groupby_rangefunc="stderr")
+
+    def dots(title: str, setting: str, metric: str) -> wr.ScatterPlot:
+        return wr.ScatterPlot(title=title, x=wr.Config(setting), y=wr.SummaryMetric(metric), log_x=True)
+
+    settings = ["optim.name", "optim.rho", "optim.lr", "seed"]
+    columns = [wr.ParallelCoordinatesPlotColumn(metric=wr.Config(name)) for name in settings]
+    columns.append(wr.ParallelCoordinatesPlotColumn(metric=wr.SummaryMetric("val/loss")))
+    return [
+        ("Validation loss", "At equal steps the end of each curve counts; at equal FLOPs, what a method had reached when it had spent AdamW's.", [
+            bars("final validation loss, equal steps (nats per token)", "val/loss"),
+            bars("validation loss at AdamW's FLOPs (nats per token)", "val/loss_at_equal_flops"),
+            lines("validation loss by steps", "step", "val/loss"),
+            lines("validation loss by FLOPs", "flops", "val/loss", log_x=True),
+            lines("validation loss by tokens", "tokens", "val/loss"),
+            lines("validation loss by seconds", "seconds", "val/loss"),
+        ]),
+        ("Radius and learning rate", "A dot is a run. Radii compare within a method only.", [
+            dots("final validation loss by radius", "optim.rho", "val/loss"),
+            dots("final validation loss by learning rate", "optim.lr", "val/loss"),
+            wr.ParallelCoordinatesPlot(title="every setting", columns=columns),
+        ]),
+        ("Stability", "Spikes of loss or gradient norm, growing logits, skipped steps.", [
+            lines("training loss", "step", "train/loss"),
+            lines("gradient norm before clipping", "step", "grad/norm", log_y=True),
+            lines("steps skipped as not finite", "step", "skipped"),
+            lines("largest logit", "step", "logits/largest"),
+            lines("log-normaliser", "step", "logits/log_normaliser"),
+            lines("entropy of predictions (nats)", "step", "logits/entropy"),
+        ]),
+        ("Sharpness", "The realised radius and cosine say whether bf16 followed the move; where the cosine is low, curvature means nothing.", [
+            lines("curvature along the ascent", "step", "sharpness/curvature"),
+            lines("loss at the moved weights minus clean loss (nats)", "step", "sharpness/gap"),
+            lines("cosine of clean and rule's gradient", "step", "sharpness/cosine"),
+            lines("realised cosine of the move", "step", "sharpness/realised_cosine"),
+            lines("radius: wanted and realised", "step", "sharpness/rho", "sharpness/realised_radius"),
+            lines("functional and logit part of SAM's change (optim.diagnostics_every)", "step", "sharpness/delta_func", "sharpness/delta_logit"),
+        ]),
+        ("Throughput", "Speeds are taken between rows; evaluations and checkpoints are no part of them.", [
+            lines("tokens per second", "step", "perf/tokens_per_second"),
+            lines("model FLOPs utilisation", "step", "perf/mfu"),
+            lines("peak memory (GiB)", "step", "perf/memory_gib"),
+            lines("share of time spent waiting for data", "step", "perf/data_wait"),
+        ]),
+    ]  # fmt: skip
+
+
+def build(entity: str, project: str) -> tuple[Any, Any]:
+    """The workspace and the report, not saved yet."""
+    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.workspaces as ws
+    from wandb_workspaces.expr import Config
+
+    parts = sections()
+    blocks: list[Any] = [wr.P("Runs are grouped by method: lines and bars are means, bands their standard error."), wr.TableOfContents()]
+    for title, text, panels in parts:
+        for place, panel in enumerate(panels):
+            panel.layout = wr.Layout(x=WIDE * (place % 2), y=HIGH * (place // 2), w=WIDE, h=HIGH)
+        blocks += [wr.H1(title), wr.P(text), wr.PanelGrid(runsets=[wr.Runset(groupby=["config.optim.name"])], panels=panels)]
+    report = wr.Report(entity=entity, project=project, title=NAME, width="fluid", blocks=blocks)
+    workspace = ws.Workspace(
+        entity=entity,
+        project=project,
+        name=NAME,
+        sections=[ws.Section(name=title, panels=panels, is_open=True) for title, _text, panels in sections()],
+        settings=ws.WorkspaceSettings(x_axis="step", max_runs=100),
+        runset_settings=ws.RunsetSettings(groupby=[Config("optim.name")]),
+    )
+    return workspace, report
+
+
+def specification(workspace: Any, report: Any) -> dict[str, Any]:
+    """What saving would send, as W&B's own library writes it; it has no public name for that."""
+    return {name: part._to_model().model_dump(mode="json", by_alias=True, exclude_none=True) for name, part in
+            (("workspace", workspace), ("report", report))}  # fmt: skip
+
+
+def main(arguments: list[str]) -> None:
+    """Creates workspace and report and prints where they are, or writes what would be created."""
+    from launch.config import compose, parse, user_errors
+
+    with user_errors():
+        options, _ = parse(Options, arguments)
+        try:
+            import wandb_workspaces  # noqa: F401
+
+            import wandb
+        except ImportError:
+            raise ValueError("wandb-workspaces is missing, which builds W&B's pages; pip install -e '.[report]'") from None
+        wandb.setup(settings=wandb.Settings(silent=True))
+        tracking = compose([]).tracking
+        entity, project = options.entity or tracking.entity, options.project or tracking.project
+        why = "offline" if options.offline else "no key found (`wandb login` stores one)" if not has_wandb_key() else ""
+        if not why:
+            try:
+                workspace, report = build(entity or wandb.Api().default_entity, project)
+                print(f"report: {report.save().url}")  # first, for it makes the project where there is none
+                print(f"workspace: {workspace.save().url}")
+                return
+            except Exception as error:  # whatever the network or the server makes of it
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+        write_atomically(Path(options.out), json.dumps(specification(*build(entity or "", project)), indent=1) + "\n")
+        print(f"W&B: {why}; {options.out} holds what would be created")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

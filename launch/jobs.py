@@ -1,0 +1,129 @@
+"""The jobs of a sweep: runs as they were asked for, and what has become of them.
+
+A sweep is a folder, in which its runs lie, with one file of its own, jobs.json. What started a run leaves in the run's folder
+
+    logs/rank_<r>.log    what each of its processes printed, start after start, each begun by a line "$ <command>"
+    logs/exit_code       how the last start ended; not there while it runs or waits, or where nobody was left to write it
+    submission.sh        the script that Slurm was given
+"""
+
+import getpass
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hydra.core.override_parser.types import Quote, QuotedString
+
+from conf.schema import LauncherConfig
+from launch.lock import is_in_use
+from launch.snapshot import ROOT
+from launch.tracking import write_atomically
+
+
+@dataclass
+class Job:
+    """A run of a sweep."""
+
+    run: Path  # its folder; in jobs.json relative to the sweep's, which may move
+    overrides: list[str]  # all but dir
+    cwd: str  # where the command was given, which relative paths refer to
+    steps: int
+    processes: int
+    launcher: LauncherConfig
+    job_id: str | None = None  # Slurm's, of the last submission
+    scheduler_log: str | None = None  # what Slurm itself had to say
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, str(ROOT / "train.py"), *self.overrides, quoted("dir", str(self.run))]
+
+    def log(self, rank: int = 0) -> Path:
+        """What a process of the run printed."""
+        return self.run / "logs" / f"rank_{rank}.log"
+
+    @property
+    def exit_code(self) -> Path:
+        return self.run / "logs" / "exit_code"
+
+    def expect(self) -> None:
+        """Notes that the run is about to be started, whatever came of the last start."""
+        self.exit_code.parent.mkdir(parents=True, exist_ok=True)
+        self.exit_code.unlink(missing_ok=True)
+
+    def start(self, rank: int, variables: dict[str, str]) -> subprocess.Popen:
+        """Starts a process of the run. It is out of reach of signals to this one's group, and gets those that are passed on."""
+        self.log(rank).parent.mkdir(parents=True, exist_ok=True)
+        with self.log(rank).open("a") as file:
+            file.write(f"$ {shlex.join(self.command)}\n")
+            file.flush()
+            return subprocess.Popen(self.command, cwd=self.cwd, env={**os.environ, **variables}, stdin=subprocess.DEVNULL, stdout=file,
+                                    stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+
+    def ended(self, code: int) -> None:
+        """Notes how the run's process ended."""
+        self.exit_code.write_text(f"{code}\n")
+
+
+def quoted(key: str, value: str) -> str:
+    """An override that holds whatever text."""
+    return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+
+
+def read_jobs(folder: Path) -> list[Job]:
+    """The jobs of a sweep's folder, none where there is no jobs.json."""
+    file = folder / "jobs.json"
+    entries = json.loads(file.read_text()) if file.exists() else []
+    return [Job(**entry | {"run": folder / entry["run"], "launcher": LauncherConfig(**entry["launcher"])}) for entry in entries]
+
+
+def write_jobs(folder: Path, jobs: Iterable[Job]) -> None:
+    entries = [asdict(job) | {"run": str(job.run.relative_to(folder) if job.run.is_relative_to(folder) else job.run)} for job in jobs]
+    write_atomically(folder / "jobs.json", json.dumps(entries, indent=1) + "\n")
+
+
+def queue(jobs: Iterable[Job]) -> set[str]:
+    """The ids of this user's jobs that Slurm has not done with. Raises ValueError where it must be asked and does not answer."""
+    if not any(job.job_id and not (job.run / "summary.json").exists() for job in jobs):
+        return set()
+    command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%i"]
+    try:
+        return set(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split())
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ValueError(f"squeue does not say which jobs are waiting ({error}); call this where Slurm can be asked") from None
+
+
+def state(job: Job, queued: set[str], sweeping: bool = False) -> str:
+    """done, running, waiting, or failed: ended without being done, with nothing left that would start it again. `sweeping` says that a
+    process is at work on the local jobs."""
+    if (job.run / "summary.json").exists():
+        return "done"
+    if is_in_use(job.run):
+        return "running"
+    if job.job_id in queued or (sweeping and job.launcher.scheduler == "local" and not job.exit_code.exists()):
+        return "waiting"
+    return "failed"
+
+
+def reason(job: Job) -> tuple[str, Path]:
+    """Why a run ended: the last line that says so since it was last started, and the log that has it."""
+    logs = [*sorted(job.log().parent.glob("rank_*.log")), *([Path(job.scheduler_log)] if job.scheduler_log else [])]
+    found = [(last_start(log), log) for log in logs if log.exists()]
+    for pattern in (r"(slurmstepd: )?error: ", r"[\w.]+(Error|Exception|Interrupt)\b", r""):
+        for lines, log in found:
+            matching = [line for line in lines if re.match(pattern, line)]
+            if matching:
+                return matching[-1], log
+    return "it has printed nothing", job.log()
+
+
+def last_start(log: Path) -> list[str]:
+    """The lines of a log since the last start, but for empty ones."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    first = max((number for number, line in enumerate(lines) if line.startswith("$ ")), default=-1)
+    return [line for line in lines[first + 1 :] if line]

@@ -1,0 +1,88 @@
+"""hydra/launcher=local: the runs of a sweep on this machine, some at a time, each in processes of its own."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from types import FrameType
+
+import torch
+
+from launch.jobs import Job, reason
+from launch.preemption import EXIT_PREEMPTED, SIGNALS
+
+POLL = 0.1  # seconds between looks at the processes
+
+
+def run_all(jobs: list[Job], n_jobs: int | None) -> int:
+    """Runs all jobs, `n_jobs` at a time (default: as many as have devices of their own), and says how each ended.
+
+    A signal is passed on to the runs, which save and exit, and no more are started; a second one is passed on too. Returns the exit code
+    of the sweep: 0, 1 where a run failed, EXIT_PREEMPTED where a signal stopped it."""
+    devices, each = visible_devices(), max(job.processes for job in jobs)
+    slots = list(range(n_jobs or max(1, len(devices) // each)))
+    cores = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // (len(slots) * each)))}  # threads that wait for a busy core spin
+    waiting, running, failed, stopped = deque(jobs), dict[int, tuple[Job, list[subprocess.Popen]]](), list[Job](), list[int]()
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        stopped.append(number)
+        for _, processes in running.values():
+            for process in processes:
+                process.send_signal(number)
+
+    previous = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        while running or (waiting and not stopped):
+            while waiting and slots and not stopped:
+                job, slot = waiting.popleft(), slots.pop(0)
+                shared = cores | visible(devices, slot, job.processes)
+                running[slot] = job, [job.start(rank, shared | group) for rank, group in enumerate(process_group(job.processes))]
+                print(f"started {job.run.name}, {len(waiting)} waiting; its log is {job.log()}", flush=True)
+            for slot, (job, processes) in list(running.items()):
+                codes = [process.poll() for process in processes]
+                if None not in codes:
+                    code = next((code for code in codes if code), 0)
+                    job.ended(code)
+                    del running[slot]
+                    slots.append(slot)
+                    if code and not stopped:
+                        failed.append(job)
+                    print(f"{'done' if not code else 'stopped' if stopped else 'failed'} {job.run.name}", flush=True)
+            time.sleep(POLL)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    for job in failed:
+        line, log = reason(job)
+        print(f"failed: {job.run.name}: {line}; see {log}", file=sys.stderr)
+    if stopped:
+        print(f"stopped by {signal.Signals(stopped[0]).name}; the same command goes on", file=sys.stderr)
+    return EXIT_PREEMPTED if stopped else int(bool(failed))
+
+
+def visible_devices() -> list[str]:
+    """The GPUs there are to share out, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(number) for number in range(torch.cuda.device_count())] if named is None else [name for name in named.split(",") if name]
+
+
+def visible(devices: list[str], slot: int, processes: int) -> dict[str, str]:
+    """The devices of a run: a slot has the next ones after those of the slot before, from the first again where there are too few."""
+    chosen = dict.fromkeys(devices[(slot * processes + rank) % len(devices)] for rank in range(processes)) if devices else ()
+    return {"CUDA_VISIBLE_DEVICES": ",".join(chosen)} if chosen else {}
+
+
+def process_group(processes: int) -> list[dict[str, str]]:
+    """The variables by which the processes of a run find each other, those that torchrun sets; nothing for one alone.
+
+    torchrun itself would end by an exit code of its own where the run says that it saved."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]

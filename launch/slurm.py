@@ -1,0 +1,119 @@
+"""hydra/launcher=slurm: the runs of a sweep as an array of Slurm jobs, by submitit."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import groupby
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from launch.jobs import Job
+from launch.preemption import EXIT_PREEMPTED
+from launch.snapshot import ROOT
+
+ASKED = signal.SIGUSR2  # to save and be requeued: submitit's choice, as NCCL may use USR1
+POLL = 0.2  # seconds between looks at the process and its signals
+
+
+def submit(jobs: list[Job], folder: Path) -> None:
+    """Submits the jobs of a sweep's folder, those of the same resources as one array, and notes their ids in the jobs.
+
+    Raises ValueError without submitit or sbatch, and where Slurm refuses."""
+    try:
+        import submitit
+    except ImportError:
+        raise ValueError("hydra/launcher=slurm needs submitit; pip install -c constraints.txt -e '.[slurm]'") from None
+    if shutil.which("sbatch") is None:
+        raise ValueError("hydra/launcher=slurm, but there is no sbatch here; start the sweep on a login node, or use hydra/launcher=local")
+    for settings, alike in groupby(jobs, lambda job: job.launcher):
+        executor = submitit.AutoExecutor(folder / ".submitit" / "%j", cluster="slurm", slurm_max_num_timeout=settings.max_num_timeout)
+        wanted = {
+            "name": folder.name,
+            "timeout_min": settings.timeout_min,
+            "nodes": settings.nodes,
+            "tasks_per_node": settings.tasks,
+            "gpus_per_node": settings.gpus_per_node,
+            "cpus_per_task": settings.cpus_per_task,
+            "mem_gb": settings.mem_gb,
+            "slurm_partition": settings.partition,
+            "slurm_account": settings.account,
+            "slurm_qos": settings.qos,
+            "slurm_constraint": settings.constraint,
+            "slurm_signal_delay_s": settings.signal_delay_s,
+            "slurm_array_parallelism": settings.array_parallelism,
+            "slurm_setup": [*settings.setup, f"export PYTHONPATH={ROOT}${{PYTHONPATH:+:$PYTHONPATH}}"],
+            "slurm_srun_args": [f"--cpus-per-task={settings.cpus_per_task}"] if settings.cpus_per_task else None,  # srun does not take over sbatch's
+            "slurm_additional_parameters": {"requeue": True, **settings.additional_parameters},
+            "stderr_to_stdout": True,
+        }
+        executor.update_parameters(**{name: value for name, value in wanted.items() if value is not None})
+        some = list(alike)
+        try:
+            handles = executor.submit_array([Task(job) for job in some])
+        except submitit.core.utils.FailedJobError as error:
+            raise ValueError(f"Slurm refuses: {error}") from None
+        for job, handle in zip(some, handles, strict=True):
+            job.job_id, job.scheduler_log = handle.job_id, str(handle.paths.stdout)
+            script = submitit.core.utils.JobPaths(executor.folder, job.job_id.split("_")[0]).submission_file  # an array has one for all
+            shutil.copyfile(script, job.run / "submission.sh")
+
+
+class Task:
+    """What submitit calls in every task of a job: a process of the run, with its signals and its end.
+
+    Asked by USR2 (before the time limit, or by a scheduler that preempts), the run saves and exits, and submitit puts the job back into
+    the queue, with one time-out less where it was one. After TERM the run saves, and the job waits to be killed: a scheduler that preempts
+    puts back what it killed, not what ended by itself, and what was cancelled stays so."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.received = job, 0
+
+    def checkpoint(self) -> Any:
+        """What submitit is to call after a requeue: the same once more."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(Task(self.job))
+
+    def __call__(self) -> None:
+        rank = int(os.environ["SLURM_PROCID"])
+        requeue: Any = signal.getsignal(ASKED)
+        for number in (ASKED, signal.SIGTERM):
+            signal.signal(number, self.note)
+        if rank == 0:
+            self.job.expect()
+        code = self.wait(self.job.start(rank, {}))
+        if rank == 0:
+            self.job.ended(code)
+        while code and self.received == signal.SIGTERM:
+            time.sleep(POLL)
+        if self.received == ASKED and code in (EXIT_PREEMPTED, -ASKED, -signal.SIGTERM):  # the latter before there was anything to save
+            self.put_back(requeue)
+        sys.exit(code if code >= 0 else 128 - code)
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Remembers a signal: USR2, also where TERM came before it."""
+        self.received = ASKED if ASKED in (number, self.received) else number
+
+    def wait(self, process: subprocess.Popen) -> int:
+        """The exit code of the process, to which the first signal is passed on: a second one would end it unsaved."""
+        passed_on = False
+        while True:
+            try:
+                return process.wait(POLL)
+            except subprocess.TimeoutExpired:
+                if self.received and not passed_on:
+                    process.send_signal(self.received)
+                    passed_on = True
+
+    def put_back(self, requeue: Any) -> None:
+        """Has submitit's handler put the job back, on the main process; says in the run's log where it refuses."""
+        try:
+            requeue(ASKED, None)
+        except Exception as error:
+            with self.job.log().open("a") as file:
+                file.write(f"error: {error}\n")
+            raise

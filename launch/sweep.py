@@ -1,0 +1,143 @@
+"""A sweep: from combinations of overrides to runs, those that there are to start, and their start.
+
+    python train.py -m optim=adamw,sam optim.rho=0.02,0.05 seed=0,1,2 hydra/launcher=local|slurm [print_only=true] [hydra.sweep.dir=DIR]
+
+Runs are told apart by their identity: combinations that differ in nothing that the run reads are one run. So the same command again
+starts what is new, goes on with what was interrupted or failed, and leaves alone what is done, running or waiting.
+"""
+
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from omegaconf import DictConfig, flag_override
+
+from conf.schema import Config, LauncherConfig, check_value
+from launch.config import EXIT_USER_ERROR, check
+from launch.identity import run_name
+from launch.jobs import Job, queue, quoted, read_jobs, state, write_jobs
+from launch.local import run_all
+from launch.lock import RunLock
+from launch.plan import ASSUMED_MFU, Plan, make_plan
+from launch.process import rank_and_world
+from launch.slurm import submit
+
+DEVICES = ("A100", "H100")  # of the estimate of hours
+Combination = tuple[list[str], DictConfig]
+
+
+@dataclass
+class Planned:
+    """A run of the sweep, before anybody knows whether there is something to start."""
+
+    job: Job
+    config: Config
+    plan: Plan
+
+
+def sweep(combinations: list[Combination], launcher: LauncherConfig, folder: Path) -> int:
+    """Starts the runs of the combinations whose folders lie in `folder`; returns the exit code. Prints what there is to do first.
+
+    Raises ValueError for a mistake; one in a combination is printed with those of the others, before anything is started."""
+    check_launcher(launcher)
+    runs, mistakes = plan_runs(combinations, launcher, folder.resolve())
+    for line in dict.fromkeys(mistakes):
+        print(f"error: {line}", file=sys.stderr)
+    if mistakes:
+        return EXIT_USER_ERROR
+    print_only = any(planned.config.print_only for planned in runs)
+    if print_only:
+        print(describe(runs, combinations, states(runs, folder), folder))
+        return 0
+    with RunLock(folder):
+        found = states(runs, folder)
+        print(describe(runs, combinations, found, folder), flush=True)
+        return start([planned.job for planned in runs if found[planned.job.run] in ("new", "to resume")], folder)
+
+
+def start(jobs: list[Job], folder: Path) -> int:
+    """Starts jobs of the sweep in `folder`, which this process holds, and notes them there; returns the exit code."""
+    if not jobs:
+        return 0
+    for job in jobs:
+        job.expect()
+    if jobs[0].launcher.scheduler == "slurm":
+        submit(jobs, folder)
+        print(f"submitted {len(jobs)} runs; python -m launch.status {folder} tells how they fare")
+    known = {job.run: job for job in read_jobs(folder.resolve())}
+    write_jobs(folder.resolve(), (known | {job.run: job for job in jobs}).values())
+    return run_all(jobs, jobs[0].launcher.n_jobs) if jobs[0].launcher.scheduler == "local" else 0
+
+
+def check_launcher(launcher: LauncherConfig) -> None:
+    """Raises ValueError where the settings cannot be meant."""
+    for entry in fields(launcher):
+        check_value(f"hydra.launcher.{entry.name}", getattr(launcher, entry.name), entry.metadata)
+    if launcher.gpus_per_node and launcher.tasks != launcher.gpus_per_node:
+        raise ValueError(f"hydra.launcher.tasks_per_node={launcher.tasks_per_node} with hydra.launcher.gpus_per_node={launcher.gpus_per_node}; "
+                         "leave tasks_per_node out, there is one process per GPU")  # fmt: skip
+    if rank_and_world()[1] > 1:
+        raise ValueError("a sweep is started once and starts its own processes; leave torchrun or srun away, and set parallel.processes (local) or "
+                         "hydra.launcher.gpus_per_node (slurm)")  # fmt: skip
+
+
+def plan_runs(combinations: list[Combination], launcher: LauncherConfig, folder: Path) -> tuple[list[Planned], list[str]]:
+    """Every run once, in the order of the combinations, and a line for each mistake in one."""
+    runs, mistakes = dict[str, Planned](), list[str]()
+    for overrides, composed in combinations:
+        try:
+            planned = plan_run(overrides, composed, launcher, folder)
+        except ValueError as error:
+            mistakes.append(" ".join(str(error).split()))
+            continue
+        runs.setdefault(run_name(planned.config), planned)
+    shared = [planned.job.run for planned in runs.values()]
+    mistakes += [f"dir={run} is the folder of {shared.count(run)} runs of the sweep; leave dir out, and each gets its own" for run in shared
+                 if shared.count(run) > 1]  # fmt: skip
+    return list(runs.values()), mistakes
+
+
+def plan_run(overrides: list[str], composed: DictConfig, launcher: LauncherConfig, folder: Path) -> Planned:
+    """The run of a combination. Raises ValueError for a mistake in it."""
+    if composed.plan_only or composed.help:
+        raise ValueError("plan_only=true and help=true are for one run; print_only=true prints the runs of a sweep")
+    given, world = composed.parallel.processes, launcher.nodes * launcher.tasks
+    if launcher.scheduler == "slurm" and given not in (None, world):
+        raise ValueError(f"parallel.processes={given}, but hydra.launcher gives a run {launcher.nodes} nodes x {launcher.tasks} tasks; leave it out")
+    with flag_override(composed, ["struct", "readonly"], False):
+        del composed["hydra"]
+        composed.plan_only = True  # this process is none of the run's
+        composed.parallel.processes = world if launcher.scheduler == "slurm" else given or 1
+    config = check(composed, [])
+    plan, name = make_plan(config), run_name(config)
+    run = Path(config.dir).resolve() if config.dir else folder / name
+    kept = [text for text in overrides if text.split("=")[0] not in ("dir", "print_only")]
+    group = [] if config.tracking.group else [quoted("tracking.group", folder.name)]
+    job = Job(run, [*kept, *group], str(Path.cwd()), plan.schedule.steps, config.parallel.processes or 1, launcher)
+    return Planned(job, config, plan)
+
+
+def states(runs: list[Planned], folder: Path) -> dict[Path, str]:
+    """What has become of each run so far: done, running, waiting, to resume or new."""
+    known = {job.run: job for job in read_jobs(folder.resolve())}
+    jobs = [known.get(planned.job.run, planned.job) for planned in runs]
+    queued = queue(jobs)
+    found = {job.run: state(job, queued) for job in jobs}
+    return {run: ("to resume" if (run / "checkpoints").exists() else "new") if kind == "failed" else kind for run, kind in found.items()}
+
+
+def describe(runs: list[Planned], combinations: list[Combination], found: dict[Path, str], folder: Path) -> str:
+    """A line for every run, its state, hours and what tells it apart, and their sums."""
+    common = set.intersection(*(set(overrides) for overrides, _ in combinations))
+    lines = [f"{len(runs)} runs in {folder}" + (f", of {len(combinations)} combinations: the others differ in nothing that a run reads"
+                                                if len(runs) < len(combinations) else "")]  # fmt: skip
+    lines.append(f"{'state':10}{DEVICES[-1]} hours  run")
+    for planned in runs:
+        own = " ".join(text for text in planned.job.overrides if text in set().union(*(overrides for overrides, _ in combinations)) - common)
+        lines.append(f"{found[planned.job.run]:10}{planned.plan.hours(DEVICES[-1]):10.3g}  {planned.job.run.name}  {own}")
+    counts = {kind: list(found.values()).count(kind) for kind in ("done", "running", "waiting", "to resume", "new")}
+    lines.append(", ".join(f"{count} {kind}" for kind, count in counts.items() if count))
+    todo = [planned.plan for planned in runs if found[planned.job.run] in ("new", "to resume")]
+    hours = " or ".join(f"{sum(plan.hours(device) for plan in todo):.3g} of {device}s" for device in DEVICES)
+    lines.append(f"GPU-hours of those to start: {hours}, at an assumed {ASSUMED_MFU:.0%} of their peak")
+    return "\n".join(lines)

@@ -1,0 +1,265 @@
+"""Ends the processes of a run together: where one dies, fails or hangs, one line says which, and the others do not wait for it.
+
+A thread of every process writes every few seconds, for people and for the other processes, what its process is doing:
+
+    heartbeat/rank_<r>.json     rank, host, pid, phase, step, idle (seconds since it last got on), overdue, marks, time
+    heartbeat/failure.json      what ends the run, written once by the first process to find out: by, code, line
+    logs/stacks_rank<r>.txt     where every thread of a process stood that was given up
+
+in the run folder, which all processes share. The main thread makes a mark whenever it gets on (`Layout.enter`, `Layout.agreed`), the same
+marks in the same order on all processes, so that the one with the fewest is the one that the others wait for. Clocks of different
+hosts are not compared, and a stopped or sleeping machine counts no time.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from launch.config import EXIT_USER_ERROR
+from model.sharding import AgreedError, Layout
+
+EXIT_LOST = 4  # another process died, failed or hung; start the same command again
+BEAT = 2.0  # seconds between heartbeats
+GRACE = 10.0  # seconds for a process to end in order once the run has failed
+Beat = dict[str, Any]  # a heartbeat, as the file holds it
+
+
+class Watchdog:
+    """Watches the processes of a run from before they meet until they part; `minutes` is how long none of them may get on.
+
+    A process that leaves by an exception leaves with one line on stderr and an exit code, of which only the first to fail speaks; the
+    others end with its code. A process alone in its run is not watched, and only shows its heartbeat."""
+
+    def __init__(self, folder: Path, layout: Layout, minutes: float) -> None:
+        self.layout, self.minutes, self.limit = layout, minutes, 60 * minutes
+        self.heartbeat, self.logs = folder / "heartbeat", folder / "logs"
+        self.beat = min(BEAT, self.limit / 5)
+        self.grace = min(GRACE, self.limit)
+        self.shown = False  # whether there are heartbeats
+        self.writing = threading.Lock()
+        self.failure: dict[str, Any] | None = None  # what ends the run
+        self.left = False  # whether an error of this process has had its say
+        self.idle = 0.0
+        self.closing = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Self:
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        """Ends the watch, unless the run failed: then the thread ends a process that does not end by itself."""
+        if error is None or self.layout.world == 1:
+            self.closing.set()
+            self.thread.join()
+        elif isinstance(error, Exception) and not self.left:
+            self._leave(error)
+
+    @contextmanager
+    def heartbeats(self) -> Iterator[None]:
+        """Shows heartbeats in the run folder, which belongs to this run from here on."""
+        if self.layout.main:
+            shutil.rmtree(self.heartbeat, ignore_errors=True)
+            self.heartbeat.mkdir()
+        self.layout.agreed(None)
+        self.shown = True
+        self._write()
+        try:
+            yield
+        except Exception as error:
+            self._leave(error)
+        finally:
+            self.layout.enter("ended")
+            self._write()
+            self._find_failure()
+            with self.writing:
+                self.shown = False
+            if self.layout.main:
+                self._await_the_others()
+                shutil.rmtree(self.heartbeat, ignore_errors=True)
+
+    # What a process says when it leaves
+
+    def _leave(self, error: Exception) -> None:
+        """Lets an error of this process end it, or, where the cause is another process, ends it with that one's code."""
+        self.left, mine, main = True, self.layout.rank, self.layout.main
+        if self.layout.world == 1 or isinstance(error, AgreedError):
+            raise error
+        if lost_contact(error):
+            found = self._find_lost()
+            if found is None:  # all are there: no process is to blame
+                raise error
+            failure, speak = found, found["by"] == mine
+        elif isinstance(error, ValueError):
+            end = time.monotonic() + (0.0 if main else 1.0)  # what all find wrong the main process says
+            while time.monotonic() < end and not self._find_failure():
+                time.sleep(0.05)
+            failure = self._publish(EXIT_USER_ERROR, str(error))
+            if failure["by"] == mine and (main or os.environ.get("FLATGPT_TRACEBACK")):
+                raise error
+            speak = failure["by"] == mine
+        else:
+            self._publish(EXIT_LOST, f"{type(error).__name__}: {error}")
+            say(f"rank {mine}: {type(error).__name__}, which ends the run")
+            raise error
+        if speak:
+            say(f"rank {mine}: {failure['line']}" if failure["code"] == EXIT_USER_ERROR else failure["line"])
+        raise SystemExit(failure["code"]) from None
+
+    def _find_lost(self) -> dict[str, Any] | None:
+        """What ended the run, after a collective failed: what another process has said by now, or that it died without a word."""
+        if not self.shown:
+            return self._publish(EXIT_LOST, f"rank {self.layout.rank}: another process ended while this one was {self.layout.phase}")
+        before, end = self._read(), time.monotonic() + 4 * self.beat
+        lost: list[int] = []
+        while not (failure := self._find_failure()) and not lost and time.monotonic() < end:
+            if not self.heartbeat.exists():  # the main process has left in order and cleared up
+                return {"by": 0, "code": EXIT_LOST}
+            time.sleep(0.1)
+            lost = [rank for rank, seen in before.items() if has_died(seen)]
+        if failure:
+            return failure
+        lost = lost or self._silent(before, self._read())
+        if not lost:
+            return None
+        return self._publish(EXIT_LOST, f"{names(before, lost)} ended without a word; the same command goes on from the last checkpoint")
+
+    def _publish(self, code: int, line: str) -> dict[str, Any]:
+        """Says what ends the run, and with which code the other processes end; returns what was said first, perhaps by another one."""
+        failure = {"by": self.layout.rank, "code": code, "line": " ".join(line.split())}
+        if self.shown:
+            with contextlib.suppress(OSError), (self.heartbeat / "failure.json").open("x") as file:
+                json.dump(failure, file)
+        self.failure = self._find_failure() or failure
+        return self.failure
+
+    def _find_failure(self) -> dict[str, Any] | None:
+        """What a process has said to end the run."""
+        if self.failure is None and self.shown:
+            with contextlib.suppress(OSError, ValueError):  # it may not be whole yet
+                self.failure = json.loads((self.heartbeat / "failure.json").read_text())
+        return self.failure
+
+    def _await_the_others(self) -> None:
+        """Leaves the others time to write that they ended, and to read why."""
+        end = time.monotonic() + self.grace / 2
+        while time.monotonic() < end and any(seen["phase"] != "ended" and not has_died(seen) for seen in self._read().values()):
+            time.sleep(0.05)
+
+    # The thread
+
+    def _watch(self) -> None:
+        marks, before = -1, None
+        while not self.closing.wait(self.beat):
+            self.idle = self.idle + self.beat if self.layout.marks == marks else 0.0
+            marks = self.layout.marks
+            self._write()
+            if self.layout.world == 1:
+                continue
+            if failure := self._find_failure():
+                # In order means: the main process lets go of the run folder, a process with a traceback prints it.
+                if self.layout.main or failure["by"] == self.layout.rank:
+                    self.closing.wait(self.grace)
+                self._give_up(failure)
+            if self.idle < self.limit:
+                before = None
+            elif before is None:
+                before = self._read()
+            elif self.idle >= self.limit + max(4 * self.beat, self.limit / 10):
+                if line := self._judge(before, self._read()):
+                    failure = self._publish(EXIT_LOST, line)
+                    if failure["by"] == self.layout.rank:
+                        say(failure["line"])
+                    self._give_up(failure)
+                self.idle, before = self.limit / 2, None
+
+    def _judge(self, before: dict[int, Beat], after: dict[int, Beat]) -> str | None:
+        """Which process keeps this one waiting, from two looks at all heartbeats; None where one that lives may still take its time."""
+        remedy = f"stacks are in {self.logs}; the same command goes on from the last checkpoint, and parallel.timeout={self.minutes:g} allows more"
+        if not self.shown:
+            return f"rank {self.layout.rank} of {self.layout.world} has been {self.layout.phase} for {self.minutes:g} minutes; start all of them " \
+                   "within parallel.timeout, and check that they reach MASTER_ADDR and MASTER_PORT"  # fmt: skip
+        if lost := self._silent(before, after):
+            return f"{names(after, lost)} shows no sign of life; {remedy}"
+        if any(not seen["overdue"] and seen["phase"] != "ended" for seen in after.values()):
+            return None
+        fewest = min(seen["marks"] for seen in after.values())
+        behind = [rank for rank, seen in after.items() if seen["marks"] == fewest]
+        if len(behind) == len(after):
+            return f"all {len(after)} processes have been {self.layout.phase} at step {self.layout.step} for {self.minutes:g} minutes; {remedy}"
+        return f"{names(after, behind)} has not got on for {self.minutes:g} minutes while the others wait; {remedy}"
+
+    def _silent(self, before: dict[int, Beat], after: dict[int, Beat]) -> list[int]:
+        """The ranks without a heartbeat between two looks."""
+        nothing: Beat = {"phase": "", "time": None}
+        seen = {rank: (before.get(rank, nothing), after.get(rank, nothing)) for rank in range(self.layout.world)}
+        return [rank for rank, (one, other) in seen.items() if other["phase"] != "ended" and one["time"] == other["time"]]
+
+    def _give_up(self, failure: dict[str, Any]) -> None:
+        """Ends the process wherever its main thread stands, and notes where that is."""
+        with contextlib.suppress(OSError):
+            self.logs.mkdir(exist_ok=True)
+            with (self.logs / f"stacks_rank{self.layout.rank}.txt").open("w") as file:
+                faulthandler.dump_traceback(file)
+        self.layout.phase = "ended"
+        self._write()
+        sys.stdout.flush()
+        os._exit(failure["code"])
+
+    def _write(self) -> None:
+        """Writes this process's heartbeat, where there are heartbeats."""
+        layout = self.layout
+        seen = {"rank": layout.rank, "host": socket.gethostname(), "pid": os.getpid(), "phase": layout.phase, "step": layout.step,
+                "idle": round(self.idle, 1), "overdue": self.idle >= self.limit * layout.allowance, "marks": layout.marks,
+                "time": time.time()}  # fmt: skip
+        partial = self.heartbeat / f".rank_{layout.rank}"
+        with self.writing, contextlib.suppress(OSError):  # a file server may be away for a while
+            if self.shown:
+                partial.write_text(json.dumps(seen))
+                partial.replace(self.heartbeat / f"rank_{layout.rank}.json")
+
+    def _read(self) -> dict[int, Beat]:
+        """The heartbeats of all processes by rank."""
+        found = {}
+        for rank in range(self.layout.world):
+            with contextlib.suppress(OSError, ValueError):
+                found[rank] = json.loads((self.heartbeat / f"rank_{rank}.json").read_text())
+        return found
+
+
+def lost_contact(error: Exception) -> bool:
+    """Whether a collective failed, as it does where another process is gone. gloo's errors have no type of their own."""
+    return isinstance(error, torch.distributed.DistError) or "gloo/" in str(error)
+
+
+def has_died(seen: Beat) -> bool:
+    """Whether a process of this host is no more."""
+    if seen["host"] == socket.gethostname():
+        try:
+            os.kill(seen["pid"], 0)
+        except ProcessLookupError:
+            return True
+    return False
+
+
+def names(beats: dict[int, Beat], ranks: list[int]) -> str:
+    """Ranks with what they were last seen doing."""
+    known = {rank: "{host}, process {pid}, {phase} at step {step}".format(**seen) for rank, seen in beats.items()}
+    return " and ".join(f"rank {rank} ({known.get(rank, 'never seen')})" for rank in ranks)
+
+
+def say(line: str) -> None:
+    """One line on stderr."""
+    print(f"error: {line}", file=sys.stderr, flush=True)

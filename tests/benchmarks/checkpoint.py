@@ -1,0 +1,97 @@
+"""How long a save holds up training, beside a plain copy of the same tensors and beside a save that is waited for.
+
+    python tests/benchmarks/checkpoint.py [--layers 8] [--width 512] [--rounds 7]
+
+A model, AdamW's state after a step and a random state. `begin` is all of a save that the loop waits for; the copy is clone() of every
+tensor, and copy_() of every tensor to memory that is there. They take turns, so that the ratios of medians hold while the machine's speed
+drifts. The first save has no memory to copy to yet, and is left out. The second table has steps of training while a save is being written.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conf.schema import OptimConfig
+from data.tokenizer import bytes_tokenizer
+from launch.process import choose_device, keep_freed_memory
+from launch.saver import Saver
+from launch.state import tensors_of
+from model import GPT, GPTConfig
+from model.sharding import Layout, local
+from optim import Gradient, build_optimizer
+
+
+def measured(action: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that the loop waits for an action."""
+    began = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    device, tokenizer = choose_device("auto"), bytes_tokenizer()
+    keep_freed_memory()
+    model = GPT(GPTConfig(tokenizer.vocab_size, 64, options.layers, 8, options.width)).to(device)
+    optimizer, rule = build_optimizer(model, OptimConfig()), Gradient(model)
+    tokens_BxT = torch.randint(0, 256, (4, 64), device=device)
+
+    def step() -> None:
+        rule.gradient([(tokens_BxT, tokens_BxT)])
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    seconds = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        saver = Saver(Path(folder), Layout())
+
+        def state() -> dict[str, dict[str, torch.Tensor]]:
+            return tensors_of(model, optimizer, rule, Layout())
+
+        def begin(number: int) -> None:
+            saver.begin(state(), {"step": number}, tokenizer, 1, [])
+
+        def copied() -> list[torch.Tensor]:
+            return [local(tensor).cpu().clone() for group in state().values() for tensor in group.values()]
+
+        places = copied()
+        for number in range(options.rounds + 1):
+            seconds["clone"].append(measured(copied, device))
+            tensors = [tensor for group in state().values() for tensor in group.values()]
+            seconds["copy"].append(measured(lambda: [place.copy_(local(t)) for place, t in zip(places, tensors, strict=True)], device))  # noqa: B023
+            began = time.perf_counter()
+            seconds["begin"].append(measured(lambda: begin(number), device))  # noqa: B023
+            while not saver.done:
+                seconds["step while saving"].append(measured(step, device))
+            error = saver.wait()
+            assert error is None, error
+            seconds["save"].append(time.perf_counter() - began)
+            seconds["step"] += [measured(step, device) for _ in range(5)]
+        saver.close()
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    megabytes = sum(place.numel() * place.element_size() for place in places) / 2**20
+    print(f"{megabytes:.0f} MiB on {device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {options.rounds}\n")
+    print("| begin | copy_ | clone | whole save | begin / copy_ | begin / clone | begin / whole save |\n|---|---|---|---|---|---|---|")
+    ratios = " | ".join(f"{medians['begin'] / medians[name]:.3f}" for name in ("copy", "clone", "save"))
+    print("| " + " | ".join(f"{1000 * medians[name]:.0f} ms" for name in ("begin", "copy", "clone", "save")) + f" | {ratios} |\n")
+    print("| step | step while a save is written, median | largest |\n|---|---|---|")
+    steps = (medians["step"], medians["step while saving"], max(seconds["step while saving"]))
+    print("| " + " | ".join(f"{1000 * value:.0f} ms" for value in steps) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""A real Slurm of one node on this machine, for tests: its daemons run as this user, on free ports, with all their files in one folder."""
+
+import getpass
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PATH = f"{os.environ['PATH']}:/usr/sbin"  # where Debian has the daemons
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel")
+# No cgroups and no accounting; a job is scheduled, signalled and killed as soon as Slurm can.
+CONFIG = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={dir}/munge.socket
+CredType=cred/munge
+SlurmctldPort={port}
+StateSaveLocation={dir}/state
+SlurmdSpoolDir={dir}/spool
+SlurmctldPidFile={dir}/slurmctld.pid
+SlurmdPidFile={dir}/slurmd.pid
+SlurmctldLogFile={dir}/slurmctld.log
+SlurmdLogFile={dir}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SwitchType=switch/none
+ReturnToService=2
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,bf_interval=2,sched_interval=2,sched_min_interval=0
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+KillWait=5
+SlurmdParameters=config_overrides
+NodeName=localhost NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port} CPUs=8 Boards=1 SocketsPerBoard=1 CoresPerSocket=8 \
+ThreadsPerCore=1 RealMemory=8000 State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def missing() -> str:
+    """Which of Slurm's programs are not here."""
+    return ", ".join(program for program in PROGRAMS if shutil.which(program, path=PATH) is None)
+
+
+class Slurm:
+    """The running cluster; `environment` is what its commands need."""
+
+    def __init__(self, dir: Path) -> None:
+        self.dir, self.environment = dir, {**os.environ, "PATH": PATH, "SLURM_CONF": f"{dir}/slurm.conf"}
+        for folder in (dir, dir / "state", dir / "spool"):
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o755)
+        (dir / "munge.key").write_bytes(os.urandom(128))
+        (dir / "munge.key").chmod(0o600)
+        port, node_port = free_ports(2)
+        filled = CONFIG.format(dir=dir, host=socket.gethostname().split(".")[0], user=getpass.getuser(), port=port, node_port=node_port)
+        (dir / "slurm.conf").write_text(filled)
+        (dir / "cgroup.conf").write_text("CgroupMountpoint=/sys/fs/cgroup\nCgroupAutomount=no\n")
+        self.call("munged", f"--key-file={dir}/munge.key", f"--socket={dir}/munge.socket", f"--pid-file={dir}/munged.pid",
+                  f"--log-file={dir}/munged.log", f"--seed-file={dir}/munged.seed")  # fmt: skip
+        self.call("slurmctld", "-c")
+        self.call("slurmd", "-N", "localhost")
+        self.until(lambda: self.call("sinfo", "--noheader", "--states=idle", "--format=%D").strip() == "1", 20)
+
+    def call(self, *command: str) -> str:
+        """What a command prints."""
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, (command, done.stdout + done.stderr)
+        return done.stdout
+
+    def queued(self) -> dict[str, str]:
+        """The jobs that Slurm has not done with, and their states."""
+        return dict(line.split() for line in self.call("squeue", "--noheader", "--array", "--format=%i %T").splitlines())
+
+    def until(self, condition: Callable[[], Any], seconds: float) -> None:
+        """Waits until the condition holds. Jobs that were put back start meanwhile: Slurm has them wait for two minutes."""
+        end = time.monotonic() + seconds
+        while not condition():
+            queued = self.queued()
+            assert time.monotonic() < end, queued
+            for job in (job for job, state in queued.items() if state == "PENDING"):
+                subprocess.run(["scontrol", "update", f"jobid={job}", "StartTime=now"], env=self.environment, capture_output=True)
+            time.sleep(0.3)
+
+    def close(self) -> None:
+        """Ends every job, then the daemons."""
+        subprocess.run(["scancel", f"--user={getpass.getuser()}"], env=self.environment, capture_output=True)
+        for name in ("slurmd", "slurmctld", "munged"):
+            file = self.dir / f"{name}.pid"
+            if file.exists():
+                os.kill(int(file.read_text()), 15)
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports that nobody uses."""
+    sockets = [socket.socket() for _ in range(number)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports

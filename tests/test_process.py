@@ -1,0 +1,21 @@
+"""Where the processes of a run meet."""
+
+import pytest
+
+from launch.process import first_host, meeting_point
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu7", "gpu7"), ("gpu7,login1", "gpu7"), ("gpu[003-005,7],login1", "gpu003"), ("gpu[12,14-15]", "gpu12"), ("a1,gpu[3-4]", "a1")],
+)
+def test_first_host(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_steps_and_jobs_on_a_node_meet_apart():
+    """On the first node of the step, which need not be that of the job."""
+    job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "gpu[1-4]", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu[3-4]"}
+    assert meeting_point(job)["MASTER_ADDR"] == "gpu3" and meeting_point(job) == meeting_point(dict(job))
+    ports = {int(meeting_point(job | {"SLURM_JOB_ID": str(j), "SLURM_STEP_ID": str(s)})["MASTER_PORT"]) for j in range(4711, 5211) for s in range(16)}
+    assert len(ports) == 500 * 16 and min(ports) >= 1024 and max(ports) < 32768  # where Linux begins to give ports to whoever asks

@@ -1,0 +1,170 @@
+"""Sweeps on this machine: what is one run, what is left alone, and how one stops, fails and goes on."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conf.schema import LauncherConfig
+from launch.jobs import Job, last_start, queue, quoted, read_jobs, reason, state, write_jobs
+from launch.local import process_group, visible, visible_devices
+from tests.runs import ROOT
+from tests.sweeps import fare, sweep
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """Where a sweep is started."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def a_job(run: Path, **settings) -> Job:
+    """A job nobody has started."""
+    return Job(run, ["seed=1"], str(run.parent), 32, 1, LauncherConfig(), **settings)
+
+
+def test_combinations_that_differ_in_nothing_read_are_one_run(home, tiny):
+    code, said = sweep(*tiny, "optim=adamw,sam", "optim.rho=0.02,0.05", "seed=0,1", "print_only=true")
+    assert code == 0
+    assert "6 runs in runs/sweep, of 8 combinations" in said and "6 new" in said
+    assert len(re.findall(r"^new .*-adamw-", said, re.M)) == 2 and len(re.findall(r"^new .*-sam-0.0[25]-", said, re.M)) == 4
+    assert "note:" not in said  # that AdamW reads no radius is what the sweep is about
+    assert re.search(r"GPU-hours of those to start: \S+ of A100s or \S+ of H100s", said)
+    assert [path.name for path in home.rglob("*") if path.is_file()] == ["multirun.yaml"]  # Hydra's own
+
+
+def test_every_mistake_is_a_line_and_nothing_is_started(home, tiny):
+    code, said = sweep(*tiny, "batch.micro=3,4", "schedule.warmup_steps=0,5000")
+    assert code == 2
+    lines = said.splitlines()
+    assert len(lines) == 2 and all(line.startswith("error: ") for line in lines)
+    assert "batch.micro=3; choose a divisor" in lines[0] and "schedule.warmup_steps=5000 reaches beyond" in lines[1]
+    for arguments, remedy in {
+        ("seed=0,1", "dir=here"): "here is the folder of 2 runs of the sweep; leave dir out",
+        ("seed=0,1", "plan_only=true"): "print_only=true prints the runs of a sweep",
+        ("seed=0,1", "hydra.launcher.n_jobs=0"): "hydra.launcher.n_jobs=0 is out of range; it must be at least 1",
+        ("parallel.processes=2",): "parallel=single with 2 processes",
+        ("hydra/launcher=slurm", "parallel.processes=2"): "hydra.launcher gives a run 1 nodes x 1 tasks",
+        ("hydra/launcher=slurm", "hydra.launcher.tasks_per_node=2", "hydra.launcher.gpus_per_node=4"): "leave tasks_per_node out",
+    }.items():
+        code, said = sweep(*tiny, *arguments)
+        assert code == 2 and len(said.splitlines()) == 1 and remedy in said, said
+    assert not list(home.rglob("jobs.json"))
+
+
+def test_without_submitit_the_error_says_what_to_install(home, tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    code, said = sweep(*tiny, "hydra/launcher=slurm")
+    assert code == 2 and said.endswith("error: hydra/launcher=slurm needs submitit; pip install -c constraints.txt -e '.[slurm]'\n")
+
+
+def test_a_sweep_runs_each_apart_reports_failures_and_goes_on_with_them_alone(home, tiny):
+    """One of the two lacks its data. How many processes a run has makes it no other one."""
+    (path,) = (entry.removeprefix("data.path=") for entry in tiny if entry.startswith("data.path="))
+    command = [*tiny, f"data.path={path},'it\\'s later.txt'", "parallel=fsdp,single", "seed=3"]
+    code, said = sweep(*command, "hydra.launcher.n_jobs=2", "hydra.sweep.dir=runs/grid")
+    assert code == 1
+    done, failed = read_jobs(home / "runs/grid")
+    assert said.count("started ") == 2 and f"failed: {failed.run.name}: error: data.path=it's later.txt" in said
+    assert (done.exit_code.read_text(), failed.exit_code.read_text()) == ("0\n", "2\n")
+    assert "validation loss" in done.log().read_text()
+    assert json.loads((done.run / "code/environment.json").read_text())[0]["command"][2:] == done.command[2:]
+    assert "group: grid" in (done.run / "config.yaml").read_text()
+    assert re.search(rf"^done +{done.run.name}\nfailed +{failed.run.name}\n +error: data.path=.*\n +{failed.log()}\n1 done, .*1 failed$",
+                     fare(home / "runs/grid"), re.M)  # fmt: skip
+
+    Path("it's later.txt").write_text(Path(path).read_text())
+    before = (done.run / "metrics.jsonl").stat().st_mtime_ns
+    fare(home / "runs/grid", "resubmit=true")
+    assert fare(home / "runs/grid").endswith("2 done, 0 running, 0 waiting, 0 failed\n")
+    assert (done.run / "metrics.jsonl").stat().st_mtime_ns == before
+    code, said = sweep(*command, "hydra.sweep.dir=runs/grid")
+    assert code == 0 and "2 done\n" in said and "started" not in said
+
+
+def test_ctrl_c_reaches_the_runs_which_save_and_the_same_command_goes_on(home, tiny):
+    """While they run the status says so, and another sweep of the folder is refused."""
+    command = [*tiny, "schedule.steps=300", "evaluation.every=300", "parallel=fsdp", "parallel.processes=2", "seed=0,1"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "-m", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    folder = home / "runs/sweep"
+    end = time.monotonic() + 120
+    while not list(folder.glob("*/metrics.jsonl")) or "running" not in (said := fare(folder)) or " left" not in said:
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.1)
+    assert re.search(r"^running +\S+  step \d+ of 300, 00:0\d:\d\d left\nwaiting +\S+\n0 done, 1 running, 1 waiting, 0 failed$", said, re.M), said
+    code, refusal = sweep(*command)
+    assert code == 2 and "runs/sweep is in use by process" in refusal.splitlines()[-1]
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 75 and said.endswith("stopped by SIGINT; the same command goes on\n")
+    first, second = read_jobs(folder)
+    assert first.exit_code.read_text() == "75\n" and "received SIGINT" in first.log(0).read_text() and "received SIGINT" in first.log(1).read_text()
+    assert not second.log().exists()
+    assert re.search(r"^to resume .*seed=0\nnew .*seed=1$", sweep(*command, "print_only=true")[1], re.M)
+
+
+def test_gpus_are_shared_out(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    devices = visible_devices()
+    assert [visible(devices, slot, 2)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["4,5", "6,7", "4,5"]
+    assert [visible(devices, slot, 1)["CUDA_VISIBLE_DEVICES"] for slot in range(5)] == ["4", "5", "6", "7", "4"]
+    assert visible([], 1, 2) == {}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_devices() == []
+
+
+def test_processes_of_a_run_share_a_port_and_differ_in_rank():
+    one, other = process_group(2)
+    assert (one["RANK"], other["RANK"]) == ("0", "1") and one["WORLD_SIZE"] == "2" and one["MASTER_PORT"] == other["MASTER_PORT"]
+    assert process_group(1) == [{}]
+
+
+def test_jobs_of_a_folder_that_was_moved_are_found(tmp_path):
+    write_jobs(tmp_path, [a_job(tmp_path / "inside"), a_job(Path("/elsewhere/run"))])
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert [job.run for job in read_jobs(moved)] == [moved / "inside", Path("/elsewhere/run")]
+
+
+def test_a_run_ends_its_wait_or_fails(tmp_path):
+    job = a_job(tmp_path / "run", job_id="7_1")
+    assert state(job, {"7_1"}) == "waiting"
+    assert state(job, {"7_0"}, sweeping=True) == "waiting"
+    assert state(job, {"7_0"}) == "failed"
+    job.expect()
+    job.ended(3)
+    assert state(job, set(), sweeping=True) == "failed"
+    (job.run / "summary.json").write_text("{}")
+    assert state(job, {"7_1"}) == "done"
+
+
+def test_the_reason_is_that_of_the_last_start(tmp_path):
+    job = a_job(tmp_path)
+    job.log(1).parent.mkdir()
+    job.log(0).write_text("$ first\nerror: an old one\n$ second\nstep 1\n\n")
+    assert last_start(job.log(0)) == ["step 1"]
+    assert reason(job) == ("step 1", job.log(0))
+    job.log(1).write_text("$ second\nTraceback (most recent call last):\ntorch.OutOfMemoryError: no room\nbye\n")
+    assert reason(job) == ("torch.OutOfMemoryError: no room", job.log(1))
+    job.scheduler_log = str(tmp_path / "slurm.log")
+    Path(job.scheduler_log).write_text("slurmstepd: error: *** STEP 1.0 CANCELLED DUE TO TIME LIMIT ***\n")
+    assert reason(job)[0].startswith("slurmstepd: error: ")
+
+
+def test_where_slurm_cannot_be_asked_nothing_is_taken_for_failed(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert queue([a_job(tmp_path)]) == set()
+    with pytest.raises(ValueError, match="squeue does not say which jobs are waiting"):
+        queue([a_job(tmp_path, job_id="7")])
+
+
+def test_any_text_survives_in_an_override():
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for text in ("plain", "a b", "it's", "{x: [1, 2]}", "a=b,c", "$HOME", "tail\\"):
+        assert OverridesParser.create().parse_override(quoted("dir", text)).value() == text

@@ -1,0 +1,426 @@
+"""W&B holds every row of a run once, however often the run starts and whatever the network does, and never holds a run up."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import types
+from pathlib import Path
+
+import pytest
+
+from conf.schema import TrackingConfig
+from launch import wandb_run
+from launch.tracking import Tracker, read_rows
+from launch.wandb_run import last_step, read_records, records_of, wandb_mode
+from tests.wandb_server import Server
+
+CONFIG = {"model": {"name": "tiny"}, "optim": {"name": "sam", "rho": 0.05}, "data": {"name": "stdlib"}, "seed": 3}
+# W&B keeps settings and a service per process, so each test of it has a process of its own, that runs this first.
+PRELUDE = f"""
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from conf.schema import TrackingConfig
+from launch import wandb_run
+from launch.tracking import Tracker, read_rows
+dir = Path(sys.argv[1])
+def tracker(mode, wandb_id=None, resumed_step=-1, **keys):
+    return Tracker(dir, TrackingConfig(mode=mode, tags=["mine"], **{{"timeout": 30.0, **keys}}), "my-run", {CONFIG!r}, wandb_id, 100, resumed_step)
+def row(step):
+    return {{"step": step, "tokens": step * 64, "flops": 1e6 * step, "seconds": step / 8, "train/loss": 5 - step / 100,
+            "sharpness/rho": 0.05}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_wandb_account(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-settings"))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with a snapshot of its code."""
+    folder = tmp_path / "run"
+    (folder / "code").mkdir(parents=True)
+    (folder / "code" / "revision.txt").write_text("abc\n")
+    return folder
+
+
+def run_script(dir: Path, script: str, **environment: str) -> str:
+    command = [sys.executable, "-c", PRELUDE + script, str(dir)]
+    run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
+    return run.stdout
+
+
+def start(dir: Path, mode: str, first: int, last: int, code: int, keys: str = "", **environment: str) -> str:
+    """One start of a run, which logs rows up to `last` and prints its W&B id in the end."""
+    script = f"""
+run = tracker({mode!r}, {keys})
+for step in range({first}, {last + 1}):
+    run.log(row(step))
+run.close({code})
+print(run.wandb_id)
+"""
+    return run_script(dir, script, **environment).splitlines()[-1]
+
+
+def sync(dir: Path, **environment: str) -> str:
+    """What `wandb sync DIR/wandb/offline-run-*` says."""
+    command = [Path(sys.executable).parent / "wandb", "sync", *dir.glob("wandb/offline-run-*")]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def steps(rows: list[dict]) -> list[int]:
+    """The steps of rows, which are W&B's own steps too."""
+    assert [row["_step"] for row in rows] == [row["step"] for row in rows]
+    return [row["step"] for row in rows]
+
+
+def read_wandb(dir: Path) -> list[types.SimpleNamespace]:
+    """What the starts of a run recorded offline, oldest first."""
+    starts = []
+    for path in records_of(dir):
+        start = types.SimpleNamespace(rows=[], summary={}, metrics={}, run=None, config={}, files=[], preempting=False, exit_code=None)
+        for record in read_records(path):
+            kind = record.WhichOneof("record_type")
+            if kind == "run":
+                start.run = record.run
+                start.config = {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            elif kind == "history":
+                start.rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+            elif kind == "summary":
+                start.summary |= {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.summary.update}
+            elif kind == "metric":
+                start.metrics[record.metric.name or record.metric.glob_name] = record.metric.step_metric
+            elif kind == "files":
+                start.files += [file.path for file in record.files.files]
+            elif kind == "preempting":
+                start.preempting = True
+            elif kind == "exit":
+                start.exit_code = record.exit.exit_code
+        starts.append(start)
+    return starts
+
+
+# Offline
+
+
+def test_offline_run_holds_rows_config_axes_code_and_summary(run):
+    script = """
+run = tracker("offline")
+print(run.wandb_id)
+for step in range(1, 301):
+    run.log(row(step))
+run.log({**row(301), "val/loss": float("nan")})
+run.summary({"val/loss": 3.5, "val/loss_at_equal_flops": 3.75})
+run.close(0)
+"""
+    wandb_id = run_script(run, script).splitlines()[0]
+    (start,) = read_wandb(run)
+    assert steps(start.rows) == list(range(1, 302))
+    assert start.rows[9] | {"step": 10, "tokens": 640, "flops": 1e7, "seconds": 1.25, "train/loss": 4.9, "sharpness/rho": 0.05} == start.rows[9]
+    assert "val/loss" not in start.rows[300]
+    assert start.config | CONFIG == start.config
+    assert start.metrics == {"step": "", "tokens": "", "flops": "", "seconds": "", "*": "step"}
+    assert (start.summary["val/loss"], start.summary["val/loss_at_equal_flops"]) == (3.5, 3.75)
+    assert "code/revision.txt" in start.files
+    assert (next(run.glob("wandb/offline-run-*/files/code/revision.txt"))).read_text() == "abc\n"
+    assert (start.run.run_id, start.run.display_name, start.run.project) == (wandb_id, "my-run", "flatgpt")
+    assert (start.run.run_group, start.run.job_type, list(start.run.tags)) == ("tiny-stdlib", "train", ["sam", "tiny", "mine"])
+    assert start.exit_code == 0
+    assert not start.preempting
+
+
+def test_last_step_is_found_from_any_block_and_in_what_is_left_of_a_file(run, tmp_path, monkeypatch):
+    script = """
+run = tracker("offline")
+for step in range(1, 301):
+    run.log(row(step))
+run.close(0)
+"""
+    run_script(run, script)
+    (path,) = records_of(run)
+    assert path.stat().st_size > 3 * wandb_run.BLOCK
+    assert last_step(path) == 300
+    for tail in (1, 2):
+        monkeypatch.setattr(wandb_run, "TAIL", tail * wandb_run.BLOCK)
+        assert last_step(path) == 300
+    content, cut = path.read_bytes(), tmp_path / "cut.wandb"
+    found = []
+    for size in (0, 7, 40_000, 80_000, 80_001):
+        cut.write_bytes(content[:size])
+        found.append(last_step(cut))
+    assert found[:2] == [-1, -1]
+    assert 0 < found[2] < found[3] <= found[4] < 300
+    cut.write_bytes(content[:80_000] + os.urandom(20_000))
+    assert last_step(cut) >= found[3]
+
+
+def test_no_start_loses_or_doubles_a_row(run):
+    """The second start runs untracked from an older checkpoint, the third finds no checkpoint that knows the W&B id."""
+    first = start(run, "offline", 1, 10, 75)
+    start(run, "off", 7, 14, 75, f"wandb_id={first!r}, resumed_step=6")
+    third = start(run, "offline", 13, 16, 0, "resumed_step=12")
+    assert first == third
+    starts = read_wandb(run)
+    assert [steps(start.rows) for start in starts] == [list(range(1, 11)), list(range(11, 17))]
+    assert {start.run.run_id for start in starts} == {first}
+    assert [start.preempting for start in starts] == [True, False]
+    assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == list(range(1, 17))
+
+
+def test_run_of_train_py_tells_wandb_what_it_is(train, tiny, tmp_path):
+    """The first row is of step 0, the last of the end; a sweep gives the group."""
+    overrides = [f"dir={tmp_path}/run", "optim=sam", "schedule.steps=3", "evaluation.every=2", "tracking.mode=offline", "tracking.group=sweep"]
+    assert train(*tiny, *overrides).returncode == 0
+    (start,) = read_wandb(tmp_path / "run")
+    logged = read_rows(tmp_path / "run/metrics.jsonl")
+    assert steps(start.rows) == [row["step"] for row in logged] == [0, 1, 2, 3]
+    for row, shown in zip(logged, start.rows, strict=True):
+        assert {name: value for name, value in row.items() if value is not None}.items() <= shown.items()
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary.items() <= start.summary.items() and "val/loss_at_equal_flops" in summary
+    assert (start.run.run_group, start.run.display_name) == ("sweep", summary["name"])
+    assert list(start.run.tags) == ["sam", "tiny"]
+    assert (start.config["optim"]["rho"], start.config["optim"]["num_groups"]) == (0.05, None)
+    assert {"code/revision.txt", "code/diff.patch", "code/environment.json"} <= set(start.files)
+    assert start.exit_code == 0
+
+
+# A server
+
+
+def test_offline_starts_are_synced_by_one_command(run):
+    wandb_id = start(run, "offline", 1, 6, 75)
+    start(run, "offline", 5, 9, 0, f"wandb_id={wandb_id!r}, resumed_step=4")
+    with Server() as server:
+        sync(run, **server.environment)
+        stored = server.runs[wandb_id]
+        assert steps(stored.rows) == list(range(1, 10))
+        assert (stored.exit_code, stored.summary["train/loss"]) == (0, 4.91)
+        assert stored.config | CONFIG == stored.config
+        given = {key: stored.fields[key] for key in ("displayName", "groupName", "jobType", "tags", "project")}
+        assert given == {"displayName": "my-run", "groupName": "tiny-stdlib", "jobType": "train", "tags": ["sam", "tiny", "mine"],
+                         "project": "flatgpt"}  # fmt: skip
+        assert stored.files["code/revision.txt"] == b"abc\n"
+
+
+def test_online_start_takes_over_from_one_recorded_offline(run):
+    """Nothing was uploaded in between, and what the online start has sent is not sent again by a sync."""
+    wandb_id = start(run, "offline", 1, 6, 75)
+    with Server() as server:
+        start(run, "online", 5, 9, 0, f"wandb_id={wandb_id!r}, resumed_step=4", **server.environment)
+        assert steps(server.runs[wandb_id].rows) == list(range(1, 10))
+        assert "No runs to sync" in sync(run, **server.environment)
+        assert steps(server.runs[wandb_id].rows) == list(range(1, 10))
+
+
+ONLINE = """
+wandb_run.FINISH = {finish}
+run = tracker("online"{keys})
+for line in sys.stdin:
+    first, last = map(int, line.split())
+    for step in range(first, last + 1):
+        run.log(row(step))
+    run.message("logged")
+run.close({code})
+print("closed")
+"""
+
+
+class Online:
+    """A start of a run whose rows are logged when the test says so."""
+
+    def __init__(self, dir: Path, environment: dict[str, str], keys: str = "", code: int = 0, finish: float = 30.0) -> None:
+        script = PRELUDE + ONLINE.format(keys=keys, code=code, finish=finish)
+        self.process = subprocess.Popen([sys.executable, "-c", script, str(dir)], env={**os.environ, **environment}, text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        self.said = ""
+
+    def log(self, first: int, last: int) -> None:
+        """Returns when the run has logged these rows."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(f"{first} {last}\n")
+        self.process.stdin.flush()
+        while (line := self.process.stdout.readline()) != "logged\n":
+            assert line, self.said
+            self.said += line
+
+    def close(self) -> str:
+        """Ends the run; returns all it has said."""
+        self.said += self.process.communicate(timeout=60)[0]
+        assert self.process.returncode == 0
+        return self.said
+
+
+def test_network_that_goes_away_costs_neither_the_run_nor_a_row(run):
+    """First it stays away until the run is stopped, then it comes back in the middle."""
+    with Server() as server:
+        first = Online(run, server.environment, code=75, finish=1.0)
+        first.log(1, 5)
+        wandb_id = server.wait_for_step(5)
+    first.log(6, 10)
+    assert re.search(r"W&B: tracking ended, .*; \S+/metrics.jsonl has every row.*\nclosed\n", first.close())
+    assert steps(server.runs[wandb_id].rows) == [1, 2, 3, 4, 5]
+    with Server(server) as again:
+        second = Online(run, again.environment, f", wandb_id={wandb_id!r}, resumed_step=8")
+        second.log(9, 11)
+        again.wait_for_step(11)
+    second.log(12, 13)
+    with Server(again) as back:
+        second.log(14, 14)
+        back.wait_for_step(14)
+        assert second.close().endswith("closed\n")
+        assert list(back.runs) == [wandb_id]
+        assert steps(back.runs[wandb_id].rows) == list(range(1, 15))
+        assert back.runs[wandb_id].exit_code == 0
+
+
+def test_unreachable_server_neither_stops_nor_slows_a_run(run):
+    """All rows are in the file before W&B has given up on the server; it then records them offline."""
+    script = """
+run = tracker("auto", timeout=1.0)
+for step in range(1, 21):
+    run.log(row(step))
+run.message(f"{len(read_rows(dir / 'metrics.jsonl'))} rows")
+run.close(0)
+run.message("closed")
+"""
+    output = run_script(run, script, WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="a" * 40)
+    assert re.search(r"20 rows\n(.*\n)*W&B: recording offline, CommError.* uploads it\n(.*\n)*closed\n", output)
+    (start,) = [start for start in read_wandb(run) if start.rows]
+    assert steps(start.rows) == list(range(1, 21))
+    assert start.metrics["*"] == "step"
+    assert start.exit_code == 0
+
+
+# What goes wrong
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the service in /proc")
+def test_run_survives_the_end_of_wandbs_service(tmp_path):
+    """Slurm sends SIGTERM to every process of a job, and W&B's service dies of it."""
+    script = """
+run = tracker("offline")
+run.log(row(1))
+while not any((dir / "wandb").glob("offline-run-*/*.wandb")):
+    time.sleep(0.05)
+time.sleep(0.5)
+for process in Path("/proc").glob("[0-9]*"):
+    try:
+        parent, name = (process / "stat").read_text().split()[3], (process / "cmdline").read_text()
+    except OSError:
+        continue
+    if parent == str(os.getpid()) and "wandb-core" in name:
+        os.kill(int(process.name), signal.SIGTERM)
+        while (process / "stat").exists() and (process / "stat").read_text().split()[2] != "Z":
+            time.sleep(0.05)
+run.log(row(2))
+run.log(row(3))
+run.close(75)
+run.message("closed")
+"""
+    output = run_script(tmp_path, script)
+    assert output.count("W&B: tracking ended") == 1
+    assert output.endswith("closed\n")
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == 3
+
+
+def install_wandb(monkeypatch, failing: str = "") -> list:
+    """Puts a W&B in place that lists the calls it gets and fails in one of them."""
+    calls: list = []
+
+    def method(name):
+        def call(*arguments, **keys):
+            calls.append((name, *arguments))
+            if name == failing:
+                raise RuntimeError("W&B is broken\nin many lines")
+            return run
+
+        return call
+
+    run = types.SimpleNamespace(
+        **{name: method(name) for name in ("log", "finish", "define_metric", "mark_preempting")},
+        summary=types.SimpleNamespace(update=method("summary")),
+        url="https://wandb.ai/x",
+    )
+    module = types.SimpleNamespace(**{name: method(name) for name in ("init", "setup", "teardown")}, Settings=dict)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return calls
+
+
+@pytest.mark.parametrize("failing", ["init", "setup", "define_metric", "log", "summary", "finish"])
+def test_errors_of_wandb_are_told_once_and_go_no_further(tmp_path, monkeypatch, capsys, failing):
+    install_wandb(monkeypatch, failing)
+    tracker = Tracker(tmp_path, TrackingConfig(mode="offline"), "my-run", CONFIG, None, 100)
+    for step in range(3):
+        tracker.log({"step": step})
+    tracker.summary({"x": 1})
+    tracker.close()
+    assert capsys.readouterr().out.count("W&B: tracking ended, RuntimeError: W&B is broken;") == 1
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == 3
+
+
+def test_close_does_not_wait_for_ever(tmp_path, monkeypatch, capsys):
+    install_wandb(monkeypatch)
+    monkeypatch.setattr(wandb_run, "FINISH", 0.1)
+    wake = threading.Event()
+    sys.modules["wandb"].init = lambda **_: wake.wait()  # type: ignore[attr-defined]
+    config = TrackingConfig(mode="offline", timeout=0.1)
+    tracker = Tracker(tmp_path, config, "my-run", CONFIG, None, 100)
+    tracker.close()
+    assert "did not finish in time" in capsys.readouterr().out
+    wake.set()
+
+
+def test_without_a_key_wandb_is_not_even_imported(tmp_path):
+    script = """
+run = tracker("auto")
+run.log(row(1))
+run.close(0)
+print("wandb" in sys.modules, run.wandb_id, (dir / "wandb").exists())
+"""
+    output = run_script(tmp_path, script)
+    assert output.startswith("W&B: no key found, tracking off (tracking.mode=offline records without one)\n")
+    assert output.endswith("False None False\n")
+
+
+def test_mode_follows_the_config_then_the_environment_then_the_keys(tmp_path, monkeypatch):
+    assert wandb_mode("auto")[0] == "off"
+    assert wandb_mode("offline") == ("offline", None)
+    assert wandb_mode("online")[0] == "offline"  # W&B would stop to ask for a key
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    assert wandb_mode("auto") == ("online", None)
+    assert wandb_mode("online") == ("online", None)
+    assert wandb_mode("off") == ("off", None)
+    for value, mode in {"offline": "offline", "disabled": "off", "online": "online"}.items():
+        monkeypatch.setenv("WANDB_MODE", value)
+        assert wandb_mode("auto") == (mode, None)
+        assert wandb_mode("online") == ("online", None)
+
+
+def test_keys_are_found_where_wandb_login_leaves_them(tmp_path, monkeypatch):
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine elsewhere.org\n  login user\n  password abc\n")
+    assert not wandb_run.has_wandb_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://elsewhere.org")
+    assert wandb_run.has_wandb_key()
+    monkeypatch.delenv("WANDB_BASE_URL")
+    settings = tmp_path / "wandb-settings" / "settings"
+    settings.parent.mkdir()
+    settings.write_text("[default]\nbase_url = https://elsewhere.org\n")
+    assert wandb_run.has_wandb_key()
+    netrc.write_text("not a netrc")
+    assert not wandb_run.has_wandb_key()
+    settings.write_text(f"[default]\napi_key = {'a' * 40}\n")
+    assert wandb_run.has_wandb_key()
