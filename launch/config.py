@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from conf.schema import KEYS, Config, DataConfig, LauncherConfig, RuleConfig, SourceConfig, check_value, lookup, meaning, type_name
+from launch.launcher import register
 from launch.process import num_processes, rank_and_world
 from optim import check_axes
 
@@ -64,6 +65,7 @@ def fail(line: str) -> None:
 def main(run: Callable[[Config], int]) -> None:
     """Calls `run` with the configuration that the command line asks for; exits with what it returns."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise to us, instead of printing a traceback of its own
+    register()
 
     @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
     def job(composed: DictConfig) -> None:

@@ -11,6 +11,7 @@ operation by operation (`block`), for eager execution: compiled blocks keep less
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import NamedTuple
 
@@ -32,9 +33,9 @@ class Block(NamedTuple):
     """Bytes per token of one transformer block: what its forward keeps, what its backward needs on top, and what lives in a forward that
     keeps nothing."""
 
-    kept: float
-    backward: float
-    forward: float
+    kept: int
+    backward: int
+    forward: int
 
 
 def block(shape: GPTConfig, length: int, device: str, size: int) -> Block:
@@ -48,7 +49,7 @@ def block(shape: GPTConfig, length: int, device: str, size: int) -> Block:
         MLP          both sides of the GELU or squared ReLU, 2 s M; for SwiGLU 4 s M: gate, silu, up and their product
         dropout      a byte a number on CUDA; on CPUs the noise
 
-    On CPUs RMSNorm is not fused: what it normalised is kept in fp32, and the fp32 copy of an input in bf16."""
+    RMSNorm is not fused on CPUs, nor of heads in bf16: what it normalised is kept in fp32, and the fp32 copy of an input in bf16."""
     D, M, H, T, s = shape.width, shape.hidden_width, shape.num_heads, length, size
     kv, casts, cpu, drops = shape.kv_heads * shape.head_width, size != 4, device == "cpu", shape.dropout > 0
     qk, qkv = D + kv, D + 2 * kv
@@ -56,7 +57,7 @@ def block(shape: GPTConfig, length: int, device: str, size: int) -> Block:
     dropped = drops * D * (s if cpu else 1)
 
     turned = shape.qk_norm or shape.positions == "rope"
-    normed = shape.qk_norm * (4 * (H + shape.kv_heads) + (4 * qk * (1 + casts) if cpu else 0))
+    normed = shape.qk_norm * (4 * (H + shape.kv_heads) + (4 * qk * (1 + casts) if cpu or casts else 0))
     if cpu and casts and not drops and kv == D and T <= SHORT:
         core, core_backward = s * (4 * D + H * T), s * (D + 2 * H * T)
     elif cpu and drops:
@@ -127,6 +128,7 @@ class Held(NamedTuple):
         return num_layers * self.block + self.root
 
 
+@cache
 def held(shape: GPTConfig, pattern: str, shards: int) -> Held:
     """The parameters of a model in so many shards, each cut along its first dimension into parts of one size but for the last ones."""
     with torch.device("meta"):
@@ -213,8 +215,8 @@ class Passes:
             pending = s * done * (later and s == 2)  # their casts were made in the first forward, so autograd comes to them last
             found = Parts({"gradients": known + 4 * self.shape.width * self.shape.hidden_width + pending if known else 4 * (done + grown)})
         else:
-            reduced = 4 * n.block if done and not self.waits else 0
-            found = self.gathered(left if self.staying else min(left, 2)) + Parts({"gathered": reduced + s * grown, "gradients": known or self.share(done)})
+            reduced, blocks = 4 * n.block if done and not self.waits else 0, left if self.staying else min(left, 2)
+            found = self.gathered(blocks) + Parts({"gathered": reduced + s * grown, "gradients": known or self.share(done)})
         return found + Parts({"head": 4 * self.head.table})
 
     def share(self, numbers: int) -> int:
@@ -278,8 +280,8 @@ def moments(config: Config, shape: GPTConfig, logged: bool) -> Iterator[tuple[st
     that is reduced of the block after it."""
     optim, passes, n = config.optim, passes_of(config, shape), 0 if config.parallel.cpu_offload else 4
     P, moved = n * passes.held.shard, n * passes.held.moved
-    states = {"adamw": 2, "sgd": int(optim.momentum > 0), "muon": 2}[optim.base]
-    always = Parts({"weights": P, "optimiser": states * P})
+    states = {"adamw": 2 * P, "sgd": P * (optim.momentum > 0), "muon": 2 * P - 4 * shape.num_layers * passes.held.block}  # Muon: one a matrix
+    always = Parts({"weights": P, "optimiser": states[optim.base]})
     if optim.path == "none":
         yield from passes.moments(always, 0, logged, passes.head.sweep())
         yield "step", always + Parts({"gradients": P})

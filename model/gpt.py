@@ -28,7 +28,7 @@ VOCAB_MULTIPLE = 64  # rows of the embedding are padded to this: matrix units wa
 SHORT = 256  # longest sequence for `short_attention`
 
 
-@dataclass
+@dataclass(frozen=True)
 class GPTConfig:
     """The shape of a GPT; the defaults are NanoDO's. `vocab_size` is the tokenizer's own, without padding."""
 

@@ -3,13 +3,12 @@
 import os
 import shutil
 import sys
-from typing import Any
 
 import torch
 from torch import nn
 
 from model.gpt import GPT
-from model.sharding import Layout
+from model.sharding import Layout, sharded_modules
 
 
 def parallelize(model: GPT, compile: str, checkpoint_activations: bool, device: torch.device) -> None:
@@ -40,7 +39,7 @@ def shard(model: GPT, layout: Layout, reshard_after_forward: bool, compute: torc
 
     reshard_after_forward=False    keeps gathered blocks for the backward: less communication, more memory
     compute                        the dtype of a caller's autocast, in which blocks are gathered then: autocast would cast exactly these
-                                   weights to it. Gradients are reduced in fp32. The root, gathered once a pass, stays in fp32 as under
+                                   weights to it. Gradients are reduced in fp32. The root, gathered once a forward, stays in fp32 as under
                                    autocast: norms, whose perturbation bf16 would round away, and tables, whose gradients are sums over
                                    tokens. So a sharded run computes what one process does. IEEE fp32 passes need None
     cpu_offload                    keeps shards, their gradients and so the optimiser's state on the CPU"""
@@ -64,8 +63,7 @@ def shard(model: GPT, layout: Layout, reshard_after_forward: bool, compute: torc
     register_fsdp_forward_method(model, "lazy_logits")
     model.layout = layout
     if layout.replicas is not None:
-        sharded: list[Any] = [module for module in model.modules() if hasattr(module, "set_all_reduce_hook")]
-        for module in sharded:
+        for module in sharded_modules(model):
             module.set_all_reduce_hook(layout.sum_over_replicas)
 
 

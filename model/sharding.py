@@ -162,9 +162,15 @@ def full_norm(norm: Tensor) -> float:
     return (whole.full_tensor() if is_sharded(norm) else norm).item()
 
 
+def sharded_modules(module: nn.Module) -> list[Any]:
+    """What FSDP2 gathers each on its own, the module itself first; nothing where it is on one process. Unlike its parameters, which may be
+    gathered at the moment, this tells whether it is sharded."""
+    return [owner for owner in module.modules() if hasattr(owner, "reshard")]
+
+
 def reshard(module: nn.Module | None) -> None:
     """Lets go of gathered weights: what was gathered before the shards changed would be used again."""
-    sharded: list[Any] = [owner for owner in module.modules() if hasattr(owner, "reshard")] if module is not None else []
+    sharded = sharded_modules(module) if module is not None else []
     for owner in sharded:
         owner.reshard()
     if sharded and compute_device(first := next(sharded[0].parameters())).type != first.device.type:
@@ -173,14 +179,14 @@ def reshard(module: nn.Module | None) -> None:
 
 def all_sum(module: nn.Module, values: Tensor) -> Tensor:
     """Values added up over all processes that train the module; its own where it is on one process."""
-    if any(is_sharded(p) for p in module.parameters()):
+    if sharded_modules(module):
         torch.distributed.all_reduce(values)
     return values
 
 
 def all_min(module: nn.Module, value: int) -> int:
     """The smallest value of all processes that train the module."""
-    if any(is_sharded(p) for p in module.parameters()):
+    if sharded_modules(module):
         smallest = torch.tensor(value, dtype=torch.int64)
         torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
         value = int(smallest)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from model.gpt import GPT
 from model.logits import Cotangent
-from model.sharding import Layout, all_sum, compute_device
+from model.sharding import Layout, all_sum, compute_device, sharded_modules
 from optim.adapter import Adapter, is_counted
 
 Batch = tuple[Any, Tensor]  # tokens_BxT (or what the adapter takes), targets_BxT
@@ -76,8 +76,7 @@ class Gradient:
         self.model: Any = model if isinstance(model, (GPT, Adapter)) else Adapter(model)
         self.module: nn.Module = self.model.module if isinstance(self.model, Adapter) else self.model
         self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}  # a tied one once
-        modules: list[Any] = [owner for owner in self.module.modules() if hasattr(owner, "set_gradient_divide_factor")]
-        for owner in modules:  # of FSDP2: gradients are sums here, each loss is divided by the N of all
+        for owner in sharded_modules(self.module):  # gradients are sums here, each loss is divided by the N of all
             owner.set_gradient_divide_factor(1.0)
             owner.set_force_sum_reduction_for_comms(True)
         self.step, self.rho = 0, 0.0

@@ -106,27 +106,21 @@ def difference(ones: dict[str, Tensor], others: dict[str, Tensor]) -> float:
 
 
 def compare(shape: GPTConfig, axes: dict[str, Any], layout: Layout, dtype: torch.dtype, steps: int, **sharding: Any) -> dict[str, float]:
-    """All processes on their parts of the batch beside the main one on the whole of it. `late` sums gradients at the last micro-batch of a
-    pass only, and is looked at for a step or two; later steps of all take a batch without groups in one."""
+    """All processes on their parts of the batch beside the main one on the whole of it. After two steps a batch without groups comes in one."""
     generator = torch.Generator().manual_seed(1)
-    ours, late = make(shape, dtype, axes, layout, **sharding), make(shape, dtype, axes, replace(layout, sync="last"), **sharding)
+    model, optimizer, rule = make(shape, dtype, axes, layout, **sharding)
     theirs = make(shape, dtype, reference_axes(axes), Layout()) if layout.main else None
-    found = dict.fromkeys(("loss", "gradient", "sync", "metrics", "weights"), 0.0)
+    found = dict.fromkeys(("loss", "gradient", "metrics", "weights"), 0.0)
     for step in range(steps):
-        micros, looks = batch(generator), step < (2 if dtype == torch.float64 else 1)
+        micros = batch(generator)
         if step >= 2 and axes.get("scope") != "micro_batch":
             micros = [(torch.cat(tokens), torch.cat(targets)) for tokens, targets in [zip(*micros, strict=True)]]
-        mine = part(micros, layout.rank, layout.world)
         with torch.autocast("cpu", torch.bfloat16, enabled="compute" in sharding):
-            result, expected = ours[2].gradient(mine, logged=step < 2), None
+            result, expected = rule.gradient(part(micros, layout.rank, layout.world), logged=step < 2), None
             if theirs:  # where replicas are perturbed apart, a group is what a replica has of the batch
                 parts = [part(micros, r, 2) for r in range(2)] if axes.get("scope") == "replica" else micros
                 expected = theirs[2].gradient(parts, logged=step < 2)
-            if looks:
-                late[2].gradient(mine)
-                found["sync"] = max(found["sync"], difference(gradients(late[0]), gradients(ours[0])))
-        if step == 0:
-            first = gradients(ours[0])
+        first = gradients(model) if step == 0 else {}
         if expected and theirs:
             assert result.tokens == expected.tokens
             found["gradient"] = found["gradient"] if step else difference(first, gradients(theirs[0]))
@@ -137,17 +131,31 @@ def compare(shape: GPTConfig, axes: dict[str, Any], layout: Layout, dtype: torch
             for name in expected.metrics.keys() - UNLIKE - (HIDDEN if "compute" in sharding else set()):
                 one, other = (float(seen.metrics[name]) for seen in (result, expected))
                 found["metrics"] = max(found["metrics"], abs(one - other) / max(abs(other), 1e-3))
-        for p, q in zip(ours[0].parameters(), late[0].parameters(), strict=True):
-            if looks:
-                local(q.grad).copy_(local(p.grad))
-        for _, optimizer, _ in (ours, late, *([theirs] if theirs else [])):
-            optimizer.step()
-            optimizer.zero_grad()
-        assert all(is_sharded(p) and p.dtype == dtype for p in ours[0].parameters())  # nothing stays gathered
-    weights = whole(dict(ours[0].named_parameters()))
+        for stepping in (optimizer, *([theirs[1]] if theirs else [])):
+            stepping.step()
+            stepping.zero_grad()
+        assert all(is_sharded(p) and p.dtype == dtype for p in model.parameters())  # nothing stays gathered
+    weights = whole(dict(model.named_parameters()))
     if theirs:
         found["weights"] = difference(weights, whole(dict(theirs[0].named_parameters())))
-    found["replicas"] = apart(ours[0], layout)
+    return found | {"replicas": apart(model, layout)}
+
+
+def synchronised(shape: GPTConfig, axes: dict[str, Any], layout: Layout, dtype: torch.dtype, steps: int) -> float:
+    """The largest relative difference of gradients by tensor where they are summed over the processes at the last micro-batch of a pass only."""
+    generator = torch.Generator().manual_seed(1)
+    every, last = (make(shape, dtype, axes, replace(layout, sync=sync)) for sync in ("every", "last"))
+    found = 0.0
+    for _ in range(steps):
+        mine = part(batch(generator), layout.rank, layout.world)
+        for _, _, rule in (every, last):
+            rule.gradient(mine, logged=False)
+        found = max(found, difference(gradients(last[0]), gradients(every[0])))
+        for p, q in zip(every[0].parameters(), last[0].parameters(), strict=True):
+            local(q.grad).copy_(local(p.grad))  # the same step for both
+        for _, optimizer, _ in (every, last):
+            optimizer.step()
+            optimizer.zero_grad()
     return found
 
 
@@ -227,8 +235,11 @@ def main(out: str) -> None:
             shape, other = (UNTIED, TIED) if turn % 3 == 2 else (TIED, UNTIED)
             case = f"{kind} {world}: {name}"
             found[case] = compare(shape, axes, layout, torch.float32, STEPS, reshard_after_forward=world < 4)
+            if world == 2 or kind == "hsdp":
+                found[case]["sync"] = synchronised(shape, axes, layout, torch.float32, 1)
             if world == 2:
                 found[f"{case}, fp64"] = compare(other, axes, layout, torch.float64, 2)
+                found[f"{case}, fp64"]["sync"] = synchronised(other, axes, layout, torch.float64, 2)
             if world == 2 and name in BF16:
                 found[f"{case}, bf16"] = compare(DEEP, axes, layout, torch.float32, 2, compute=torch.bfloat16, cpu_offload=name == "sam")
             if world == 4 and (kind == "fsdp" or name.split(",")[0] in BF16):

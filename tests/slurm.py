@@ -3,6 +3,7 @@
 import getpass
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -83,22 +84,29 @@ class Slurm:
         return dict(line.split() for line in self.call("squeue", "--noheader", "--array", "--format=%i %T").splitlines())
 
     def until(self, condition: Callable[[], Any], seconds: float) -> None:
-        """Waits until the condition holds. Jobs that were put back start meanwhile: Slurm has them wait for two minutes."""
-        end = time.monotonic() + seconds
+        """Waits until the condition holds. Jobs that were put back start meanwhile: Slurm has them wait for two minutes. One that starts in
+        the second in which it was put back is taken for the one before, and lost."""
+        end, pending = time.monotonic() + seconds, dict[str, float]()
         while not condition():
-            queued = self.queued()
-            assert time.monotonic() < end, queued
-            for job in (job for job, state in queued.items() if state == "PENDING"):
+            queued, now = self.queued(), time.monotonic()
+            assert now < end, queued
+            pending = {job: pending.get(job, now) for job, state in queued.items() if state == "PENDING"}
+            for job in (job for job, since in pending.items() if now - since > 2):
                 subprocess.run(["scontrol", "update", f"jobid={job}", "StartTime=now"], env=self.environment, capture_output=True)
             time.sleep(0.3)
 
     def close(self) -> None:
         """Ends every job, then the daemons."""
-        subprocess.run(["scancel", f"--user={getpass.getuser()}"], env=self.environment, capture_output=True)
+        self.call("scancel", f"--user={getpass.getuser()}")
+        self.until(lambda: not self.queued(), 30)
         for name in ("slurmd", "slurmctld", "munged"):
-            file = self.dir / f"{name}.pid"
-            if file.exists():
-                os.kill(int(file.read_text()), 15)
+            process = int((self.dir / f"{name}.pid").read_text())
+            os.kill(process, signal.SIGTERM)
+            end = time.monotonic() + 10
+            while Path(f"/proc/{process}").exists():
+                if time.monotonic() > end:
+                    os.kill(process, signal.SIGKILL)
+                time.sleep(0.1)
 
 
 def free_ports(number: int) -> list[int]:

@@ -75,6 +75,41 @@ def test_hours_follow_from_flops_and_the_device():
     assert hours["H100"] == pytest.approx(flops / (0.4 * 989e12) / 3600, rel=1e-3)
 
 
+def test_processes_share_batch_and_hours():
+    one = rows("schedule.steps=10", "parallel=fsdp")
+    four = rows("schedule.steps=10", "parallel=fsdp", "parallel.processes=4", "plan_only=true", "batch.micro=1")
+    assert "in 8 micro-batches of 1, 2 on each of 4 processes" in four["tokens per step"]
+    assert "processes" not in one["tokens per step"] and "a process on" in four["memory, about"]
+    whole, shared = four["hours on one A100"].split(", at")[0].split(", ")
+    assert whole == one["hours on one A100"].split(",")[0]
+    assert shared.endswith(" on 4 of them") and float(shared.split()[0]) == pytest.approx(float(whole) / 4, rel=0.05)
+
+
+@pytest.mark.parametrize(("launched", "overrides", "said"), [
+    ({}, ["parallel=fsdp", "parallel.processes=4"], "but 1 was started; use torchrun --nproc-per-node 4, or plan_only=true"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, ["parallel=fsdp", "parallel.processes=4", "plan_only=true"], "but 2 were started"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, ["parallel=fsdp", "parallel.processes=2"], None),
+    ({}, ["parallel=fsdp", "parallel.processes=16", "plan_only=true"], "batch.sequences=8 is not divisible"),
+    ({}, ["parallel.processes=4", "plan_only=true"], "parallel=single with 4 processes"),
+    ({}, ["parallel=hsdp", "parallel.processes=4", "plan_only=true", "parallel.replicas=3"], "does not divide 4 processes"),
+])  # fmt: skip
+def test_a_plan_may_be_for_any_number_of_processes_a_run_not(monkeypatch, launched, overrides, said):
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    if said is None:
+        assert compose([*SMALL, *overrides]).parallel.processes == 2
+        return
+    with pytest.raises(ValueError, match=said):
+        compose([*SMALL, *overrides])
+
+
+def test_what_fits_is_said_of_common_devices_or_the_one_that_is_named():
+    assert rows("device=cuda")["fits on"] == "A100 40 GB: yes; A100 80 GB: yes; H100 80 GB: yes; H200 141 GB: yes"
+    assert rows("device=cuda", "device_memory=0.03")["fits on"].startswith("0.03 GiB: with batch.micro=")
+    assert "in bfloat16" in rows("device=cuda")["memory, about"] and "on cpu in float32" in rows("precision=fp32")["memory, about"]
+    assert "fits on" not in rows()
+
+
 @pytest.mark.parametrize(("size", "text"), [(0, "0.0 B"), (1023, "1023.0 B"), (1024, "1.0 KiB"), (1.5 * 2**30, "1.5 GiB"), (2**41, "2.0 TiB")])
 def test_bytes_are_written_for_people(size, text):
     assert human(size) == text

@@ -131,10 +131,10 @@ def test_two_tasks_train_one_run(slurm, home, tiny, grid):
     assert re.search("^srun .*--cpus-per-task=2 ", (job.run / "submission.sh").read_text(), re.M)
 
 
-def test_a_run_that_met_its_time_limit_goes_on_as_often_as_is_set(slurm, home, long_run, grid):
+def test_a_run_that_met_its_time_limit_is_started_again_as_often_as_is_set(slurm, home, long_run):
+    """The signal may come half a minute early, so on a busy machine the run may not have come to its first step."""
     slurm.until(lambda: long_run.job_id not in slurm.queued(), 240)
-    assert [long_run.log(rank).read_text().count("received SIGUSR2") for rank in (0, 1)] == [2, 2]
-    assert long_run.log().read_text().count("resumed from") == 1
+    assert [long_run.log(rank).read_text().count("$ ") for rank in (0, 1)] == [2, 2]
     assert "error: Job not requeued because: timed-out too many times." in fare(home / "long")
 
 

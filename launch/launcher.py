@@ -1,9 +1,12 @@
-"""What Hydra calls for `python train.py -m`: it finds launchers in a package of this name only. The work is in launch/sweep.py."""
+"""What Hydra calls for `python train.py -m`. The work is in launch/sweep.py."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -12,6 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 class SweepLauncher(Launcher):
     """hydra/launcher=local and hydra/launcher=slurm."""
+
+    __module__ = "hydra_plugins.flatgpt"  # Hydra accepts no launcher of another package
 
     def __init__(self, **settings: Any) -> None:
         """Hydra hands over the settings one by one; `setup` gets them whole."""
@@ -28,3 +33,10 @@ class SweepLauncher(Launcher):
         if code := sweep(combinations, settings, Path(self.config.hydra.sweep.dir)):
             raise SystemExit(code)
         return []
+
+
+def register() -> None:
+    """Makes the launcher known to Hydra, by the name that its `_target_` has: hydra_plugins may or may not exist beside it."""
+    Plugins.instance().register(SweepLauncher)
+    package: Any = sys.modules.setdefault("hydra_plugins", ModuleType("hydra_plugins"))
+    package.flatgpt = sys.modules[__name__]
