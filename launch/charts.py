@@ -236,10 +236,10 @@ def finish(figure: Figure, axes: Axes, name: str, above: float = 0.12) -> str:
     handles, labels = axes.get_legend_handles_labels()
     half = -(-len(labels) // 2)
     fits = max(map(len, labels[:half])) + max(map(len, labels[half:]), default=0) <= 46
-    below, plot = 0.66 + 0.2 * (half if fits else len(labels)), 2.5
+    below, plot = 0.58 + 0.2 * (half if fits else len(labels)), 2.5
     height = below + plot + above
     figure.set_size_inches(WIDTH, height)
-    axes.set_position((0.16, below / height, 0.81, plot / height))
+    axes.set_position((0.19, below / height, 0.78, plot / height))
     figure.legend(handles, labels, loc="lower center", ncols=1 + fits, borderaxespad=0.1, labelspacing=0.25, columnspacing=1.2)
     out = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):

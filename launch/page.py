@@ -182,7 +182,7 @@ def tested(test: PairedTest) -> str:
     if pairs < 2:
         return f"{signed(difference)} ({plural(pairs, 'pair')}: too few)".strip()
     of = f"{pairs} pairs" if math.isnan(test.p) else f"t {test.t:.2f}, p {test.p:.2g}, {pairs} pairs"
-    return f"{signed(difference)} \u00b1 {error:.4f} ({of})"
+    return f"{signed(difference)} \u00b1 {error:.4f} (" + of.replace(" ", "\u00a0") + ")"  # the only place to break is before the bracket
 
 
 def cost(section: Section) -> Table:

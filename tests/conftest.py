@@ -56,7 +56,7 @@ def found(tmp_path_factory):
     folder, results = tmp_path_factory.mktemp("ranks"), {}
     for world in (1, 2, 4):
         process = torchrun(world, str(ROOT / "tests/ranks.py"), str(folder / f"{world}.json"))
-        out, _ = process.communicate(timeout=300)
+        out, _ = process.communicate(timeout=600)
         assert process.returncode == 0, out[-3000:]
         results |= json.loads((folder / f"{world}.json").read_text())
     return results

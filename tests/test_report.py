@@ -151,6 +151,7 @@ def test_a_compute_matched_run_counts_at_its_own_end(sweep, report):
     assert "the rate is not annealed there yet" in (report / "page.html").read_text()
 
 
+@pytest.mark.filterwarnings("error")
 def test_few_pairs_and_equal_differences_give_no_test():
     assert math.isnan(comparison.paired_test([3.0], [3.1]).p)
     same = comparison.paired_test([3.0, 3.5], [3.1, 3.6])

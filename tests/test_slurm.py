@@ -1,13 +1,16 @@
 """Sweeps on a real Slurm: what is submitted, preempted, timed out, failed, and asked for twice."""
 
 import json
+import os
 import re
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 
 from launch.jobs import read_jobs
-from tests.runs import assert_same_tensors, rows, tensors
+from tests.runs import ROOT, assert_same_tensors, rows, tensors
 from tests.slurm import Slurm, missing
 from tests.sweeps import fare, sweep
 
@@ -144,3 +147,28 @@ def test_slurms_refusal_is_one_line(slurm, home, tiny, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     code, said = sweep(*tiny, *LONG, "hydra.sweep.dir=none")
     assert code == 2 and "there is no sbatch here" in said
+
+
+def test_the_script_for_many_nodes_puts_its_job_back_unless_it_is_cancelled(slurm, home, tiny):
+    """First it is cancelled, which saves; then, submitted again, it is asked to save as before its time limit."""
+    run, log, steps = home / "script" / "run", home / "script.log", 1000
+    keys = [*tiny, "parallel=fsdp", f"schedule.steps={steps}", "checkpoint.every=1000", "evaluation.every=500", f"dir={run}"]
+    options = ["--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=2", f"--chdir={ROOT}", f"--output={log}",
+               f"--export=ALL,OMP_NUM_THREADS=1,PATH={Path(sys.executable).parent}:{os.environ['PATH']}"]  # fmt: skip
+
+    def submit() -> str:
+        before = len(rows(run)) if run.exists() else 0
+        job = slurm.call("sbatch", "--parsable", *options, str(ROOT / "launch/many_nodes.sbatch"), *keys).strip()
+        slurm.until(lambda: (run / "metrics.jsonl").exists() and len(rows(run)) > before + 3, 90)
+        return job
+
+    cancelled = submit()
+    slurm.call("scancel", cancelled)
+    slurm.until(lambda: cancelled not in slurm.queued(), 30)
+    assert "SIGTERM: saved step" in log.read_text()
+    asked = submit()
+    slurm.call("scancel", "--signal=USR1", asked)
+    slurm.until(lambda: (run / "summary.json").exists() and asked not in slurm.queued(), 90)
+    said = log.read_text()
+    assert said.count("SIGUSR1: saved step") == 1 and said.count("resumed from") == 2
+    assert [row["step"] for row in rows(run)] == list(range(steps + 1))
