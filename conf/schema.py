@@ -229,7 +229,7 @@ class ParallelConfig:
                                 low=1, mutable=True)  # fmt: skip
     reshard_after_forward: bool = key(True, "let go of a block's weights between forward and backward; false: faster, more memory",
                                       mutable=True, read_when=("parallel.name", ("fsdp", "hsdp")))  # fmt: skip
-    sync: str = key("every", "micro-batches after which gradients are summed over processes; last: less traffic, each keeps whole fp32 gradients",
+    sync: str = key("every", "micro-batches that end in a sum of gradients over processes; last: less traffic, more memory",
                     choices=("every", "last"), mutable=True, read_when=("parallel.name", ("fsdp", "hsdp")))  # fmt: skip
     cpu_offload: bool = key(False, "keep weights, gradients and optimiser in the host's memory: slower, and room on the device", mutable=True,
                             read_when=("parallel.name", ("fsdp", "hsdp")))  # fmt: skip

@@ -122,9 +122,8 @@ def main(arguments: list[str]) -> None:
     with user_errors():
         options, _ = parse(Options, arguments)
         try:
-            import wandb_workspaces  # noqa: F401
-
             import wandb
+            import wandb_workspaces  # noqa: F401
         except ImportError:
             raise ValueError("wandb-workspaces is missing, which builds W&B's pages; pip install -e '.[report]'") from None
         wandb.setup(settings=wandb.Settings(silent=True))
@@ -133,7 +132,7 @@ def main(arguments: list[str]) -> None:
         why = "offline" if options.offline else "no key found (`wandb login` stores one)" if not has_wandb_key() else ""
         if not why:
             try:
-                workspace, report = build(entity or wandb.Api().default_entity, project)
+                workspace, report = build(entity or wandb.Api().default_entity or "", project)
                 print(f"report: {report.save().url}")  # first, for it makes the project where there is none
                 print(f"workspace: {workspace.save().url}")
                 return

@@ -127,8 +127,8 @@ def describe(config: Config, plan: Plan, name: str) -> str:
     for device in ("A100", "H100", "H200"):
         hours = plan.hours(device)
         one, each = (f"{spent:,.2f}" if spent >= 0.1 else f"{spent:.2g}" for spent in (hours, hours / world))
-        shared = f", {each} on {world} of them" if world > 1 else ""
-        rows.append((f"hours on one {device}", f"{one}{shared}, at an assumed {ASSUMED_MFU:.0%} of its dense bf16 peak"))
+        shared = f", {each} on {world} of them," if world > 1 else ""
+        rows.append((f"hours on one {device}", f"{one}{shared} at an assumed {ASSUMED_MFU:.0%} of its dense bf16 peak"))
     return "\n".join(f"{label:22}{text}" for label, text in rows)
 
 

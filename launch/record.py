@@ -109,7 +109,7 @@ def read_settings(file: Path) -> tuple[dict[str, Any], int | None]:
     if not file.exists():
         return {}, None
     try:
-        given = yaml.load(file.read_bytes(), yaml.CSafeLoader)
+        given = yaml.CSafeLoader(file.read_bytes()).get_single_data()
         plain: Any = merged(asdict(Config()), given)
         settings = {name: lookup(plain, name) for name in KEYS if not is_mutable(plain, name) and is_read(plain, name)}
     except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:

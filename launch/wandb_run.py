@@ -195,7 +195,7 @@ def last_step(path: Path) -> int:
 def read_records(path: Path, begin: int = 0) -> Iterator[Any]:
     """The records of a .wandb file from the beginning of a block on: 7 bytes of header, then a LevelDB log of protobufs. It ends where the
     file was cut short or is damaged."""
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made at run time
 
     whole, first, last = 1, 2, 4  # kinds of parts; 3 is one in the middle

@@ -151,15 +151,15 @@ def test_slurms_refusal_is_one_line(slurm, home, tiny, monkeypatch):
 
 def test_the_script_for_many_nodes_puts_its_job_back_unless_it_is_cancelled(slurm, home, tiny):
     """First it is cancelled, which saves; then, submitted again, it is asked to save as before its time limit."""
-    run, log, steps = home / "script" / "run", home / "script.log", 1000
-    keys = [*tiny, "parallel=fsdp", f"schedule.steps={steps}", "checkpoint.every=1000", "evaluation.every=500", f"dir={run}"]
+    run, log, steps = home / "script" / "run", home / "script.log", 500
+    keys = [*tiny, "parallel=fsdp", f"schedule.steps={steps}", "checkpoint.every=1000", "evaluation.every=250", f"dir={run}"]
     options = ["--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=2", f"--chdir={ROOT}", f"--output={log}",
                f"--export=ALL,OMP_NUM_THREADS=1,PATH={Path(sys.executable).parent}:{os.environ['PATH']}"]  # fmt: skip
 
     def submit() -> str:
         before = len(rows(run)) if run.exists() else 0
         job = slurm.call("sbatch", "--parsable", *options, str(ROOT / "launch/many_nodes.sbatch"), *keys).strip()
-        slurm.until(lambda: (run / "metrics.jsonl").exists() and len(rows(run)) > before + 3, 90)
+        slurm.until(lambda: (run / "metrics.jsonl").exists() and len(rows(run)) > before + 3, 240)
         return job
 
     cancelled = submit()
@@ -168,7 +168,7 @@ def test_the_script_for_many_nodes_puts_its_job_back_unless_it_is_cancelled(slur
     assert "SIGTERM: saved step" in log.read_text()
     asked = submit()
     slurm.call("scancel", "--signal=USR1", asked)
-    slurm.until(lambda: (run / "summary.json").exists() and asked not in slurm.queued(), 90)
+    slurm.until(lambda: (run / "summary.json").exists() and asked not in slurm.queued(), 240)
     said = log.read_text()
     assert said.count("SIGUSR1: saved step") == 1 and said.count("resumed from") == 2
     assert [row["step"] for row in rows(run)] == list(range(steps + 1))
