@@ -263,7 +263,7 @@ class TrackingConfig:
     every: int | None = key(None, "steps between logged rows; default 1 below 1000 steps, else 10", low=1, mutable=True)
     project: str = key("flatgpt", "W&B project", mutable=True)
     entity: str | None = key(None, "W&B entity", mutable=True)
-    group: str | None = key(None, "W&B group; default model and data", mutable=True)
+    group: str | None = key(None, "W&B group; default the name of the sweep, else model and data", mutable=True)
     tags: list[str] = key([], "W&B tags beside method and model", mutable=True)
     timeout: float = key(5.0, "seconds to wait for W&B before going on offline", above=0.0, mutable=True)
 

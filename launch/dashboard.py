@@ -15,7 +15,7 @@ from launch.tracking import write_atomically
 from launch.wandb_run import has_wandb_key
 
 NAME = "flatgpt: methods compared"
-HIGH, WIDE = 8, 12  # of a panel, where a report is 24 wide
+WIDE, HIGH = 12, 8  # of a panel, where a report is 24 wide
 
 
 @dataclass
@@ -94,8 +94,8 @@ def build(entity: str, project: str) -> tuple[Any, Any]:
     parts = sections()
     blocks: list[Any] = [wr.P("Runs are grouped by method: lines and bars are means, bands their standard error."), wr.TableOfContents()]
     for title, text, panels in parts:
-        for place, panel in enumerate(panels):
-            panel.layout = wr.Layout(x=WIDE * (place % 2), y=HIGH * (place // 2), w=WIDE, h=HIGH)
+        for panel in panels:
+            panel.layout = wr.Layout(w=WIDE, h=HIGH)  # the grid finds it a place
         blocks += [wr.H1(title), wr.P(text), wr.PanelGrid(runsets=[wr.Runset(groupby=["config.optim.name"])], panels=panels)]
     report = wr.Report(entity=entity, project=project, title=NAME, width="fluid", blocks=blocks)
     workspace = ws.Workspace(

@@ -233,7 +233,7 @@ class Passes:
         else:
             reduced, blocks = 0 if self.waits else 4 * n.block, self.share(self.shape.num_layers * n.block)
             yield self.gathered(0) + Parts({"gathered": reduced, "gradients": known or blocks, "head": (2 + self.shape.tied) * table})
-            yield Parts({"gathered": 8 * n.root, "gradients": self.gradients})
+            yield Parts({"gathered": 8 * n.root, "gradients": known or blocks})  # the root's own, and the copy that is reduced
 
 
 def planned_device(config: Config) -> str:

@@ -74,6 +74,7 @@ class Wandb:
         self._rows = rows
         self._notice = notice
         self._last = -1  # step that W&B has
+        self._exit_code: int | None = None
         self._queue: SimpleQueue[Callable[[Any], object] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
@@ -89,6 +90,7 @@ class Wandb:
 
     def close(self, exit_code: int) -> None:
         """Finishes the run, within the time of a failed start and of an upload without a network."""
+        self._exit_code = exit_code
         if exit_code == EXIT_PREEMPTED:
             self.send(lambda run: run.mark_preempting())
         self.send(lambda run: self._finish(run, exit_code))
@@ -123,7 +125,6 @@ class Wandb:
             x_transaction_log_flush_interval=1.0,
             console="off",  # it would catch each redraw of the live line
             silent=True,
-            reinit="create_new",  # a sweep may train several runs in one process
         )
         dir, wandb_id = Path(self._arguments["dir"]), self._arguments["id"]
         recorded = max((last_step(path) for path in records_of(dir) if id_of(path) == wandb_id), default=-1)
@@ -165,7 +166,8 @@ class Wandb:
     def _remedy(self) -> str:
         if self._mode == "offline":
             return f"; `wandb sync {self._arguments['dir']}/wandb/offline-run-*` uploads what was recorded"
-        return f"; {self._arguments['dir']}/metrics.jsonl has every row, and the run's next start sends W&B what it lacks"
+        later = "" if self._exit_code == 0 else ", and the run's next start sends W&B what it lacks"
+        return f"; {self._arguments['dir']}/metrics.jsonl has every row{later}"
 
 
 def records_of(dir: Path) -> list[Path]:
@@ -195,7 +197,7 @@ def last_step(path: Path) -> int:
 def read_records(path: Path, begin: int = 0) -> Iterator[Any]:
     """The records of a .wandb file from the beginning of a block on: 7 bytes of header, then a LevelDB log of protobufs. It ends where the
     file was cut short or is damaged."""
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made at run time
 
     whole, first, last = 1, 2, 4  # kinds of parts; 3 is one in the middle

@@ -77,7 +77,7 @@ def test_panels_show_what_runs_log(tmp_path, tiny):
     assert [section["name"] for section in values(specification["workspace"], "sections")[0]] == TITLES
 
 
-def test_panels_of_a_report_do_not_overlap():
+def test_panels_of_a_report_lie_two_in_a_row():
     report = dashboard.specification(*dashboard.build("me", "p"))["report"]
     for block in (block for block in report["spec"]["blocks"] if block["type"] == "panel-grid"):
         places = [(layout["x"], layout["y"]) for layout in values(block, "layout")]

@@ -23,6 +23,7 @@ from tests.fake import fake_processes
 SMALL = ["device=cpu", "model.num_layers=4", "model.num_heads=4", "model.width=192", "model.max_length=192", "batch.length=192",
          "batch.sequences=4", "schedule.steps=100"]  # fmt: skip
 LARGE_VOCABULARY = ["tokenizer=bpe", "tokenizer.vocab_size=50304", "model.num_layers=2", "model.width=64", "batch.length=64", "batch.sequences=4"]
+WIDE = ["model.width=384", "batch.length=32"]
 LLAMA = ["model.norm=rmsnorm", "model.positions=rope", "model.activation=swiglu", "model.tied=false"]
 SHAPES = {
     "nanodo": [],
@@ -33,6 +34,8 @@ SHAPES = {
     "qk-norm, soft-cap": ["model.qk_norm=true", "model.logit_softcap=30.0"],
     "longer": ["batch.length=384", "model.max_length=384", "batch.sequences=2"],
     "micro-batches": ["batch.micro=1"],
+    "wide": WIDE,
+    "wide, micro-batches": [*WIDE, "batch.micro=1"],
     "large vocabulary": LARGE_VOCABULARY,
     "large vocabulary, quiet": LARGE_VOCABULARY,
     "large vocabulary, micro-batches": [*LARGE_VOCABULARY, "batch.micro=1"],
@@ -61,8 +64,10 @@ SHARDED = {
     "2, bf16, checkpointed, rebuild": (2, 1, "precision=bf16", "activation_checkpointing=true", *RULES["functional, rebuild"]),
     "2, summed at the last micro-batch": (2, 1, "precision=fp32", "parallel.sync=last", "batch.micro=1"),
     "4, bf16, summed at the last micro-batch": (4, 1, "precision=bf16", "optim=sam", "parallel.sync=last", "batch.micro=1", "batch.sequences=8"),
-    "4, wide": (4, 1, "precision=fp32", "optim=sam", "model.width=384", "batch.length=32"),
-    "2 x 2, blocks stay": (4, 2, "precision=bf16", "optim=sam", "parallel.reshard_after_forward=false", "batch.length=32"),
+    "4, wide": (4, 1, "precision=fp32", "optim=sam", *WIDE),
+    "2 x 2, blocks stay": (4, 2, "precision=bf16", "parallel.reshard_after_forward=false", "batch.length=64", "model.num_layers=8"),
+    "4, large vocabulary": (4, 1, "precision=fp32", *LARGE_VOCABULARY),
+    "4, large vocabulary, llama, few tokens": (4, 1, "precision=fp32", *LARGE_VOCABULARY, *LLAMA, "batch.length=16"),
     "4, large vocabulary, rebuild": (4, 1, "precision=bf16", *LARGE_VOCABULARY, *RULES["functional, rebuild"]),
     "2 x 2, large vocabulary, look": (4, 2, "precision=bf16", *LARGE_VOCABULARY, *RULES["look"]),
     "1, bf16": (1, 1, "precision=bf16", "optim=sam"),
@@ -154,11 +159,11 @@ def measured(config: Config, plan: Plan, layout: Layout, logged: bool) -> int:
 
 
 def compare(overrides: list[str], layout: Layout | None = None, logged: bool = True) -> None:
-    """The estimate lies within a tenth of what a step needs."""
+    """The estimate lies within a twentieth of what a step needs: a tenth is promised, and would hide parts."""
     config = compose([*SMALL, *overrides])
     plan = make_plan(config)
     found, planned = measured(config, plan, layout or Layout(), logged), estimate(config, plan.model, logged)
-    assert abs(planned.total / found - 1) < 0.1, (f"planned {planned.total / found:.3f} of {found / 2**20:.1f} MiB", planned)
+    assert abs(planned.total / found - 1) < 0.05, (f"planned {planned.total / found:.3f} of {found / 2**20:.1f} MiB", planned)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -194,8 +199,8 @@ def test_a_later_row_costs_what_it_shows():
     assert estimate(config, shape).total > 1.3 * estimate(config, shape, logged=False).total
 
 
-@pytest.mark.parametrize("size", [12, 20, 28, 40, 56])
-def test_what_does_not_fit_is_told_the_first_change_that_makes_it_fit(size):
+@pytest.mark.parametrize(("size", "change"), [(61, ["optim.cotangent=rebuild"]), (56, ["batch.micro=4"]), (40, None), (28, None), (12, None)])
+def test_what_does_not_fit_is_told_the_first_change_that_makes_it_fit(size, change):
     large = ["model=nanodo_1208m", "optim=functional_sam", "optim.cotangent=store", "tokenizer=bpe", "tokenizer.vocab_size=32768", "device=cuda",
              "precision=bf16", "batch.length=2048", "batch.sequences=64", "batch.micro=8", "plan_only=true"]  # fmt: skip
     config = compose(large)
@@ -203,6 +208,7 @@ def test_what_does_not_fit_is_told_the_first_change_that_makes_it_fit(size):
     advice = remedy(config, shape, size * 2**30)
     assert advice.startswith("with ")
     told = advice.removeprefix("with ").split()
+    assert told == (change or told)
     assert estimate(config, shape).total > room >= estimate(compose([*large, *told]), shape).total
     tried = [" ".join(f"{name}={str(value).lower()}" for name, value in change.items()) for change in changes(config)]
     before = list(changes(config))[: tried.index(" ".join(told))]

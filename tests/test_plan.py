@@ -105,7 +105,7 @@ def test_a_plan_may_be_for_any_number_of_processes_a_run_not(monkeypatch, launch
 
 def test_what_fits_is_said_of_common_devices_or_the_one_that_is_named():
     assert rows("device=cuda")["fits on"] == "A100 40 GB: yes; A100 80 GB: yes; H100 80 GB: yes; H200 141 GB: yes"
-    assert rows("device=cuda", "device_memory=0.02")["fits on"].startswith("0.02 GiB: with batch.micro=")
+    assert rows("device=cuda", "device_memory=0.005")["fits on"].startswith("0.005 GiB: with batch.micro=")
     assert "in bfloat16" in rows("device=cuda")["memory, about"] and "on cpu in float32" in rows("precision=fp32")["memory, about"]
     assert "fits on" not in rows()
 

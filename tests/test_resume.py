@@ -13,7 +13,7 @@ import pytest
 
 from launch.preemption import EXIT_PREEMPTED, SIGNALS
 from tests.runs import ROOT, STEPS, Server, assert_same_run, assert_same_tensors, content, rows, tensors
-from tests.test_tracking import read_wandb
+from tests.test_wandb import read_wandb
 
 
 @pytest.fixture(scope="module")

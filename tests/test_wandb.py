@@ -270,7 +270,7 @@ def test_network_that_goes_away_costs_neither_the_run_nor_a_row(run):
         first.log(1, 5)
         wandb_id = server.wait_for_step(5)
     first.log(6, 10)
-    assert re.search(r"W&B: tracking ended, .*; \S+/metrics.jsonl has every row.*\nclosed\n", first.close())
+    assert re.search(r"W&B: tracking ended, .*; \S+/metrics.jsonl has every row, and the .*\nclosed\n", first.close())
     assert steps(server.runs[wandb_id].rows) == [1, 2, 3, 4, 5]
     with Server(server) as again:
         second = Online(run, again.environment, f", wandb_id={wandb_id!r}, resumed_step=8")
