@@ -205,8 +205,7 @@ class Passes:
             for left in {L, max(1, L - 1), 1}:
                 for grown, activations in ((D * self.shape.hidden_width, left * kept + inside), (self.held.block, (left - 1) * kept + 8 * N * D)):
                     yield "backward", live + self.backward(left, grown, later, known) + Parts({"activations": activations + ends})
-            for parts in self.end(later, known):
-                yield "backward", live + parts + Parts({"activations": ends})
+            yield "backward", live + self.end(later, known) + Parts({"activations": ends})
 
     def backward(self, left: int, grown: int, later: bool, known: int) -> Parts:
         """Beside activations: the backward of a block, with so many blocks `left`, and gradients of `grown` of its weights."""
@@ -223,17 +222,15 @@ class Passes:
         """Bytes of gradients of so many numbers of weights after the first backward, where there are shards."""
         return 4 * numbers if self.waits else 0 if self.parallel.cpu_offload else 4 * numbers // (self.shards or 1)
 
-    def end(self, later: bool, known: int) -> Iterator[Parts]:
+    def end(self, later: bool, known: int) -> Parts:
         """All gradients, and that of the embedding, which is dense, with what it is added to: the head's, out of place where the head is
         tied, and those of earlier micro-batches."""
         n, s, table = self.held, self.head.size, 4 * self.head.table
         if self.shards is None:
             pending = s * self.shape.num_layers * n.block * (later and s == 2)
-            yield Parts({"gradients": self.gradients + pending, "head": table * (2 * self.shape.tied + bool(known))})
-        else:
-            reduced, blocks = 0 if self.waits else 4 * n.block, self.share(self.shape.num_layers * n.block)
-            yield self.gathered(0) + Parts({"gathered": reduced, "gradients": known or blocks, "head": (2 + self.shape.tied) * table})
-            yield Parts({"gathered": 8 * n.root, "gradients": known or blocks})  # the root's own, and the copy that is reduced
+            return Parts({"gradients": self.gradients + pending, "head": table * (2 * self.shape.tied + bool(known))})
+        reduced, blocks = 0 if self.waits else 4 * n.block, self.share(self.shape.num_layers * n.block)
+        return self.gathered(0) + Parts({"gathered": reduced, "gradients": known or blocks, "head": (2 + self.shape.tied) * table})
 
 
 def planned_device(config: Config) -> str:
