@@ -172,3 +172,4 @@ def test_the_script_for_many_nodes_puts_its_job_back_unless_it_is_cancelled(slur
     said = log.read_text()
     assert said.count("SIGUSR1: saved step") == 1 and said.count("resumed from") == 2
     assert [row["step"] for row in rows(run)] == list(range(steps + 1))
+    assert "JobState=CANCELLED" in slurm.call("scontrol", "show", "job", cancelled)

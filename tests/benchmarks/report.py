@@ -1,7 +1,7 @@
 """The time of a report of 200 finished runs: python tests/benchmarks/report.py RUN_DIR [ROWS_OF_EACH]
 
 RUN_DIR is a finished run of a rule with a radius. 8 methods x 5 learning rates x 5 seeds are made from it, with 3000 rows each (1.2 KB a row).
-2 cores of a shared AMD EPYC machine, 2026-11-21: 10 s of CPU time for 700 MB, of which 4 s are the start.
+2 cores of an AMD EPYC machine with other work on it, 2026-11-21: 11.4 s for 671 MB.
 """
 
 import json
