@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.ranks import BF16, REPLICA, RULES
-from tests.runs import ROOT, assert_same_tensors, rows, tensors, torchrun
+from tests.runs import ROOT, rows, torchrun
 
 KINDS = ("fsdp 1", "fsdp 2", "fsdp 4", "hsdp 4")
 CASES = [f"{kind}: {name}" for kind in KINDS for name in [*RULES, *(f"{name}, by replica" for name in REPLICA if kind == "hsdp 4")]]
@@ -67,12 +67,12 @@ def assert_same_curve(ours: list[dict], theirs: list[dict]) -> None:
 
 
 def test_a_run_goes_on_on_other_numbers_of_processes(tmp_path, overrides, whole):
-    """4 save, 2 go on with everything on the CPU, 2 replicas of 1 finish, with a signal to one process each time but the last."""
+    """4 save, 2 go on with everything on the CPU, 4 finish as 2 replicas of 2, with a signal to one process each time but the last."""
     folder = tmp_path / "run"
     for world, until, *keys in (
         (4, 3, "parallel=fsdp", "parallel.sync=last"),
         (2, 6, "parallel=fsdp", "parallel.cpu_offload=true"),
-        (2, 13, "parallel=hsdp", "parallel.reshard_after_forward=false"),
+        (4, 13, "parallel=hsdp", "parallel.reshard_after_forward=false"),
     ):
         process = torchrun(world, str(ROOT / "train.py"), *overrides, f"dir={folder}", *keys, "checkpoint.every=2")
         end = time.monotonic() + 200
@@ -87,23 +87,6 @@ def test_a_run_goes_on_on_other_numbers_of_processes(tmp_path, overrides, whole)
         assert process.returncode == 0 or until < 12, out[-3000:]
         assert until > 12 or ("received SIGUSR1" in out and ": saved step" in out), out[-3000:]
     assert_same_curve(rows(folder), rows(whole))
-
-
-def test_as_many_processes_resume_bit_for_bit(tmp_path, overrides):
-    undisturbed, resumed = tmp_path / "undisturbed", tmp_path / "resumed"
-    run(2, *overrides, "model.dropout=0.1", "parallel=fsdp", f"dir={undisturbed}", "schedule.steps=8")
-    process = torchrun(
-        2, str(ROOT / "train.py"), *overrides, "model.dropout=0.1", "parallel=fsdp", f"dir={resumed}", "schedule.steps=8", "checkpoint.every=3"
-    )
-    while not list(resumed.glob("checkpoints/step_*3")):
-        assert process.poll() is None
-        time.sleep(0.005)
-    for worker in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split():
-        os.kill(int(worker), signal.SIGKILL)
-    process.communicate(timeout=100)
-    run(2, *overrides, "model.dropout=0.1", "parallel=fsdp", f"dir={resumed}", "schedule.steps=8", "checkpoint.every=3")
-    assert_same_tensors(tensors(undisturbed, 8), tensors(resumed, 8))
-    assert rows(undisturbed) == rows(resumed)
 
 
 def test_one_process_may_be_sharded(tmp_path, overrides, whole):

@@ -151,8 +151,8 @@ def test_slurms_refusal_is_one_line(slurm, home, tiny, monkeypatch):
 
 def test_the_script_for_many_nodes_puts_its_job_back_unless_it_is_cancelled(slurm, home, tiny):
     """First it is cancelled, which saves; then, submitted again, it is asked to save as before its time limit."""
-    run, log, steps = home / "script" / "run", home / "script.log", 500
-    keys = [*tiny, "parallel=fsdp", f"schedule.steps={steps}", "checkpoint.every=1000", "evaluation.every=250", f"dir={run}"]
+    run, log, steps = home / "script" / "run", home / "script.log", 300
+    keys = [*tiny, "parallel=fsdp", f"schedule.steps={steps}", "checkpoint.every=1000", "evaluation.every=150", f"dir={run}"]
     options = ["--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=2", f"--chdir={ROOT}", f"--output={log}",
                f"--export=ALL,OMP_NUM_THREADS=1,PATH={Path(sys.executable).parent}:{os.environ['PATH']}"]  # fmt: skip
 

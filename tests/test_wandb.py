@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import types
 from pathlib import Path
 
@@ -75,7 +76,7 @@ print(run.wandb_id)
 def sync(dir: Path, **environment: str) -> str:
     """What `wandb sync DIR/wandb/offline-run-*` says."""
     command = [Path(sys.executable).parent / "wandb", "sync", *dir.glob("wandb/offline-run-*")]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=dir, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -239,48 +240,61 @@ print("closed")
 
 
 class Online:
-    """A start of a run whose rows are logged when the test says so."""
+    """A start of a run that W&B's server has heard of, and whose rows are logged when the test says so."""
 
     def __init__(self, dir: Path, environment: dict[str, str], keys: str = "", code: int = 0, finish: float = 30.0) -> None:
         script = PRELUDE + ONLINE.format(keys=keys, code=code, finish=finish)
         self.process = subprocess.Popen([sys.executable, "-c", script, str(dir)], env={**os.environ, **environment}, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
         self.said = ""
+        self.until("W&B: http")
 
-    def log(self, first: int, last: int) -> None:
-        """Returns when the run has logged these rows."""
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(f"{first} {last}\n")
-        self.process.stdin.flush()
-        while (line := self.process.stdout.readline()) != "logged\n":
+    def until(self, beginning: str) -> None:
+        """Reads what the run says up to a line with this beginning."""
+        assert self.process.stdout
+        while not self.said.splitlines()[-1:] or not self.said.splitlines()[-1].startswith(beginning):
+            line = self.process.stdout.readline()
             assert line, self.said
             self.said += line
 
+    def log(self, first: int, last: int) -> None:
+        """Returns when the run has logged these rows."""
+        assert self.process.stdin
+        self.process.stdin.write(f"{first} {last}\n")
+        self.process.stdin.flush()
+        self.until("logged")
+
+    def end(self) -> None:
+        """Lets the run end."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.stdin = None
+
     def close(self) -> str:
-        """Ends the run; returns all it has said."""
+        """Waits until it has; returns all it has said."""
         self.said += self.process.communicate(timeout=60)[0]
         assert self.process.returncode == 0
         return self.said
 
 
 def test_network_that_goes_away_costs_neither_the_run_nor_a_row(run):
-    """First it stays away until the run is stopped, then it comes back in the middle."""
+    """In the second start it stays away until the run is stopped, in the third it comes back while the run ends."""
     with Server() as server:
-        first = Online(run, server.environment, code=75, finish=1.0)
-        first.log(1, 5)
-        wandb_id = server.wait_for_step(5)
-    first.log(6, 10)
-    assert re.search(r"W&B: tracking ended, .*; \S+/metrics.jsonl has every row, and the .*\nclosed\n", first.close())
+        wandb_id = start(run, "online", 1, 5, 75, **server.environment)
+        assert steps(server.runs[wandb_id].rows) == [1, 2, 3, 4, 5]
+        second = Online(run, server.environment, f", wandb_id={wandb_id!r}, resumed_step=4", code=75, finish=1.0)
+    second.log(5, 10)
+    assert re.search(r"W&B: tracking ended, .*; \S+/metrics.jsonl has every row, and the .*\nclosed\n", second.close())
     assert steps(server.runs[wandb_id].rows) == [1, 2, 3, 4, 5]
     with Server(server) as again:
-        second = Online(run, again.environment, f", wandb_id={wandb_id!r}, resumed_step=8")
-        second.log(9, 11)
-        again.wait_for_step(11)
-    second.log(12, 13)
+        third = Online(run, again.environment, f", wandb_id={wandb_id!r}, resumed_step=8")
+        third.log(9, 12)
+    third.log(13, 14)
+    third.end()
+    time.sleep(1.0)  # W&B tries in vain
+    assert steps(again.runs[wandb_id].rows) == [1, 2, 3, 4, 5]
     with Server(again) as back:
-        second.log(14, 14)
-        back.wait_for_step(14)
-        assert second.close().endswith("closed\n")
+        assert third.close().endswith("logged\nclosed\n")
         assert list(back.runs) == [wandb_id]
         assert steps(back.runs[wandb_id].rows) == list(range(1, 15))
         assert back.runs[wandb_id].exit_code == 0

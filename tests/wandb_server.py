@@ -48,7 +48,6 @@ class Server(ThreadingHTTPServer):
         self.projects: list[str] = []
         self.views: list[dict[str, Any]] = []
         self.connections: list[socket.socket] = []
-        self.arrived = threading.Condition()
 
     @property
     def url(self) -> str:
@@ -78,12 +77,6 @@ class Server(ThreadingHTTPServer):
         connection, address = super().get_request()
         self.connections.append(connection)
         return connection, address
-
-    def wait_for_step(self, step: int, timeout: float = 30.0) -> str:
-        """Waits until the row of a step has arrived; returns the id of its run."""
-        with self.arrived:
-            assert self.arrived.wait_for(lambda: any(step in (row["step"] for row in run.rows) for run in self.runs.values()), timeout)
-        return next(name for name, run in self.runs.items() if step in (row["step"] for row in run.rows))
 
     def answer(self, operation: str, asked: dict[str, Any]) -> dict[str, Any]:
         """The data of a GraphQL operation; an operation that nobody needs an answer to gets none."""
@@ -142,8 +135,6 @@ class Server(ThreadingHTTPServer):
                 run.summary |= json.loads(part["content"][-1])
         if chunk.get("complete"):
             run.exit_code = chunk["exitcode"]
-        with self.arrived:
-            self.arrived.notify_all()
 
 
 class Handler(BaseHTTPRequestHandler):
