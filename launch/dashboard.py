@@ -126,12 +126,12 @@ def main(arguments: list[str]) -> None:
             import wandb_workspaces  # noqa: F401
         except ImportError:
             raise ValueError("wandb-workspaces is missing, which builds W&B's pages; pip install -e '.[report]'") from None
-        wandb.setup(settings=wandb.Settings(silent=True))
         tracking = compose([]).tracking
         entity, project = options.entity or tracking.entity, options.project or tracking.project
         why = "offline" if options.offline else "no key found (`wandb login` stores one)" if not has_wandb_key() else ""
         if not why:
             try:
+                wandb.setup(settings=wandb.Settings(silent=True))
                 workspace, report = build(entity or wandb.Api().default_entity or "", project)
                 print(f"report: {report.save().url}")  # first, for it makes the project where there is none
                 print(f"workspace: {workspace.save().url}")
