@@ -81,7 +81,7 @@ def test_keys_that_are_not_read_do_not(name):
 def test_what_may_change_on_resume():
     """Listed here a second time, so that nobody marks a key that matters by accident."""
     logging = {name for name in KEYS if name.startswith(("evaluation.", "checkpoint.", "tracking.", "parallel."))}
-    others = {"dir", "device", "profile", "minutes", "max_skipped", "plan_only", "help", "activation_checkpointing",
+    others = {"dir", "device", "profile", "minutes", "max_skipped", "plan_only", "print_only", "device_memory", "help", "activation_checkpointing",
               "data.cache", "data.workers", "tokenizer.path", "optim.diagnostics_every", "optim.cotangent_share"}  # fmt: skip
     assert set(MUTABLE) == logging | others & set(KEYS)
 
