@@ -10,8 +10,7 @@ with the weights of a run that never stopped.
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ from launch.process import (
     choose_device,
     choose_precision,
     keep_freed_memory,
-    peak_flops,
     processes,
     profiler,
     rank_and_world,
@@ -40,7 +38,7 @@ from launch.process import (
 from launch.replicated import refuse_divergence, replicated
 from launch.saver import Saver
 from launch.snapshot import snapshot_code
-from launch.state import Progress, branch, restore, tensors_of
+from launch.state import Interval, Progress, branch, restore, tensors_of
 from launch.tracking import Silent, Tracker, loss_at_flops, read_rows
 from launch.watchdog import Watchdog
 from model import GPT, checkpoint_path, load
@@ -157,7 +155,7 @@ class Run:
         self.announce()
         progress, steps, code = self.progress, self.plan.schedule.steps, 0
         self.prefetcher = Prefetcher(self.loader, progress.step, pin=self.device.type == "cuda")
-        self.mark_interval()
+        self.interval = Interval(progress, self.prefetcher.seconds_waiting)
         profile = profiler(self.folder / "trace.json") if self.settings.profile and self.layout.main else None
         while True:
             self.evaluate_if_due()
@@ -242,33 +240,16 @@ class Run:
     def make_row(self, lr: float, norm: float, metrics: dict[str, Any]) -> None:
         """What is logged of this step: means and speeds are taken since the last row."""
         progress = self.progress
-        seconds, tokens = time.perf_counter() - self.interval_began, progress.tokens - self.interval_tokens
-        speed = tokens / seconds
         progress.row = {
             "train/loss": progress.loss_sum / progress.loss_tokens if progress.loss_tokens else None,
             "optim/lr": lr,
             "grad/norm": norm,
             "skipped": progress.skipped,
             **{name: float(value) for name, value in metrics.items()},
-            "perf/tokens_per_second": speed,
-            "perf/data_wait": (self.prefetcher.seconds_waiting - self.interval_waiting) / seconds,
+            **self.interval.speeds(progress, self.prefetcher.seconds_waiting, self.plan, self.settings.activation_checkpointing, self.device),
         }
-        if self.device.type == "cuda":
-            progress.row["perf/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        if peak := peak_flops(self.device):
-            useful = self.plan.flops_per_step * (progress.step - self.interval_step)
-            recomputed = self.settings.activation_checkpointing * (self.plan.forward.body + self.plan.forward.attention) * self.plan.tokens_per_step
-            executed = progress.flops - self.interval_flops + recomputed * (progress.backwards - self.interval_backwards)
-            progress.row |= {"perf/mfu": useful / seconds / peak, "perf/hardware_mfu": executed / seconds / peak}
         progress.loss_sum, progress.loss_tokens = 0.0, 0
-        self.mark_interval()
-
-    def mark_interval(self) -> None:
-        """Begins the interval of the next row; evaluations and saves are no part of it."""
-        self.interval_began = time.perf_counter()
-        self.interval_step, self.interval_tokens, self.interval_flops = self.progress.step, self.progress.tokens, self.progress.flops
-        self.interval_backwards = self.progress.backwards
-        self.interval_waiting = self.prefetcher.seconds_waiting
+        self.interval = Interval(progress, self.prefetcher.seconds_waiting)
 
     def evaluation_due(self) -> bool:
         """At the first step, at every interval and at the end, once."""
@@ -280,7 +261,7 @@ class Run:
         if not self.evaluation_due():
             return
         self.layout.enter("evaluating", self.progress.step, FIRST if self.progress.step == self.start else 1.0)
-        with self.pause():
+        with self.interval.pause():
             found = evaluate(self.model, self.sets, self.micro, self.autocast, lambda: bool(self.preemption.requested), self.layout)
         if found is not None:
             self.progress.evaluated, self.progress.validation = self.progress.step, found
@@ -314,7 +295,7 @@ class Run:
             "wandb_id": self.tracker.wandb_id,
         }
         self.layout.enter("saving", self.progress.step)
-        with self.pause():
+        with self.interval.pause():
             self.end_save()
             self.compare()
             self.tracker.sync()
@@ -372,13 +353,6 @@ class Run:
     def autocast(self) -> AbstractContextManager:
         """The run's compute precision."""
         return autocast(self.device, self.dtype)
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Stops the clock of the interval."""
-        began = time.perf_counter()
-        yield
-        self.interval_began += time.perf_counter() - began
 
 
 if __name__ == "__main__":

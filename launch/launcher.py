@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,13 +23,22 @@ class SweepLauncher(Launcher):
         """Hydra hands over the settings one by one; `setup` gets them whole."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.loader, self.config = hydra_context.config_loader, config
+        loader, self.config = hydra_context.config_loader, config
+        compose: Any = loader.load_sweep_config
+
+        @cache
+        def composed(*overrides: str) -> DictConfig:
+            return compose(config, list(overrides))
+
+        # Hydra composes every combination before the launch, to see that it can be; what comes out is used here again.
+        vars(loader)["load_sweep_config"] = lambda master_config, sweep_overrides: composed(*sweep_overrides)
+        self.composed = composed
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Starts what there is to start; returns where all of that went well, and exits with a code where it did not."""
         from launch.sweep import sweep  # Hydra imports every launcher on every start
 
-        combinations = [(list(overrides), self.loader.load_sweep_config(self.config, list(overrides))) for overrides in job_overrides]
+        combinations = [(list(overrides), self.composed(*overrides)) for overrides in job_overrides]
         settings: Any = OmegaConf.to_object(self.config.hydra.launcher)
         if code := sweep(combinations, settings, Path(self.config.hydra.sweep.dir)):
             raise SystemExit(code)

@@ -1,14 +1,20 @@
 """The state of a run: what its checkpoints hold, and how a run takes it over from one, its own or another's."""
 
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from conf.schema import Config
 from data import Corpus
 from launch import checkpoint, identity
+from launch.plan import Plan
+from launch.process import peak_flops
 from model import GPT, checkpoint_path
 from model.sharding import Layout, load_weights, reshard
 from optim import Gradient
@@ -35,6 +41,34 @@ class Progress:
     evaluated: int = -1  # step of the last evaluation
     validation: dict[str, float] = field(default_factory=dict)  # what it found
     row: dict[str, Any] = field(default_factory=dict)  # of this step, not logged yet: it waits for the step's evaluation
+
+
+class Interval:
+    """What goes by from one row to the next, evaluations and saves left out: the speeds of a row are taken over it."""
+
+    def __init__(self, progress: Progress, waited: float) -> None:
+        self.began, self.first, self.waited = time.perf_counter(), replace(progress), waited
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Stops the clock."""
+        began = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - began
+
+    def speeds(self, progress: Progress, waited: float, plan: Plan, recomputes: bool, device: torch.device) -> dict[str, float]:
+        """Tokens a second and the share of time that `waited`, seconds of waiting for data, grew by; on GPUs their memory and, where their
+        peak is known, the share of it that AdamW's passes would need (mfu) and that was executed, recomputed blocks included."""
+        seconds = time.perf_counter() - self.began
+        found = {"perf/tokens_per_second": (progress.tokens - self.first.tokens) / seconds, "perf/data_wait": (waited - self.waited) / seconds}
+        if device.type == "cuda":
+            found["perf/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if peak := peak_flops(device):
+            useful = plan.flops_per_step * (progress.step - self.first.step)
+            recomputed = recomputes * (plan.forward.body + plan.forward.attention) * plan.tokens_per_step
+            executed = progress.flops - self.first.flops + recomputed * (progress.backwards - self.first.backwards)
+            found |= {"perf/mfu": useful / seconds / peak, "perf/hardware_mfu": executed / seconds / peak}
+        return found
 
 
 def tensors_of(model: GPT, optimizer: Optimizer, rule: Gradient, layout: Layout) -> dict[str, dict[str, Tensor]]:

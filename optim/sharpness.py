@@ -148,7 +148,8 @@ class SharpnessAware(Gradient):
         """Adds the gradient of one group, at a moved point of its own, to p.grad, and g to `clean` if somebody wants it. False where
         the ascent is not finite. Without `clean` nothing is remembered of the step."""
         tokens, q = sum(micro.tokens for micro in group), {} if self.direction.needs_gradient else self.along({})
-        if tokens == 0 or not (self.direction.needs_gradient or q):  # nothing counted, or nothing to move along yet
+        counted = result.tokens if self.axes.scope == "replica" else tokens  # replicas go on together, an empty one without a move
+        if counted == 0 or not (self.direction.needs_gradient or q):  # nothing counted, or nothing to move along yet
             self.plain(group, result, logged)
             return True
         random, weight, earlier, gradients = random_state(), tokens / result.tokens, take_gradients(self.parameters), {}
@@ -206,7 +207,7 @@ class SharpnessAware(Gradient):
         self, group: list[Micro], terms: Terms, weight: float, result: RuleResult, random: dict[str, Tensor], logged: bool
     ) -> dict[str, Tensor]:
         """The clean losses and cotangents of a group, and the gradient of its mean ascent loss if that is wanted."""
-        axes, tokens = self.axes, sum(micro.tokens for micro in group)
+        axes, tokens = self.axes, max(1, sum(micro.tokens for micro in group))
         counted = torch.stack([micro.counted_B.count_nonzero() for micro in group]).sum()
         if axes.weights == "delta" and int(self.add(counted)) > 1:  # one instance weighs 1
             with same_buffers(self.module):
@@ -285,12 +286,13 @@ class SharpnessAware(Gradient):
 
     def keep(self, clean: dict[str, Tensor], gradients: dict[str, Tensor], moving: list[str], weight: float) -> None:
         """Adds up g over the groups where somebody wants it. With one group the direction is told at once, so that g can be let go of."""
-        if self.told and weight == 1 and self.axes.combine == "replace":
+        whole = weight == 1 and self.axes.scope != "replica"
+        if self.told and whole and self.axes.combine == "replace":
             self.direction.saw({name: gradients[name] for name in moving})
         elif self.told or self.axes.combine != "replace":
             self.memory = {}  # there will be a new one
             for name, gradient in gradients.items():
-                own = gradient if weight == 1 else self.whole(gradient * weight)
+                own = gradient if whole else self.whole(gradient * weight)
                 clean[name] = clean[name].add_(own) if name in clean else own
 
     def add(self, values: Tensor) -> Tensor:

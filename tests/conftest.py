@@ -15,6 +15,13 @@ from tests.runs import ROOT, TINY, torchrun
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for a busy core spin: ten times slower beside other work
 
+LONGEST = ("test_distributed", "test_slurm", "test_survival", "test_wandb", "test_hf")
+
+
+def pytest_collection_modifyitems(items):
+    """Where several workers share the files, the longest ones begin first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):

@@ -113,6 +113,9 @@ def compare(shape: GPTConfig, axes: dict[str, Any], layout: Layout, dtype: torch
     found = dict.fromkeys(("loss", "gradient", "metrics", "weights"), 0.0)
     for step in range(steps):
         micros = batch(generator)
+        if axes.get("scope") == "replica" and step == 1:
+            for _, targets_BxT in micros:
+                targets_BxT[2:] = -100  # one replica counts none
         if step >= 2 and axes.get("scope") != "micro_batch":
             micros = [(torch.cat(tokens), torch.cat(targets)) for tokens, targets in [zip(*micros, strict=True)]]
         with torch.autocast("cpu", torch.bfloat16, enabled="compute" in sharding):
@@ -157,6 +160,18 @@ def synchronised(shape: GPTConfig, axes: dict[str, Any], layout: Layout, dtype: 
             optimizer.step()
             optimizer.zero_grad()
     return found
+
+
+def wandering(layout: Layout, steps: int, **sharding: Any) -> float:
+    """How many shards replicas hold that are not the same bit for bit, after so many steps of SAM, each perturbed on its own."""
+    generator = torch.Generator().manual_seed(1)
+    model, optimizer, rule = make(TIED, torch.float32, RULES["sam"] | {"scope": "replica"}, layout, **sharding)
+    for _ in range(steps):
+        with torch.autocast("cpu", torch.bfloat16, enabled="compute" in sharding):
+            rule.gradient(part(batch(generator)[:1], layout.rank, layout.world), logged=False)
+        optimizer.step()
+        optimizer.zero_grad()
+    return apart(model, layout)
 
 
 def apart(model: GPT, layout: Layout) -> float:
@@ -247,6 +262,8 @@ def main(out: str) -> None:
             if world == 4 and kind == "fsdp" and name in BF16:
                 for way, sharding in SHARDING.items():
                     found[f"{case}, sent, {way}"] = sent(axes, replace(layout, sync="last" if way == "last" else "every"), **sharding)
+        if kind == "hsdp":
+            found["wandering"] = {"fp32": wandering(layout, 50), "bf16": wandering(layout, 50, compute=torch.bfloat16)}
     if rank == 0:
         with open(out, "w") as file:
             json.dump(found, file)

@@ -141,6 +141,22 @@ def test_a_run_that_met_its_time_limit_is_started_again_as_often_as_is_set(slurm
     assert "error: Job not requeued because: timed-out too many times." in fare(home / "long")
 
 
+def test_a_run_makes_way_for_a_partition_that_goes_first(slurm, home, tiny, grid, long_run):
+    """Slurm sends TERM, lets the run save for the seconds of grace, kills what is left of the job and puts it back."""
+    undisturbed = grid[0][1]
+    slurm.until(lambda: not slurm.queued(), 240)
+    code, said = sweep(*tiny, *LONG, "optim=adamw", "seed=1", "hydra.sweep.dir=way")
+    assert code == 0, said
+    (job,) = read_jobs(home / "way")
+    slurm.until(lambda: (job.run / "metrics.jsonl").exists() and len(rows(job.run)) > 3, 240)
+    urgent = slurm.call("sbatch", "--parsable", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=sleep 1").strip()
+    slurm.until(lambda: urgent not in slurm.queued() and (job.run / "summary.json").exists(), 240)
+    said = job.log().read_text()
+    assert said.count("received SIGTERM") == 1 and said.count("resumed from") == 1
+    assert_same_tensors(tensors(job.run, STEPS), tensors(undisturbed.run, STEPS))
+    assert rows(job.run) == rows(undisturbed.run)
+
+
 def test_slurms_refusal_is_one_line(slurm, home, tiny, monkeypatch):
     code, said = sweep(*tiny, *LONG, "hydra.sweep.dir=none", "hydra.launcher.partition=nowhere")
     assert code == 2 and re.search(r"^error: Slurm refuses: .*invalid partition", said, re.M), said

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 from conf.schema import LauncherConfig
 from launch.jobs import Job, last_start, queue, quoted, read_jobs, reason, state, write_jobs
@@ -37,6 +38,13 @@ def test_combinations_that_differ_in_nothing_read_are_one_run(home, tiny):
     assert "note:" not in said  # that AdamW reads no radius is what the sweep is about
     assert re.search(r"GPU-hours of those to start: \S+ of A100s or \S+ of H100s", said)
     assert [path.name for path in home.rglob("*") if path.is_file()] == ["multirun.yaml"]  # Hydra's own
+
+
+def test_every_combination_is_composed_once(home, tiny, monkeypatch):
+    composed, load = [], ConfigLoaderImpl.load_sweep_config
+    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", lambda *given: composed.append(given[2]) or load(*given))
+    assert sweep(*tiny, "seed=0,1", "optim=adamw,sam", "print_only=true")[0] == 0
+    assert sorted(overrides[-3:-1] for overrides in composed) == [[f"seed={seed}", f"optim={rule}"] for seed in (0, 1) for rule in ("adamw", "sam")]
 
 
 def test_every_mistake_is_a_line_and_nothing_is_started(home, tiny):
