@@ -13,7 +13,6 @@ import time
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -39,7 +38,7 @@ from launch.replicated import refuse_divergence, replicated
 from launch.saver import Saver
 from launch.snapshot import snapshot_code
 from launch.state import Interval, Progress, branch, restore, tensors_of
-from launch.tracking import Silent, Tracker, loss_at_flops, read_rows
+from launch.tracking import Silent, Tracker, loss_at_flops, read_rows, send_rest
 from launch.watchdog import Watchdog
 from model import GPT, checkpoint_path, load
 from model.hf import start_from
@@ -71,7 +70,8 @@ def main(settings: Config) -> int:
         lock = RunLock(folder)
         layout.on_main(lambda: stack.enter_context(lock), lambda: identity.refuse_another(folder, settings))
         if layout.agreed((folder / "summary.json").exists()):
-            layout.on_main(lambda: print(f"finished already: {folder}/summary.json has its figures; another seed or dir starts another run"))
+            layout.on_main(lambda: print(f"finished already: {folder}/summary.json has its figures; another seed or dir starts another run"),
+                           lambda: send_rest(folder, settings.tracking, name, identity.as_read(settings)))  # fmt: skip
             return 0
         stack.enter_context(watchdog.heartbeats())
         layout.on_main(lambda: checkpoint.remove_partial(folder))
@@ -129,7 +129,7 @@ class Run:
             self.saved.tensors.clear()
             self.origin = f"resumed from {self.saved.path}"
         elif settings.init.run:
-            self.progress = branch(settings, self.model, self.optimizer, self.rule, self.corpus, layout, plan.schedule.steps)
+            self.progress = branch(settings, self.model, self.optimizer, self.rule, self.corpus, layout, plan.schedule)
             self.origin = f"branched from {checkpoint_path(settings.init.run, settings.init.step)}"
         elif settings.init.hf:
             start_from(self.model, settings.init.hf, self.corpus.tokenizer)
@@ -204,9 +204,9 @@ class Run:
             group["lr"] = lr
 
         self.optimizer.zero_grad(set_to_none=True)
-        logged, diagnosed = self.row_due(progress.step + 1)
+        row, measured, diagnosed = self.row_of(progress.step)
         with self.autocast():
-            result = self.rule.gradient(batches, logged, diagnosed)
+            result = self.rule.gradient(batches, measured, diagnosed)
         norm = full_norm(clip_grad_norm_(self.model.parameters(), optim.clip or math.inf)) if result.finite else math.nan
         seen = result.perturbed_loss if result.loss is None else result.loss
         loss = math.nan if seen is None else seen.item()
@@ -229,15 +229,21 @@ class Run:
         flops = self.plan.forward.of(result.forwards, result.backwards, result.head_products)
         progress.flops += round(flops * self.plan.tokens_per_step)
         progress.seconds += time.perf_counter() - began
-        if logged:
-            self.make_row(lr, norm, result.metrics)
+        if measured:
+            progress.measured = {name: float(value) for name, value in result.metrics.items()}
+        if progress.step == row:
+            self.make_row(lr, norm)
 
-    def row_due(self, step: int) -> tuple[bool, bool]:
-        """Whether a row is logged of the update that ends at `step`, and whether diagnostics that cost passes belong to it."""
-        every, diagnostics = self.plan.tracking_every, self.settings.optim.diagnostics_every
-        return step % every == 0 or step == self.plan.schedule.steps, bool(diagnostics) and step % (every * (diagnostics or 1)) == 0
+    def row_of(self, step: int) -> tuple[int, bool, bool]:
+        """The step whose row tells of the update from `step`; whether this update's figures go into it, those of the last one that moves the
+        weights, or else of the last; and whether diagnostics that cost passes belong to them."""
+        schedule, every, diagnostics = self.plan.schedule, self.plan.tracking_every, self.settings.optim.diagnostics_every
+        first = step // every * every
+        row = min(first + every, schedule.steps)
+        told = max((other for other in range(first, row) if schedule.moves(other)), default=row - 1)
+        return row, step == told, step == told and bool(diagnostics) and row % (every * (diagnostics or 1)) == 0
 
-    def make_row(self, lr: float, norm: float, metrics: dict[str, Any]) -> None:
+    def make_row(self, lr: float, norm: float) -> None:
         """What is logged of this step: means and speeds are taken since the last row."""
         progress = self.progress
         progress.row = {
@@ -245,10 +251,10 @@ class Run:
             "optim/lr": lr,
             "grad/norm": norm,
             "skipped": progress.skipped,
-            **{name: float(value) for name, value in metrics.items()},
+            **progress.measured,
             **self.interval.speeds(progress, self.prefetcher.seconds_waiting, self.plan, self.settings.activation_checkpointing, self.device),
         }
-        progress.loss_sum, progress.loss_tokens = 0.0, 0
+        progress.loss_sum, progress.loss_tokens, progress.measured = 0.0, 0, {}
         self.interval = Interval(progress, self.prefetcher.seconds_waiting)
 
     def evaluation_due(self) -> bool:
@@ -318,7 +324,7 @@ class Run:
         plan, settings = self.plan, identity.canonical(self.settings) | asdict(self.settings.parallel)
         settings |= {name: getattr(plan, name) for name in ("evaluation_every", "checkpoint_every", "tracking_every", "micro")}
         values = replicated(settings, self.corpus, self.progress, self.optimizer, self.rule)
-        refuse_divergence(self.layout, values, self.model, self.optimizer)
+        refuse_divergence(self.layout, values, self.model, self.optimizer, self.rule)
 
     def finish(self) -> None:
         """Writes the summary, and prints what the run came to."""

@@ -242,9 +242,15 @@ def check_rule(config: Config) -> None:
     if optim.metric == "adam" and optim.base != "adamw":
         raise ValueError(f"optim.metric=adam needs Adam's second moment, which optim.base={optim.base} does not keep of every weight; "
                          "use optim.base=adamw or optim.metric=euclidean")  # fmt: skip
+    if optim.combine == "reuse" and optim.period == 1:
+        raise ValueError("optim.combine=reuse is about the steps between perturbed ones, and optim.period=1 leaves none; set optim.period=2 or more, "
+                         "or optim.combine=replace")  # fmt: skip
     if optim.direction == "momentum" and optim.base == "sgd" and optim.momentum == 0:
         raise ValueError("optim.direction=momentum needs a momentum, and optim.momentum=0; raise it")
     if is_read(config, "optim.num_groups"):
+        if optim.num_groups == 1:
+            raise ValueError(f"optim.num_groups=1 makes the whole batch one group, so optim.scope={optim.scope} means nothing; set 2 or more, "
+                             "or optim.scope=batch")  # fmt: skip
         size, world = batch.micro or 1, num_processes(config.parallel)
         if batch.sequences % optim.num_groups or batch.sequences // optim.num_groups % (size * world):
             raise ValueError(f"optim.num_groups={optim.num_groups}: {batch.sequences} batch.sequences / {optim.num_groups} groups must be "

@@ -17,7 +17,7 @@ from launch.plan import Plan
 from launch.process import peak_flops
 from model import GPT, checkpoint_path
 from model.sharding import Layout, load_weights, reshard
-from optim import Gradient
+from optim import Gradient, Schedule
 from optim.adamw import load_state_tensors, state_tensors
 from optim.perturbation import random_state, set_random_state
 
@@ -40,6 +40,7 @@ class Progress:
     logged: int = -1  # step of the last row
     evaluated: int = -1  # step of the last evaluation
     validation: dict[str, float] = field(default_factory=dict)  # what it found
+    measured: dict[str, float] = field(default_factory=dict)  # what the rule found in the step that the next row tells of
     row: dict[str, Any] = field(default_factory=dict)  # of this step, not logged yet: it waits for the step's evaluation
 
 
@@ -102,12 +103,12 @@ def restore(saved: checkpoint.Checkpoint, model: GPT, optimizer: Optimizer, rule
     return Progress(**saved.state["progress"])
 
 
-def branch(settings: Config, model: GPT, optimizer: Optimizer, rule: Gradient, corpus: Corpus, layout: Layout, steps: int) -> Progress:
+def branch(settings: Config, model: GPT, optimizer: Optimizer, rule: Gradient, corpus: Corpus, layout: Layout, schedule: Schedule) -> Progress:
     """Starts from a checkpoint of another run: from its weights, and with init.optimizer from its optimiser, step and place in the data too.
     The rule, which may be another, starts without memory at that step.
 
-    Raises ValueError where there is no such checkpoint, where it does not fit this model or these data, or lies beyond the horizon of
-    `steps`."""
+    Raises ValueError where there is no such checkpoint, where it does not fit this model or these data, or lies beyond the horizon
+    or past the beginning of what counts from there."""
     init, ours = settings.init, identity.canonical(settings)
     path = layout.agreed(checkpoint_path(init.run or "", init.step))  # that run may be under way
     try:
@@ -129,6 +130,12 @@ def branch(settings: Config, model: GPT, optimizer: Optimizer, rule: Gradient, c
     saved.tensors["rule"].clear()
     done = restore(saved, model, optimizer, rule, corpus, layout)
     rule.step = done.step
-    if done.step >= steps:
-        raise ValueError(f"schedule.steps={steps} ends before step {done.step} of init.run; lengthen the run")
+    optim = settings.optim
+    unlike = theirs.get("optim.path") == "none" and schedule.first < min(done.step, schedule.stop)
+    if unlike and (optim.compute_matched or optim.rho_schedule in ("warmup", "cosine")):
+        key = "compute_matched=true" if optim.compute_matched else f"rho_schedule={optim.rho_schedule}"
+        raise ValueError(f"optim.{key} counts from optim.start={optim.start:g}, and init.run moved nothing up to step {done.step}; "
+                         f"set optim.start={done.step}")  # fmt: skip
+    if done.step >= schedule.steps:
+        raise ValueError(f"schedule.steps={schedule.steps} ends before step {done.step} of init.run; lengthen the run")
     return Progress(done.step, done.tokens, done.flops, done.forwards, done.backwards, done.seconds, done.perturbed, done.skipped)

@@ -37,7 +37,7 @@ def look_at_move(rule: "SharpnessAware", moving: Sequence[Tensor], copies: Seque
         result.metrics["sharpness/rule_slope"] = slope
         if "sharpness/slope" in result.metrics:
             result.metrics["sharpness/curvature"] = (slope - float(result.metrics["sharpness/slope"])) / length
-    if 0 < cosine < FAITHFUL and not rule.warned:
+    if length > 0 and cosine < FAITHFUL and not rule.warned:
         rule.warned = True
         precision = str(compute_dtype(moving[0])).removeprefix("torch.")
         rule.say(

@@ -51,6 +51,10 @@ class Schedule:
         fractions = {"constant": 1.0, "warmup": min(1.0, progress / self.rho_warmup), "cosine": (1 + math.cos(math.pi * progress)) / 2}
         return self.rho * (self.fraction(step) if self.rho_shape == "lr" else fractions[self.rho_shape])
 
+    def moves(self, step: int) -> bool:
+        """Whether the rule moves the weights in the same update."""
+        return step in range(self.first, self.stop, self.period)
+
     @property
     def perturbed_steps(self) -> int:
         """How many steps move the weights."""

@@ -47,7 +47,7 @@ class SharpnessAware(Gradient):
                      n: |d|; for adam by choice |q| or sqrt(q.d); for adaptive |T q|
         weights      of the instances in the ascent loss: uniform, or delta                      (`optim.delta`)
         scope        batch: one e for the whole batch. micro_batch (mSAM, 2302.09693): one for each element of `batches`, and the
-                     gradients at their t + e_i averaged by counted tokens
+                     gradients at their t + e_i averaged by counted tokens. replica: one for what each replica has of the batch
         ascent_fraction    the share of the group's instances, the first ones, on which the ascent gradient is taken
 
     and afterwards g_rule may be combined with g:
@@ -69,13 +69,14 @@ class SharpnessAware(Gradient):
     def __init__(self, model: GPT | Adapter | nn.Module, optimizer: Optimizer, **axes: Any) -> None:
         super().__init__(model)
         self.axes = make_axes({"path": "full"} | axes)
-        if 0 < self.axes.start < 1 or 0 < (self.axes.stop or 0) < 1:
+        if self.axes.start % 1 or (self.axes.stop or 0) % 1:
             raise ValueError(f"start={self.axes.start:g}, stop={self.axes.stop}: a fraction needs a horizon; give steps")
         self.optimizer, self.rho, self.step = optimizer, self.axes.rho, 0
         self.moving = choose(self.module, self.parameters, self.axes.parameters)
         self.kinds = kinds(self.module, self.parameters)
         check_optimizer(self.axes, optimizer, self.moving)
         self.direction: Direction = DIRECTIONS[self.axes.direction](self.axes, optimizer)
+        self.direction.seed = self.layout.collected(self.direction.seed)[0]  # each process cuts its shards out of the same noise
         self.terms = terms_of(self.axes)
         self.memory: dict[str, Tensor] = {}  # LookSAM's g_v
         self.room: dict[int, Tensor | None] = {}  # of stored cotangents: fresh memory of this size would be paid for page by page
@@ -86,10 +87,15 @@ class SharpnessAware(Gradient):
         self.head: Tensor | None = getattr(self.module, "unembedding", None)
         self.told = type(self.direction).saw is not Direction.saw  # the direction wants to know g
         self.needs_gradient = needs_gradient(self.axes)
+        # What is logged of g is had for free only where the ascent takes it, and its cosine with g_rule where all of it is the move.
+        self.ascends_plainly = self.axes.weights == "uniform" and self.axes.ascent_fraction == 1
+        along_g = self.ascends_plainly and self.axes.direction == "gradient" and self.axes.metric == "euclidean"
+        self.moves_along_g = along_g and len(self.moving) == len(self.parameters)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The step, the direction's memory, LookSAM's, and what cotangent=auto took: all that the next step depends on."""
-        state = {"step": torch.tensor(self.step)} | ({} if self.stores is None else {"stores": torch.tensor(self.stores)})
+        """The step, the seed of noise, the direction's memory, LookSAM's, and what cotangent=auto took: all that the next step depends on."""
+        state = {"step": torch.tensor(self.step), "seed": torch.tensor(self.direction.seed, dtype=torch.uint64)}
+        state |= {} if self.stores is None else {"stores": torch.tensor(self.stores)}
         for owner, tensors in (("direction", self.direction.state), ("combine", self.memory)):
             state |= {f"{owner}/{name}": tensor for name, tensor in tensors.items()}
         return state
@@ -97,6 +103,8 @@ class SharpnessAware(Gradient):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`; full tensors become this process's shards where the model is sharded."""
         self.step = int(state["step"])
+        if "seed" in state:
+            self.direction.seed = int(state["seed"].item())
         if "stores" in state and self.axes.cotangent == "auto":
             self.stores = bool(state["stores"])
         for owner, tensors in (("direction", self.direction.state), ("combine", self.memory)):
@@ -167,7 +175,7 @@ class SharpnessAware(Gradient):
         n = length(self.axes, d, list(q.values())).item()
         if any(self.layout.collected(not math.isfinite(n)) if self.axes.scope == "replica" else [not math.isfinite(n)]):
             return False
-        if logged and gradients:
+        if logged and gradients and self.ascends_plainly:
             slope = dot(d, [gradients[name] for name in q]) / norm(d).clamp_min(1e-30) * self.direction.sign
             self.log(result, weight, {"sharpness/gradient_norm": norm(list(gradients.values())), "sharpness/slope": slope})
         if clean is not None:
@@ -211,7 +219,8 @@ class SharpnessAware(Gradient):
         counted = torch.stack([micro.counted_B.count_nonzero() for micro in group]).sum()
         if axes.weights == "delta" and int(self.add(counted)) > 1:  # one instance weighs 1
             with same_buffers(self.module):
-                offsets = delta.probe(axes, self.module, self.moving, self.direction.step, lambda: self.instance_losses(group, result, random))
+                seed, step = self.direction.seed, self.direction.step
+                offsets = delta.probe(axes, self.module, self.moving, seed, step, lambda: self.instance_losses(group, result, random))
             for micro, offsets_B in zip(group, offsets, strict=True):
                 micro.offsets_B = offsets_B
         store = bool(terms.functional) and self.store(group)
@@ -355,19 +364,20 @@ class SharpnessAware(Gradient):
                 rule[name] = self.parameters[name].grad = torch.zeros_like(clean[name])
             g, g_rule = list(clean.values()), [rule[name] for name in clean]
             clean_size, inner = norm(g), dot(g, g_rule)
-            result.metrics["sharpness/cosine"] = inner / (clean_size * size).clamp_min(1e-30)
             if combine == "orthogonal":  # g_rule - alpha (g - part of g along g_rule)
                 torch._foreach_mul_(g_rule, 1 + self.axes.alpha * float(inner) / max(float(size) ** 2, 1e-60))
                 torch._foreach_add_(g_rule, g, alpha=-self.axes.alpha)
+                inner, size = dot(g, g_rule), norm(g_rule)
             if combine == "reuse":  # g_v = g_rule - part of g_rule along g, in g's memory
                 torch._foreach_mul_(g, -float(inner) / max(float(clean_size) ** 2, 1e-60))
                 torch._foreach_add_(g, g_rule)
                 self.memory = dict(clean) if self.rho else {}  # at radius 0 nothing but rounding
+            result.metrics["sharpness/cosine"] = inner / (clean_size * size).clamp_min(1e-30)
         elif combine == "reuse" and self.memory and self.within(step):
             reused = [self.memory[name] for name in rule if name in self.memory]
             factor = float(self.axes.alpha * size / norm(reused).clamp_min(1e-30))
             torch._foreach_add_([rule[name] for name in rule if name in self.memory], reused, alpha=factor)
-        elif logged and "sharpness/rule_slope" in result.metrics and self.axes.direction == "gradient" and self.axes.metric == "euclidean":
+        elif logged and "sharpness/rule_slope" in result.metrics and self.moves_along_g:
             result.metrics["sharpness/cosine"] = result.metrics["sharpness/rule_slope"] / size.clamp_min(1e-30)
         if remembers:
             self.direction.gave({name: gradient for name, gradient in named_gradients(self.parameters).items() if name in self.moving})

@@ -53,7 +53,7 @@ RULES = {
     "momentum": ["optim=momentum_sam"],
     "stale": ["optim=stale_sam"],
     "friendly": ["optim=friendly_sam"],
-    "look": ["optim=look_sam", "optim.period=1"],
+    "look": ["optim=look_sam", "optim.period=2"],
     "gsam": ["optim=gsam"],
     "sgd": ["optim=sam", "optim.base=sgd"],
 }
@@ -128,7 +128,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def measured(config: Config, plan: Plan, layout: Layout, logged: bool) -> int:
-    """The most bytes that are alive during the second step of a run."""
+    """The most bytes that are alive during the second step of a run that moves the weights."""
     device = torch.device("cpu")
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     with torch.device("meta"):
@@ -148,10 +148,10 @@ def measured(config: Config, plan: Plan, layout: Layout, logged: bool) -> int:
     size = len(micros) // plan.num_groups
     batches = [micros[first : first + size] for first in range(0, len(micros), size)]
     with LiveBytes(*model.parameters()) as live:
-        for step in range(2):
+        for step in range(config.optim.period + 1):
             live.most = live.now
             with autocast(device, dtype):
-                rule.gradient(batches, logged and step == 1)
+                rule.gradient(batches, logged and step == config.optim.period)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()

@@ -44,6 +44,7 @@ VARIANTS = PRESETS | {
     "every third, from 1 to 6": ["optim=sam", "optim.start=1", "optim.stop=6", "optim.period=3", "tracking.every=2"],
     "looking from 1 to 6": ["optim=look_sam", "optim.period=2", "optim.start=1", "optim.stop=6", "optim.rho_schedule=cosine"],
     "stale now and then": ["optim=stale_sam", "optim.period=2", "tracking.every=4"],
+    "rows between": ["optim=sam", "optim.period=4", "tracking.every=3", "optim.diagnostics_every=1"],  # of steps 0, 4 and 6
     "friendly groups": ["optim=friendly_sam", "optim.scope=micro_batch", "optim.num_groups=4", "batch.micro=1", "optim.start=0.3"],
     "random": ["optim=sam", "optim.direction=random", "optim.parameters=no_embeddings", "optim.rho_schedule=lr", "optim.diagnostics_every=2"],
     "part of the batch": ["optim=sam", "optim.ascent_fraction=0.4"],
@@ -130,8 +131,8 @@ def test_killed_and_resumed_is_undisturbed(compose_run, tmp_path, name, capsys):
     assert row_of(run, STEPS)["val/loss"] < row_of(run, 0)["val/loss"] - 0.1
 
     state = {tensor.split("/")[1] for tensor in tensors(run, STEPS) if tensor.startswith("rule/")}
-    held = {"step": optim.path != "none", "direction": optim.direction in ("stale", "friendly"), "combine": optim.combine == "reuse",
-            "stores": optim.path in ("functional", "angle") or optim.diagnostics_every is not None}  # fmt: skip
+    held = {"step": optim.path != "none", "seed": optim.path != "none", "direction": optim.direction in ("stale", "friendly"),
+            "combine": optim.combine == "reuse", "stores": optim.path in ("functional", "angle") or optim.diagnostics_every is not None}  # fmt: skip
     assert state == {name for name, whether in held.items() if whether}
 
     first, stop = schedule.first, schedule.stop if optim.path != "none" else 0
@@ -164,17 +165,17 @@ def check_rows(logged: list[dict[str, Any]], schedule: Schedule, active: list[in
     """What is logged of each step; train/loss is the clean loss, which a rule of one pass knows only of the steps that move nothing."""
     seen = 0  # steps that the rows so far are about
     for row in logged:
-        step = row["step"] - 1
         if "optim/lr" not in row:  # an evaluation alone
             continue
+        step = max({*range(seen, row["step"])} & {*active}, default=row["step"] - 1)  # the last that was to move the weights
         assert row.get("sharpness/rho") == (schedule.radius(step) if step in active else None)
         assert ("sharpness/realised_radius" in row) == (step in moved)
-        assert (row["train/loss"] is None) == (one_pass and set(range(seen, step + 1)) <= set(moved))
+        assert (row["train/loss"] is None) == (one_pass and set(range(seen, row["step"])) <= set(moved))
         if step in moved:
             shares = sum(row[f"sharpness/share_{kind}"] for kind in ("embedding", "body", "head"))
             assert shares == pytest.approx(1.0 if schedule.radius(step) else 0.0, abs=1e-6)
             assert ("sharpness/perturbed_loss" in row) == moved_loss
-        if "sharpness/gap" in row and seen == step and row["train/loss"] is not None:
+        if "sharpness/gap" in row and seen == row["step"] - 1 and row["train/loss"] is not None:
             assert row["sharpness/gap"] == pytest.approx(row["sharpness/perturbed_loss"] - row["train/loss"], abs=1e-6)
         seen = row["step"]
 
@@ -182,8 +183,9 @@ def check_rows(logged: list[dict[str, Any]], schedule: Schedule, active: list[in
 @pytest.mark.parametrize("stored", [True, False])
 def test_what_cotangent_auto_took_is_kept(compose_run, tmp_path, monkeypatch, capsys, stored):
     """Whatever memory is free when the run goes on."""
-    settings, asked = compose_run("optim=functional_sam", name="undisturbed"), iter([stored, stored, not stored])
-    monkeypatch.setattr("optim.sharpness.free_memory", lambda device: 2**40 * next(asked))
+    settings, asked = compose_run("optim=functional_sam", "optim.cotangent_share=0.4", name="undisturbed"), iter([stored, stored, not stored])
+    needed = 4 * settings.batch.sequences * settings.batch.length * 320  # r in fp32, the vocabulary padded to a multiple of 64
+    monkeypatch.setattr("optim.sharpness.free_memory", lambda device: needed / 0.4 + (1 if next(asked) else -1))
     assert training.main(settings) == 0
     killed_and_resumed(replace(settings, dir=str(tmp_path / "run")))
     assert_same(tmp_path / "run", tmp_path / "undisturbed")
@@ -290,7 +292,30 @@ def test_late_sam_goes_on_from_adamw(tiny, reference, tmp_path, capsys):
     assert [rows(runs[name])[1]["grad/norm"] == theirs[11]["grad/norm"] for name in branches] == [True, False, False, True, True]
 
 
+def test_late_sam_counts_from_where_it_branched(tiny, reference, tmp_path):
+    """S steps of AdamW, then p S perturbed ones with S + 2 p S = T: 10 of 32, then 11. Warm-ups of the radius begin there too."""
+    keys = [*tiny, "optim=sam", f"dir={tmp_path / 'run'}", f"init.run={reference}", "init.step=10", "init.optimizer=true"]
+    for key in ("optim.compute_matched=true", "optim.rho_schedule=warmup"):
+        with pytest.raises(ValueError, match=f"{key} counts from optim.start=0, and init.run moved nothing up to step 10; set optim.start=10"):
+            training.main(compose([*keys, key]))
+    assert training.main(compose([*keys, "optim.start=10", "optim.compute_matched=true", "checkpoint.every=4"])) == 0
+    assert summary(tmp_path / "run")["step"] == 21 and summary(tmp_path / "run")["perturbed_steps"] == 11
+
+
 # What is logged
+
+
+def test_utilisation_is_of_the_peak(compose_run, tmp_path, monkeypatch):
+    """mfu counts AdamW's passes, hardware_mfu all that were executed, recomputed blocks included."""
+    settings = compose_run("optim=sam", "activation_checkpointing=true", "schedule.steps=2")
+    monkeypatch.setattr("launch.state.peak_flops", lambda device: 1e12)
+    assert training.main(settings) == 0
+    plan, row = make_plan(settings), json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    seconds = plan.tokens_per_step / row["perf/tokens_per_second"]
+    assert row["perf/mfu"] == pytest.approx(plan.flops_per_step / seconds / 1e12)
+    recomputed = 2 * (plan.forward.body + plan.forward.attention) * plan.tokens_per_step
+    executed = plan.flops_per_perturbed_step + cost_of_statistics(settings) + recomputed
+    assert row["perf/hardware_mfu"] == pytest.approx(executed / seconds / 1e12)
 
 
 def independent(model: GPT, tokens: Tensor, targets: Tensor, rho: float, path: str, metric: str) -> dict[str, float]:
@@ -372,6 +397,24 @@ ABSENT = {  # what a rule does not know without another pass, or without keeping
 }
 
 
+@pytest.mark.parametrize(
+    "overrides", [["optim.parameters=head"], ["optim.parameters='*.mlp.*'"], ["optim.ascent_fraction=0.5"], ["optim.weights=delta"]], ids=str
+)
+def test_what_a_row_tells_of_g_is_about_g(compose_run, tmp_path, overrides):
+    """Where only a part of the weights moves, |g| and |g_rule| are still of all, and their cosine is not had for free; where the ascent
+    loss is another than L, nothing of g is."""
+    settings = compose_run("optim=sam", "model.dropout=0", "batch.micro=4", "schedule.steps=1", "optim.rho=0.3", *overrides)
+    run = training.Run(settings, make_plan(settings), "run", tmp_path / "unused", Layout())
+    g = independent(run.model, *run.loader.batch(0), 0.3, "full", "euclidean")["sharpness/gradient_norm"]
+    assert training.main(settings) == 0
+    row = row_of(tmp_path / "run", 1)
+    assert "sharpness/cosine" not in row and row["sharpness/rule_norm"] == pytest.approx(row["grad/norm"])
+    if "parameters" in overrides[0]:
+        assert row["sharpness/gradient_norm"] == pytest.approx(g, rel=1e-4) and row["sharpness/slope"] < 0.99 * g
+    else:
+        assert not {"sharpness/gradient_norm", "sharpness/slope", "sharpness/curvature"} & row.keys()
+
+
 @pytest.mark.parametrize(("path", "metric"), ABSENT)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_a_row_is_what_an_independent_computation_finds(compose_run, tmp_path, path, metric, tied):
@@ -406,7 +449,7 @@ def test_diagnostics_change_no_bit(compose_run, tmp_path, name):
              "sharpness/cosine_logit_gradient"}  # fmt: skip
     active = [step for step in range(1, STEPS + 1) if (step - 1) % settings.optim.period == 0]
     assert [row["step"] for row in found["with"] if extra <= row.keys()] == [step for step in active if step % 2 == 0]
-    assert [row["step"] for row in found["seldom"] if extra <= row.keys()] == [step for step in active if step % 3 == 0]
+    assert [row["step"] for row in found["seldom"] if extra <= row.keys()] == [3, 6]  # of the last steps before them that moved
     assert not any(extra & row.keys() for row in found["without"])
     for plain, row in zip(found["without"], found["with"], strict=True):
         with_diagnostics = [step for step in active if step % 2 == 0 and step <= row["step"]]
@@ -496,28 +539,39 @@ def test_warning_where_bf16_hides_the_move(start, capsys):
         run = start("optim=sam", "precision=bf16", *overrides, name=name)
         warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
         cosines = [row["sharpness/realised_cosine"] for row in rows(run)[1:]]
+        radii = [row["sharpness/realised_radius"] for row in rows(run)[1:]]
         assert len(warnings) == (name == "hidden")
         if name == "hidden":
-            assert max(cosines) < 0.9 and warnings[0].startswith("warning: in bfloat16 the weights move by ")
+            assert max(cosines) < 0.9 and min(abs(radius - 0.05) for radius in radii) > 0.005
+            assert warnings[0].startswith("warning: in bfloat16 the weights move by ")
             assert "(optim.compute=fp32)" in warnings[0] and "(optim.rho)" in warnings[0]
         elif name == "large":
             assert min(cosines) > 0.9 and max(cosines) < 1
         else:
-            assert cosines == pytest.approx([1.0] * STEPS, abs=1e-12)
+            assert cosines == pytest.approx([1.0] * STEPS, abs=1e-12) and radii == pytest.approx([0.05] * STEPS, rel=1e-4)
 
 
 def test_compute_fp32_takes_the_passes_out_of_autocast(compose_run, monkeypatch):
-    """Those of the rule only; the plain steps and the evaluation keep the precision of the run."""
-    seen = []
+    """Those of the rule only; the plain steps and the evaluation keep the precision of the run. Nor is TF32 allowed in them."""
+    seen, allowed = [], []
     original = GPT.hidden
 
     def hidden(self, tokens, caches=None):
         seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        allowed.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
         return original(self, tokens, caches)
 
     monkeypatch.setattr(GPT, "hidden", hidden)
     settings = compose_run("optim=functional_sam", "precision=bf16", "optim.compute=fp32", "optim.period=2", "schedule.steps=2", "evaluation.every=9")
-    assert training.main(settings) == 0
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        assert training.main(settings) == 0
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+    assert allowed == [("high", True) if autocast else ("highest", False) for _, autocast in seen]
     steps = [autocast for trained, autocast in seen if trained]
     assert steps == [False] * 4 + [True] * 2 and all(autocast for trained, autocast in seen if not trained)
 

@@ -15,10 +15,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from conf.schema import DIRECTIONS, OptimConfig, RuleConfig, ScheduleConfig
 from launch.preemption import Preemption
-from optim import Adapter, Gradient, SharpnessAware, build_optimizer, build_schedule, check_axes, passes
+from model import GPT, GPTConfig
+from optim import Adapter, Gradient, SharpnessAware, build_optimizer, build_schedule, check_axes, forward_flops, passes
+from optim.axes import make_axes
 from optim.direction import Direction
 from optim.perturbation import moved
 from tests.problems import T, V, adamw, assert_apart, assert_close, flat, gpt, presets, taken, token_batches, vector_batches, weights_of, whole
@@ -84,6 +88,35 @@ def trained(name, steps, model=None, rule=None, optimizer=None, begin=0, autocas
 
 
 # Weights
+
+
+def test_presets_have_the_papers_numbers():
+    """Radii, and what the methods have beside them, as each was published."""
+    found = {name: make_axes(axes) for name, axes in PRESETS.items()}
+    assert {name: axes.rho for name, axes in found.items() if axes.rho != 0.05} == {"asam": 0.2, "momentum_sam": 3.0}
+    assert (found["look_sam"].period, found["look_sam"].alpha, found["gsam"].alpha) == (5, 0.7, 0.4)
+    assert (found["friendly_sam"].friendly_sigma, found["friendly_sam"].friendly_decay, found["asam"].adaptive_floor) == (1.0, 0.9, 0.01)
+    assert (found["delta_sam"].delta_sigma, found["delta_sam"].delta_power, found["angle_sam"].angle_norm) == (0.15, 1.0, "max")
+    preconditioned = found["preconditioned_sam"]
+    assert (preconditioned.second_moment, preconditioned.metric_power, preconditioned.metric_norm) == ("with_gradient", 0.5, "l2")
+
+
+@every()
+def test_a_step_costs_the_flops_that_it_counts(name):
+    """Every product, the head's too; those of logits at the moved point would show."""
+    shape = GPTConfig(64, 16, 2, 2, 32)
+    torch.manual_seed(0)
+    model = GPT(shape)
+    optimizer = adamw(model)
+    rule = SharpnessAware(model, optimizer, **of(name))
+    for step in range(4):
+        tokens = torch.randint(0, 64, (2, 2, 17), generator=torch.Generator().manual_seed(step))
+        batches = [(micro[:, :-1], micro[:, 1:]) for micro in tokens]
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            result = rule.gradient(batches, logged=False)
+        assert counter.get_total_flops() == 64 * forward_flops(shape, 16).of(result.forwards, result.backwards, result.head_products)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 @every()
@@ -542,6 +575,25 @@ def test_a_run_that_was_saved_goes_on_bit_for_bit(name, autocast):
         assert torch.equal(weights_of(model), weights[after + 1]), after
 
 
+@pytest.mark.parametrize("name", ["random", "delta_sam"])
+def test_noise_is_that_of_the_seed_that_the_rule_was_made_under(name):
+    """Saved with it, whatever torch is seeded with by then; a state without a seed leaves the rule its own."""
+    model, states = gpt(dtype=torch.float32), []
+
+    def gradient(seed, state=None):
+        torch.manual_seed(seed)
+        rule = SharpnessAware(model, adamw(model), **of(name))
+        rule.load_state_dict(state or rule.state_dict())
+        states.append(rule.state_dict())
+        torch.manual_seed(5)
+        rule.gradient(token_batches(0))
+        return taken(model)
+
+    found = gradient(2**63 + 1)
+    assert torch.equal(gradient(8, states[0]), found) and not torch.equal(gradient(8), found)
+    assert not torch.equal(gradient(8, {"step": torch.tensor(0)}), found)
+
+
 def test_what_was_saved_is_not_changed_by_what_comes_after():
     """Nor by the rule that it was loaded into."""
     _, rule, _ = trained("friendly_sam", 2, gpt(dtype=torch.float32))
@@ -708,7 +760,8 @@ OUT_OF_RANGE = [
     ({"rho": -0.1}, "rho=-0.1", "at least"), ({"period": 0}, "period=0", "at least 1"), ({"angle": 91.0}, "angle=91.0", "at most 90"),
     ({"ascent_fraction": 0.0}, "ascent_fraction=0.0", "above 0"), ({"direction": "uphill"}, "direction=uphill", "choose one of gradient"),
     ({"path": "sideways"}, "path=sideways", "choose one of none, full"), ({"radius": 1}, "radius=1", "choose among path"),
-    ({"start": 0.5}, "start=0.5", "give steps"), ({"stop": 0.5}, "stop=0.5", "give steps"), ({"rho": float("nan")}, "rho=nan", "give a number"),
+    ({"start": 0.5}, "start=0.5", "give steps"), ({"stop": 0.5}, "stop=0.5", "give steps"), ({"start": 2.5}, "start=2.5", "give steps"),
+    ({"rho": float("nan")}, "rho=nan", "give a number"),
     ({"parameters": "*.lora.*"}, "parameters=*.lora.*", "matches no parameter"),
 ]  # fmt: skip
 
