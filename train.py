@@ -192,10 +192,10 @@ class Run:
         """One optimiser step. A loss or gradient that is not finite leaves weights and optimiser as they are."""
         progress, optim = self.progress, self.settings.optim
         began = time.perf_counter()
-        tokens_BxT, targets_BxT = (half.to(self.device, non_blocking=True) for half in self.prefetcher.next())
         # Groups, then micro-batches, then processes: each takes its part of every micro-batch.
         mine = slice(self.layout.rank, None, self.layout.world)
-        micros = list(zip(tokens_BxT.split(self.micro)[mine], targets_BxT.split(self.micro)[mine], strict=True))
+        parts = zip(*(half_BxT.split(self.micro)[mine] for half_BxT in self.prefetcher.next()), strict=True)
+        micros = [tuple(half.to(self.device, non_blocking=True) for half in part) for part in parts]
         size = len(micros) // self.plan.num_groups  # of a group that is perturbed on its own
         batches = [micros[first : first + size] for first in range(0, len(micros), size)]
         self.layout.enter("training", progress.step, FIRST if progress.step == self.start else 1.0)

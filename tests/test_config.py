@@ -207,7 +207,7 @@ def test_shapes_have_the_published_sizes(name, millions):
         (["optim=momentum_sam", "optim.weights=delta"], "optim.weights=delta is about the ascent gradient"),
         (["optim=sam", "optim.scope=replica"], "optim.scope=replica needs replicas, which parallel=single does not have; use"),
         (["optim=msam", "optim.num_groups=3"], "optim.num_groups=3: 16 batch.sequences / 3 groups must be a multiple of batch.micro=1; choose"),
-        (["optim=sam", "optim.scope=micro_batch"], "optim.num_groups=1 makes the whole batch one group, so optim.scope=micro_batch means nothing; set"),
+        (["optim=sam", "optim.scope=micro_batch"], "optim.num_groups=1 makes the whole batch one group, so optim.scope=micro_batch means nothing"),
         (["optim=look_sam", "optim.period=1"], "optim.combine=reuse is about the steps between perturbed ones, and optim.period=1 leaves none; set"),
         (["optim=msam", "optim.num_groups=32"], "optim.num_groups=32: 16 batch.sequences / 32 groups"),
         (["optim=msam", "batch.micro=8"], "optim.num_groups=4: 16 batch.sequences / 4 groups must be a multiple of batch.micro=8"),
