@@ -1,9 +1,9 @@
-"""A run as a Hugging Face folder: python -m model.export run=DIR out=DIR [step=S] [format=auto|gpt2|llama]"""
+"""A run as a Hugging Face folder: python -m model.export run=DIR out=DIR [step=S] [format=auto|gpt2|llama|plain]"""
 
 import json
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from omegaconf import MISSING
@@ -16,25 +16,31 @@ from data.hf_tokenizer import to_files
 from model.gpt import GPT, checkpoint_path, load
 from model.hf import FORMATS, choose_format, to_config, to_tensors
 
-FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+PLAIN = "plain"  # for shapes that no other format expresses: our own names
+FILES = {"config.json", "gpt.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 MARK = {"format": "pt", "writer": "flatgpt"}  # in model.safetensors: transformers asks for the one, we know our exports by the other
 
 
 def to_hf(model: GPT, tokenizer: Tokenizer, out: str | Path, format: str = "auto") -> str:
-    """Writes a folder that AutoModelForCausalLM and AutoTokenizer load, in fp32, and returns its format. It appears whole or not at all,
-    in the place of an earlier export. Raises ValueError where the format (gpt2, llama; auto: whichever can) does not express the model, and
-    where the folder holds anything else."""
+    """Writes a folder that AutoModelForCausalLM and AutoTokenizer load, in fp32, and returns its format; of the plain one AutoTokenizer
+    loads the tokenizer, gpt.json holds a GPTConfig and model.safetensors the weights of its GPT. It appears whole or not at all, in the
+    place of an earlier export. Raises ValueError where the format (gpt2, llama; auto: whichever can) does not express the model, and where
+    the folder holds anything else."""
     config, out = model.config, Path(out)
-    format = choose_format(config, format)
+    format = format if format == PLAIN else choose_format(config, format)
     if out.exists() and not is_replaceable(out):
         raise ValueError(f"out={out} exists and is no earlier export; name a new or an empty folder")
     files = to_files(tokenizer, config.max_length)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(to_tensors(model, FORMATS[format]), partial / "model.safetensors", metadata=MARK)
+    tensors = {name: p.detach() for name, p in model.named_parameters()} if format == PLAIN else to_tensors(model, FORMATS[format])
+    save_file(tensors, partial / "model.safetensors", metadata=MARK)
     special = {"bos_token_id": tokenizer.prompt("")[0], "eos_token_id": tokenizer.eot}  # a document begins where another ends, or by itself
-    files |= {"config.json": to_config(config, format) | special, "generation_config.json": special | {"pad_token_id": tokenizer.eot}}
+    if format == PLAIN:
+        files["gpt.json"] = asdict(config)
+    else:
+        files |= {"config.json": to_config(config, format) | special, "generation_config.json": special | {"pad_token_id": tokenizer.eot}}
     for name, content in files.items():
         (partial / name).write_text(json.dumps(content, indent=None if name == "tokenizer.json" else 2, ensure_ascii=False) + "\n")
     if out.exists():
@@ -61,7 +67,8 @@ class Options:
     run: str = key(MISSING, "run folder")
     out: str = key(MISSING, "folder to write")
     step: int | None = key(None, "step of the checkpoint; default the newest")
-    format: str = key("auto", "auto: gpt2 for LayerNorm and learned positions, llama for RMSNorm, RoPE and SwiGLU", choices=("auto", *FORMATS))
+    format: str = key("auto", "auto: gpt2 for LayerNorm and learned positions, llama for RMSNorm, RoPE and SwiGLU; plain: any model",
+                      choices=("auto", *FORMATS, PLAIN))  # fmt: skip
 
 
 def main(arguments: list[str]) -> None:
@@ -73,8 +80,13 @@ def main(arguments: list[str]) -> None:
         path = checkpoint_path(options.run, options.step)
         model = load(options.run, options.step)
         format = to_hf(model, Tokenizer.load(path), options.out, options.format)
-        print(f"{path} -> {options.out}: {FORMATS[format].architecture}, {model.num_parameters():,} parameters; it loads by")
-        print(f"    AutoModelForCausalLM.from_pretrained({options.out!r}), AutoTokenizer.from_pretrained({options.out!r})")
+        architecture = "GPT" if format == PLAIN else FORMATS[format].architecture
+        print(f"{path} -> {options.out}: {architecture}, {model.num_parameters():,} parameters; it loads by")
+        if format == PLAIN:
+            print(f"    model = GPT(GPTConfig(**json.load(open('{options.out}/gpt.json'))))")
+            print(f"    model.load_state_dict(safetensors.torch.load_file('{options.out}/model.safetensors'))")
+        else:
+            print(f"    AutoModelForCausalLM.from_pretrained({options.out!r}), AutoTokenizer.from_pretrained({options.out!r})")
 
 
 if __name__ == "__main__":

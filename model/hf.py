@@ -90,7 +90,7 @@ def choose_format(config: GPTConfig, format: str = "auto") -> str:
     closest = min(objections, key=lambda name: len(objections[name])) if format == "auto" else format
     if objections[closest]:
         other = next((name for name in FORMATS if not objections[name]), None)
-        remedy = f"use format={other}" if other else "train a shape that transformers has: model=gpt2_124m, llama_150m and their like"
+        remedy = f"use format={other}" if other else "use format=plain, or train a shape that transformers has: model=gpt2_124m, llama_150m"
         raise ValueError(f"format={format}: {closest} cannot express {', '.join(objections[closest])}; {remedy}")
     return closest
 

@@ -48,6 +48,8 @@ class Layout:
     def sum_over_replicas(self, gradient: Tensor) -> None:
         """Adds up a shard of a gradient over the replicas, in place."""
         if self.summing and self.replicas is not None:
+            if gradient.is_cuda:  # FSDP2 calls this on a stream that did not allocate the gradient, and holds on to none that a hook works on
+                gradient.record_stream(torch.cuda.current_stream())
             torch.distributed.all_reduce(gradient, group=self.replicas)
 
     @contextmanager

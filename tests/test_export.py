@@ -9,7 +9,9 @@ import pytest
 
 pytest.importorskip("transformers")
 import tokenizers
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer
 
 from data.hf_tokenizer import HFTokenizer, read_tokenizer, to_files, to_tokenizers
@@ -47,6 +49,18 @@ def folder(request, folders, tmp_path) -> Path:
     for path in folders[request.param].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     return tmp_path
+
+
+def test_a_plain_export_holds_any_model(bpe, tmp_path):
+    """Shapes that transformers does not have: it loads as what export says, with the same weights, and the tokenizer as ever."""
+    config = GPTConfig(bpe.vocab_size, 64, 2, 2, 16, qk_norm=True, logit_softcap=20.0, tied=False, norm="rmsnorm", positions="rope")
+    model, out = GPT(config), tmp_path / "out"
+    model.init_weights(1)
+    assert to_hf(model, bpe, out, "plain") == to_hf(model, bpe, out, "plain") == "plain"  # the second in the place of the first
+    again = GPT(GPTConfig(**json.loads((out / "gpt.json").read_text())))
+    again.load_state_dict(load_file(out / "model.safetensors"))
+    assert again.config == config and all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+    assert AutoTokenizer.from_pretrained(out)("def f():")["input_ids"] == bpe.encode("def f():")
 
 
 def test_exported_folder_gives_the_same_ids(folder, texts, tmp_path):

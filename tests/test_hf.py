@@ -263,7 +263,7 @@ def test_run_on_a_folder_of_hugging_face(kind, train, tmp_path, cache, capsys, m
 @pytest.mark.parametrize(
     ("changes", "format", "said"),
     [
-        ({"qk_norm": True}, "auto", "format=auto: gpt2 cannot express model.qk_norm=true; train a shape"),
+        ({"qk_norm": True}, "auto", "format=auto: gpt2 cannot express model.qk_norm=true; use format=plain, or train a shape"),
         ({"logit_softcap": 30.0}, "auto", "gpt2 cannot express model.logit_softcap=30.0"),
         ({"positions": "rope"}, "auto", "gpt2 cannot express model.positions=rope"),
         ({"num_kv_heads": 2}, "auto", "gpt2 cannot express model.num_kv_heads=2"),
