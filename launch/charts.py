@@ -16,10 +16,11 @@ from launch.comparison import BASELINE, Section, Setting
 from launch.record import Record
 
 INK = "#010203"  # becomes currentColor
-# Okabe and Ito's palette, which colour-blind people can tell apart; without its yellow, which is faint on white.
-COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))  # tell the colours of one turn from those of the next
+# Petroff's ten (2107.02270), which colour-blind people can tell apart; its greys come last, for AdamW is black.
+COLOURS = ("#3f90da", "#ffa90e", "#bd1f01", "#832db6", "#e76300", "#92dadd", "#a96b59", "#b9ac70", "#717581", "#94a4a2")
+DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))  # a half of the colours each, so that a colour returns with another dash
 MARKERS = "osD^vP*X"
+DIVERGED = "a seed diverged"
 POINTS = 150  # of a line that is not of evaluations
 WIDTH = 5.0  # inches, 360 units: about a telephone's width, so that text has its size there
 RC: Any = {"svg.fonttype": "none", "font.size": 11, "text.parse_math": False, "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK,
@@ -27,12 +28,28 @@ RC: Any = {"svg.fonttype": "none", "font.size": 11, "text.parse_math": False, "t
       "grid.linewidth": 0.6, "legend.frameon": False, "legend.fontsize": 9.5, "lines.linewidth": 1.5, "lines.markersize": 4.5,
       "figure.facecolor": "none", "axes.facecolor": "none"}  # fmt: skip
 MEANINGS = {
-    "sharpness/gap": "Loss at the moved weights minus the clean loss, nats per token.",
-    "sharpness/curvature": "Curvature along the ascent: the slope there minus the slope here, over the distance.",
+    "sharpness/gap": "Loss at the moved weights minus the clean loss (nats per token).",
+    "sharpness/perturbed_loss": "Loss at the moved weights (nats per token).",
+    "sharpness/clean_loss": "Loss at the weights as they are, of rules whose own pass does not tell it (nats per token).",
+    "sharpness/curvature": "Curvature along the ascent: the slope there minus the slope here, over the distance (nats per token per unit of weight, "
+    "squared).",
+    "sharpness/slope": "Slope of the loss along the ascent, at the weights as they are (nats per token per unit of weight).",
+    "sharpness/rule_slope": "Slope along the ascent by the rule's own gradient, at the moved weights (nats per token per unit of weight).",
+    "sharpness/gradient_norm": "Norm of the clean gradient, along which the weights move (nats per token per unit of weight).",
+    "sharpness/rule_norm": "Norm of the gradient that the rule hands on, before clipping (nats per token per unit of weight).",
     "sharpness/cosine": "Cosine of the rule's gradient and the plain one.",
+    "sharpness/rho": "Radius that the schedule asks for, in the norm of the rule's metric (units of weight where that is euclidean).",
+    "sharpness/realised_radius": "Length of what the compute precision left of the move (units of weight).",
     "sharpness/realised_cosine": "Cosine of the move and of what the compute precision left of it.",
-    "sharpness/realised_radius": "Length of what the compute precision left of the move.",
-    "grad/norm": "Norm of the gradient before clipping.",
+    "sharpness/share_embedding": "Share of the move's squared length in the embeddings.",
+    "sharpness/share_body": "Share of the move's squared length in the blocks and norms.",
+    "sharpness/share_head": "Share of the move's squared length in the head.",
+    "sharpness/delta_func": "Norm of the functional part of SAM's change of the gradient (nats per token per unit of weight).",
+    "sharpness/delta_logit": "Norm of the logit part of SAM's change of the gradient (nats per token per unit of weight).",
+    "sharpness/cosine_func_logit": "Cosine of the functional and the logit part.",
+    "sharpness/cosine_func_gradient": "Cosine of the functional part and the plain gradient.",
+    "sharpness/cosine_logit_gradient": "Cosine of the logit part and the plain gradient.",
+    "grad/norm": "Norm of the gradient before clipping (nats per token per unit of weight).",
     "perf/tokens_per_second": "Tokens per second, without evaluations and checkpoints.",
 }
 Line = tuple[str, np.ndarray, np.ndarray, np.ndarray]  # method, x, mean, standard error
@@ -47,15 +64,16 @@ class Style(NamedTuple):
 
 
 def styles(methods: Iterable[str]) -> dict[str, Style]:
-    """A look for every method: a colour each, then dashes. AdamW and its variants are black."""
+    """A look for every method: a colour each for ten, and other dashes for the second five of them; then the colours again. AdamW and its
+    variants are black, and differ by their dashes."""
     found: dict[str, Style] = {}
     ordered = sorted(set(methods))
     black = [method for method in ordered if method.split()[0] == BASELINE]
     coloured = [method for method in ordered if method not in black]
-    for palette, members in (((INK,), black), (COLOURS, coloured)):
-        for turn, method in enumerate(members):
+    for palette, alike, members in (((INK,), 1, black), (COLOURS, len(COLOURS) // 2, coloured)):
+        for number, method in enumerate(members):
             marker = MARKERS[len(found) % len(MARKERS)]
-            found[method] = Style(palette[turn % len(palette)], DASHES[turn // len(palette) % len(DASHES)], marker)
+            found[method] = Style(palette[number % len(palette)], DASHES[number // alike % len(DASHES)], marker)
     return found
 
 
@@ -117,7 +135,7 @@ def response_chart(section: Section, looks: dict[str, Style], key: str) -> str |
     failed = [(getattr(setting, key), looks[method].color) for method, settings in shown.items() for setting in settings if setting.diverged]
     if failed:
         places, colours = ([one[part] for one in failed] for part in (0, 1))
-        axes.scatter(places, [0.97] * len(failed), 30, colours, marker="x", transform=axes.get_xaxis_transform(), label="a seed diverged")
+        axes.scatter(places, [0.97] * len(failed), 30, colours, marker="x", transform=axes.get_xaxis_transform(), label=DIVERGED)
     name = {"rho": "radius rho", "lr": "peak learning rate"}[key]
     axes.set(xlabel=name, ylabel="final validation loss (nats per token)")
     values = sorted({getattr(setting, key) for settings in shown.values() for setting in settings})
@@ -141,6 +159,8 @@ def measured_charts(section: Section, looks: dict[str, Style]) -> dict[str, str]
         axes.set(xlabel="steps", ylabel=name)
         axes.set_xlim(left=0)
         values = np.concatenate([mean for _, _, mean, _ in lines])
+        if np.ptp(values) < 0.01 * abs(values.mean()):  # as good as constant: digits of rounding are no news
+            axes.set_ylim(*sorted((0.95 * values.mean(), 1.05 * values.mean())))
         if values.min() > 0 and values.max() > 30 * values.min():
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -182,8 +202,9 @@ def draw(axes: Axes, lines: list[Line], looks: dict[str, Style], markers: bool =
 
 
 def frame_late(axes: Axes, lines: list[Line]) -> None:
-    """Cuts off the fall of the first fifth, beside which the differences at the end would not show."""
-    late = np.concatenate([mean[x >= 0.2 * x[-1]] for _, x, mean, _ in lines if len(x)] or [np.zeros(1)])
+    """Cuts off the fall of the first fifth, beside which the differences at the end would not show; of the rest means and bands fit."""
+    edges = [(x, mean + sign * np.nan_to_num(error)) for _, x, mean, error in lines if len(x) for sign in (-1, 1)]
+    late = np.concatenate([edge[x >= 0.2 * x[-1]] for x, edge in edges] or [np.zeros(1)])
     room = 0.06 * (late.max() - late.min()) or 0.1
     axes.set_ylim(late.min() - room, late.max() + room)
 
@@ -233,7 +254,7 @@ def start() -> tuple[Figure, Axes]:
 def finish(figure: Figure, axes: Axes, name: str, above: float = 0.12) -> str:
     """The figure as an SVG element that fits its place. The legend stands below the axes, in two columns where they fit; `above` the axes so
     many inches are free."""
-    handles, labels = axes.get_legend_handles_labels()
+    handles, labels = zip(*sorted(zip(*axes.get_legend_handles_labels(), strict=True), key=lambda pair: pair[1] == DIVERGED), strict=True)
     half = -(-len(labels) // 2)
     fits = max(map(len, labels[:half])) + max(map(len, labels[half:]), default=0) <= 46
     below, plot = 0.58 + 0.2 * (half if fits else len(labels)), 2.5

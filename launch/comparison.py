@@ -17,6 +17,7 @@ from scipy.stats import ttest_rel
 
 from conf.schema import KEYS, Config, lookup
 from launch.record import Record
+from launch.tracking import NEAR
 
 SECTIONS = ("model.", "tokenizer.", "data.", "batch.", "schedule.", "task.")  # keys of these set runs apart that cannot be compared
 SWEPT = ("seed", "optim.name", "optim.lr", "optim.rho")  # what a comparison is about; any other key makes a variant of a method
@@ -24,7 +25,6 @@ DEFAULTS = {name: lookup(Config(), name) for name in KEYS}
 BASELINE = "adamw"
 AXES = ("steps", "flops", "seconds")  # at equal what
 FIGURES = {"steps": "step", "flops": "flops", "seconds": "seconds"}  # the name of each in rows and summaries
-NEAR = 0.05  # a run that ends within this share of the budget is read at its end
 
 
 class Estimate(NamedTuple):

@@ -1,7 +1,8 @@
 """The project on W&B: python -m launch.dashboard [entity=E] [project=P] [offline=true] [out=FILE]
 
-Creates a workspace and a report: validation loss against steps, tokens, FLOPs and seconds by method, radius and learning-rate responses,
-stability, sharpness, throughput. Where W&B cannot be reached, what would be created goes into a file.
+Creates a workspace and a report: validation loss against steps, tokens, FLOPs and seconds, radius and learning-rate responses, stability,
+sharpness, throughput. Runs are grouped by setting: a line, a bar or a dot is one setting, a mean over the runs that share it, as its seeds do.
+Where W&B cannot be reached, what would be created goes into a file.
 """
 
 import json
@@ -15,6 +16,8 @@ from launch.tracking import write_atomically
 from launch.wandb_run import has_wandb_key
 
 NAME = "flatgpt: methods compared"
+SETTING = ("model.name", "optim.name", "optim.lr", "optim.rho")  # runs with the same of these are a group, everywhere
+SHOWN = 100  # groups that a panel shows; W&B's default is 10
 WIDE, HIGH = 12, 8  # of a panel, where a report is 24 wide
 
 
@@ -29,22 +32,21 @@ class Options:
 
 
 def sections() -> list[tuple[str, str, list[Any]]]:
-    """(title, what it shows, panels) of each part. Lines and bars are means over the runs of a method, bands their standard error."""
+    """(title, what it shows, panels) of each part. No panel groups runs itself: all follow the groups of the table of runs."""
     import wandb_workspaces.reports.v2 as wr
 
+    means: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stderr", "max_runs_to_show": SHOWN}
+
     def lines(title: str, x: str, *y: str, **how: Any) -> wr.LinePlot:
-        how = {"groupby": wr.Config("optim.name"), "groupby_aggfunc": "mean", "groupby_rangefunc": "stderr", **how}
-        return wr.LinePlot(title=title, x=x, y=list(y), **how)
+        return wr.LinePlot(title=title, x=x, y=list(y), **means, **how)
 
     def bars(title: str, metric: str) -> wr.BarPlot:
-        method = wr.Config("optim.name")
-        return wr.BarPlot(title=title, metrics=[metric], groupby=method, groupby_aggfunc="mean", groupby_rangefunc="stderr")
+        return wr.BarPlot(title=title, metrics=[metric], max_bars_to_show=SHOWN, **means)
 
     def dots(title: str, setting: str, metric: str) -> wr.ScatterPlot:
         return wr.ScatterPlot(title=title, x=wr.Config(setting), y=wr.SummaryMetric(metric), log_x=True)
 
-    settings = ["optim.name", "optim.rho", "optim.lr", "seed"]
-    columns = [wr.ParallelCoordinatesPlotColumn(metric=wr.Config(name)) for name in settings]
+    columns = [wr.ParallelCoordinatesPlotColumn(metric=wr.Config(name)) for name in SETTING]
     columns.append(wr.ParallelCoordinatesPlotColumn(metric=wr.SummaryMetric("val/loss")))
     return [
         ("Validation loss", "At equal steps the end of each curve counts; at equal FLOPs, what a method had reached when it had spent AdamW's.", [
@@ -55,7 +57,7 @@ def sections() -> list[tuple[str, str, list[Any]]]:
             lines("validation loss by tokens", "tokens", "val/loss"),
             lines("validation loss by seconds", "seconds", "val/loss"),
         ]),
-        ("Radius and learning rate", "A dot is a run. Radii compare within a method only.", [
+        ("Radius and learning rate", "A dot or a line is one setting, the mean over its seeds. Radii compare within a method only.", [
             dots("final validation loss by radius", "optim.rho", "val/loss"),
             dots("final validation loss by learning rate", "optim.lr", "val/loss"),
             wr.ParallelCoordinatesPlot(title="every setting", columns=columns),
@@ -92,19 +94,21 @@ def build(entity: str, project: str) -> tuple[Any, Any]:
     from wandb_workspaces.expr import Config
 
     parts = sections()
-    blocks: list[Any] = [wr.P("Runs are grouped by method: lines and bars are means, bands their standard error."), wr.TableOfContents()]
+    told = (f"Runs with the same {', '.join(SETTING)} are a group: lines, bars and dots are its mean over seeds, bands the standard error. "
+            "Whatever else differs in a project (data, batch, horizon, weight decay) is averaged over too: filter it away.")  # fmt: skip
+    blocks: list[Any] = [wr.P(told), wr.TableOfContents()]
     for title, text, panels in parts:
         for panel in panels:
             panel.layout = wr.Layout(w=WIDE, h=HIGH)  # the grid finds it a place
-        blocks += [wr.H1(title), wr.P(text), wr.PanelGrid(runsets=[wr.Runset(groupby=["config.optim.name"])], panels=panels)]
+        blocks += [wr.H1(title), wr.P(text), wr.PanelGrid(runsets=[wr.Runset(groupby=[f"config.{name}" for name in SETTING])], panels=panels)]
     report = wr.Report(entity=entity, project=project, title=NAME, width="fluid", blocks=blocks)
     workspace = ws.Workspace(
         entity=entity,
         project=project,
         name=NAME,
         sections=[ws.Section(name=title, panels=panels, is_open=True) for title, _text, panels in sections()],
-        settings=ws.WorkspaceSettings(x_axis="step", max_runs=100),
-        runset_settings=ws.RunsetSettings(groupby=[Config("optim.name")]),
+        settings=ws.WorkspaceSettings(x_axis="step", max_runs=SHOWN),
+        runset_settings=ws.RunsetSettings(groupby=[Config(name) for name in SETTING]),
     )
     return workspace, report
 

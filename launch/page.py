@@ -26,7 +26,7 @@ h3 { font-size: 1rem; margin: 1.3rem 0 .3rem; } p, ul { margin: .4rem 0; } ul { 
 .won { background: var(--panel); border: 1px solid var(--line); border-radius: .5rem; padding: .6rem 1rem; margin: .8rem 0; }
 .note { border-left: 3px solid #e69f00; padding-left: .7rem; }
 .box { overflow-x: auto; max-width: 100%; margin: .5rem 0; }
-table { border-collapse: collapse; overflow-wrap: normal; font-size: .9rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: separate; border-spacing: 0; overflow-wrap: normal; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--back); }
 td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
@@ -35,11 +35,15 @@ thead th { border-bottom: 2px solid var(--line); white-space: normal; vertical-a
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
 figure { margin: 0; break-inside: avoid; } svg { display: block; width: 100%; height: auto; }
 summary { cursor: pointer; margin-top: 1rem; font-weight: 600; }
+@media (max-width: 30rem) {
+  body { padding: .7rem; } table { font-size: .78rem; } th, td { padding: .25rem .3rem; white-space: normal; } td:first-child { min-width: 6.6rem; }
+}
 @media print {
   :root { color-scheme: light; --back: #ffffff; --ink: #000000; --soft: #444444; --line: #bbbbbb; --panel: #ffffff; }
   body { max-width: none; padding: 0; font-size: 10pt; } .box { overflow: visible; } table { font-size: 7.5pt; } th, td { padding: .1rem .3rem; }
   th, td, td.long, td.wrap, td:first-child { white-space: normal; min-width: 0; position: static; }
   .charts { grid-template-columns: 1fr 1fr; } h2, h3 { break-after: avoid; } tr, .won { break-inside: avoid; }
+  details::details-content { content-visibility: visible; }
 }
 """
 AT = {"steps": "equal steps", "flops": "equal FLOPs", "seconds": "equal time"}
@@ -158,14 +162,17 @@ def by_method(section: Section) -> Table:
     lowest = {axis: section.ranked(axis)[:1] for axis in AXES}
     rows = []
     for method, setting in section.best.items():
-        row = [method, f"{setting.lr:g}", "" if setting.rho is None else f"{setting.rho:g}", str(len(section.methods[method]))]
+        losses, seeds = [], []
         for axis in AXES:
             found = section.at_equal(axis, method)
             marks = MIDWAY * found.midway + " *" * ([method] == lowest[axis] and len(section.best) > 1)
-            row += [figure(found) + marks if found.seeds else "ends earlier" if axis == "steps" else "not reached", str(found.seeds or "")]
-        rows.append(row)
-    at = [part for axis in AXES for part in (f"{AT[axis]}: {spent(section, axis)}", "n")]
-    return Table(["method", "best lr", "best rho", "settings", *at], rows, caption="Validation loss (nats per token) by method; * is the lowest")
+            losses.append(figure(found) + marks if found.seeds else "ends earlier" if axis == "steps" else "not reached")
+            seeds.append(str(found.seeds or ""))
+        best = [f"{setting.lr:g}", "" if setting.rho is None else f"{setting.rho:g}"]
+        rows.append([method, *losses, *best, str(len(section.methods[method])), *seeds])
+    at = [f"{AT[axis]}: {spent(section, axis)}" for axis in AXES]
+    header = ["method", *at, "best lr", "best rho", "settings", *(f"n, {AT[axis]}" for axis in AXES)]
+    return Table(header, rows, caption="Validation loss (nats per token) by method; * is the lowest")
 
 
 def paired(section: Section) -> Table:
@@ -347,8 +354,8 @@ def html(table: Table) -> str:
 
 
 def cell(table: Table, column: int, text: str) -> str:
-    """A cell; names may break after _ and /."""
-    shown = re.sub("([_/])", r"\1<wbr>", escape(text)) if column == 0 else escape(text)
+    """A cell; names may break after _ and /, figures before their error."""
+    shown = re.sub("([_/])", r"\1<wbr>", escape(text)) if column == 0 else re.sub("(?<=\u00b1) | (?=\\*$)", "\u00a0", escape(text))
     return f"<td{aligned(table, column, text)}>{shown}</td>"
 
 

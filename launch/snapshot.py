@@ -8,11 +8,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
+from launch.tracking import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository
 FOLDERS = ("conf", "data", "launch", "model", "optim")
@@ -23,11 +24,12 @@ SECRETS = ("JWT", "KEY", "TOKEN", "SECRET", "PASSWORD")  # SLURM_JWT is one
 
 
 def snapshot_code(dir: Path, root: Path = ROOT) -> None:
-    """Writes `<dir>/code/`; called on every start of a run.
+    """Adds to `<dir>/code/` what this start of a run is made of; called on every start.
 
-    revision.txt        git revision, or "not a git checkout"
-    diff.patch          what the working tree has beyond it, with untracked .py files and configs; `git apply` restores it
-    environment.json    a list with an entry per start: revision, versions, devices, scheduler, command line, time
+    start_<n>/          the code of the n-th start, unless an earlier one had the same:
+        revision.txt    git revision, or "not a git checkout"
+        diff.patch      what the working tree has beyond it, with untracked .py files and configs; `git apply` restores it
+    environment.json    a list with an entry per start: the folder of its code, revision, versions, devices, scheduler, command line, time
 
     Where git cannot tell, the .py and .yaml files themselves are copied instead of the patch. A problem is one line
     on stderr: it never stops a run.
@@ -37,13 +39,14 @@ def snapshot_code(dir: Path, root: Path = ROOT) -> None:
         code.mkdir(parents=True, exist_ok=True)
         try:
             revision, patch = _ask_git(root)
+            files = {"diff.patch": patch}
         except (OSError, subprocess.SubprocessError):
-            revision = "not a git checkout"
-            _copy_sources(root, code)
-        else:
-            (code / "diff.patch").write_bytes(patch)
-        (code / "revision.txt").write_text(revision + "\n")
-        _append(code / "environment.json", {"revision": revision, **_environment()})
+            revision, files = "not a git checkout", _sources(root)
+        environments = code / "environment.json"
+        starts = json.loads(environments.read_text()) if environments.exists() else []
+        folder = _keep(code, f"start_{len(starts) + 1}", files | {"revision.txt": f"{revision}\n".encode()})
+        entry = {"code": folder, "revision": revision, **_environment()}
+        write_atomically(environments, json.dumps([*starts, entry], indent=1) + "\n")
     except (OSError, ValueError) as error:
         print(f"the snapshot in {code} is incomplete: {error}", file=sys.stderr)
 
@@ -71,22 +74,31 @@ def _ask_git(root: Path) -> tuple[str, bytes]:
     return revision, patch
 
 
-def _copy_sources(root: Path, code: Path) -> None:
+def _sources(root: Path) -> dict[str, bytes]:
+    """The content of every source, by its path in the repository."""
     sources = [path for folder in FOLDERS for pattern in ("*.py", "*.yaml") for path in (root / folder).rglob(pattern)]
-    for source in [root / "train.py", *sources]:
-        target = code / source.relative_to(root)
+    return _read([root / "train.py", *sources], root)
+
+
+def _read(paths: Iterable[Path], root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in paths if path.is_file()}
+
+
+def _keep(code: Path, name: str, files: dict[str, bytes]) -> str:
+    """Writes files into a new folder of this name unless another one holds just them; returns the folder's name."""
+    for folder in sorted(code.glob("start_*")):
+        if _read(folder.rglob("*"), folder) == files:
+            return folder.name
+    for path, content in files.items():
+        target = code / name / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
-
-
-def _append(path: Path, entry: dict[str, Any]) -> None:
-    starts = json.loads(path.read_text()) if path.exists() else []
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps([*starts, entry], indent=1) + "\n")
-    temporary.replace(path)
+        target.write_bytes(content)
+    return name
 
 
 def _environment() -> dict[str, Any]:
+    import torch  # late: a task of a sweep on Slurm imports this module, and starts a process that needs torch
+
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.orig_argv,

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from conf.schema import TrackingConfig
-from launch.wandb_run import Wandb, recorded_id, wandb_mode
+from launch.wandb_run import Wandb, recorded_id, unsent, wandb_mode
 
 REDRAW = 0.2  # seconds between redraws of the live line
 PLAIN = 10.0  # seconds between plain lines where stdout is no terminal
@@ -99,19 +99,7 @@ class Tracker:
             self.message(notice)
         if mode != "off":
             self.wandb_id = wandb_id or recorded_id(dir) or secrets.token_hex(4)
-            model, method, data = (plain_config[group]["name"] for group in ("model", "optim", "data"))
-            arguments = {
-                "dir": dir,
-                "id": self.wandb_id,
-                "resume": "allow",
-                "name": run_name,
-                "project": config.project,
-                "entity": config.entity,
-                "group": config.group or f"{model}-{data}",
-                "tags": list(dict.fromkeys([method, model, *config.tags])),
-                "job_type": "train",
-                "config": plain_config,
-            }
+            arguments = wandb_arguments(dir, config, run_name, plain_config, self.wandb_id)
             self._wandb = Wandb(mode, config.timeout, arguments, lambda: read_rows(dir / "metrics.jsonl"), self.message)
 
     def log(self, row: Row) -> None:
@@ -145,6 +133,35 @@ class Tracker:
         self._file.close()
         if self._wandb:
             self._wandb.close(exit_code)
+
+
+def wandb_arguments(dir: Path, config: TrackingConfig, run_name: str, plain_config: dict[str, Any], wandb_id: str) -> dict[str, Any]:
+    """What W&B is told of a run when it starts."""
+    model, method, data = (plain_config[group]["name"] for group in ("model", "optim", "data"))
+    return {
+        "dir": dir,
+        "id": wandb_id,
+        "resume": "allow",
+        "name": run_name,
+        "project": config.project,
+        "entity": config.entity,
+        "group": config.group or f"{model}-{data}",
+        "tags": list(dict.fromkeys([method, model, *config.tags])),
+        "job_type": "train",
+        "config": plain_config,
+    }
+
+
+def send_rest(dir: Path, config: TrackingConfig, run_name: str, plain_config: dict[str, Any]) -> None:
+    """Sends W&B what it lacks of a finished run, whose last start may have had no network at its end. Where nothing is known to be lacking,
+    or the run is not tracked online, nobody is asked."""
+    wandb_id = recorded_id(dir)
+    if wandb_id and unsent(dir) and wandb_mode(config.mode)[0] == "online":
+        summary = json.loads((dir / "summary.json").read_text())
+        arguments = wandb_arguments(dir, config, run_name, plain_config, wandb_id)
+        wandb = Wandb("online", config.timeout, arguments, lambda: read_rows(dir / "metrics.jsonl"), print, fall_back=False)
+        wandb.send(lambda run: run.summary.update(summary))
+        wandb.close(0)
 
 
 class Silent:

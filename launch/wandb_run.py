@@ -53,8 +53,8 @@ def has_wandb_key() -> bool:
 class Wandb:
     """A W&B run on a thread of its own, so that a slow or absent network costs the training nothing.
 
-    Calls queue up until the run has started. Where no online run starts, it is recorded offline. Whatever goes wrong
-    becomes a notice, never an exception.
+    Calls queue up until the run has started. Where no online run starts, it is recorded offline, unless `fall_back` is false. Whatever goes
+    wrong becomes a notice, never an exception.
 
     W&B cannot take rows back, and what a start sent may be lost. So a row's step is W&B's step too, and a start sends every row of the run,
     `rows()` and those logged from now on, beyond the last step that W&B has: the server's online, offline that of this folder's records.
@@ -67,14 +67,15 @@ class Wandb:
         arguments: dict[str, Any],
         rows: Callable[[], Iterable[dict[str, Any]]],
         notice: Callable[[str], None],
+        fall_back: bool = True,
     ) -> None:
         self._mode = mode
         self._timeout = timeout
         self._arguments = arguments
         self._rows = rows
         self._notice = notice
+        self._fall_back = fall_back
         self._last = -1  # step that W&B has
-        self._exit_code: int | None = None
         self._queue: SimpleQueue[Callable[[Any], object] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
@@ -90,7 +91,6 @@ class Wandb:
 
     def close(self, exit_code: int) -> None:
         """Finishes the run, within the time of a failed start and of an upload without a network."""
-        self._exit_code = exit_code
         if exit_code == EXIT_PREEMPTED:
             self.send(lambda run: run.mark_preempting())
         self.send(lambda run: self._finish(run, exit_code))
@@ -133,7 +133,7 @@ class Wandb:
             if self._mode == "online":
                 self._notice(f"W&B: {run.url}")
         except Exception as error:
-            if self._mode != "online":
+            if self._mode != "online" or not self._fall_back:
                 raise
             self._mode = "offline"
             self._notice(f"W&B: recording offline, {_first_line(error)}; `wandb sync {dir}/wandb/offline-run-*` uploads it")
@@ -156,18 +156,18 @@ class Wandb:
             self._last = row["step"]
 
     def _finish(self, run: Any, exit_code: int) -> None:
-        """Ends the run. What earlier starts recorded offline is on the server once an online one has ended: `wandb sync` shall skip it."""
+        """Ends the run. Once an online start has ended, the server has what any start recorded: `wandb sync` shall skip it, for it would send
+        all rows of a record again, whichever of them the server has."""
         run.finish(exit_code)
         if self._mode == "online":
             for path in records_of(Path(self._arguments["dir"])):
-                if path.parent.name.startswith("offline-"):
-                    path.with_name(f"{path.name}.synced").touch()  # W&B's own mark
+                sent_mark(path).touch()
 
     def _remedy(self) -> str:
         if self._mode == "offline":
             return f"; `wandb sync {self._arguments['dir']}/wandb/offline-run-*` uploads what was recorded"
-        later = "" if self._exit_code == 0 else ", and the run's next start sends W&B what it lacks"
-        return f"; {self._arguments['dir']}/metrics.jsonl has every row{later}"
+        dir = self._arguments["dir"]
+        return f"; {dir}/metrics.jsonl has every row; the run's own command (in {dir}/code/environment.json) sends W&B what it lacks"
 
 
 def records_of(dir: Path) -> list[Path]:
@@ -184,6 +184,16 @@ def recorded_id(dir: Path) -> str | None:
     """The W&B id of a run that was started before, though it has no checkpoint yet."""
     paths = records_of(dir)
     return id_of(paths[-1]) if paths else None
+
+
+def sent_mark(path: Path) -> Path:
+    """The file by which W&B's own `wandb sync` marks a record that the server has."""
+    return path.with_name(f"{path.name}.synced")
+
+
+def unsent(dir: Path) -> bool:
+    """Whether a start of a run folder recorded what the server may lack."""
+    return not all(sent_mark(path).exists() for path in records_of(dir))
 
 
 def last_step(path: Path) -> int:

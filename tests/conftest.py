@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, TINY, torchrun
+from tests.runs import ROOT, TINY
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for a busy core spin: ten times slower beside other work
 
@@ -27,6 +27,19 @@ def pytest_collection_modifyitems(items):
 def cache(tmp_path_factory):
     """A folder of prepared data, one for the session."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def no_wandb_account(tmp_path_factory):
+    """Neither W&B settings nor a key of whoever runs the tests."""
+    folder = tmp_path_factory.mktemp("no_account")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("WANDB_")]:
+            patch.delenv(name)
+        patch.setenv("NETRC", str(folder / "netrc"))
+        patch.setenv("WANDB_CONFIG_DIR", str(folder / "wandb-settings"))
+        patch.setenv("WANDB_ERROR_REPORTING", "false")
+        yield
 
 
 @pytest.fixture
@@ -60,10 +73,9 @@ def reference(tmp_path_factory, tiny):
 @pytest.fixture(scope="session")
 def found(tmp_path_factory):
     """What 1, 2 and 4 processes found out (tests/ranks.py)."""
-    folder, results = tmp_path_factory.mktemp("ranks"), {}
-    for world in (1, 2, 4):
-        process = torchrun(world, str(ROOT / "tests/ranks.py"), str(folder / f"{world}.json"))
-        out, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, out[-3000:]
-        results |= json.loads((folder / f"{world}.json").read_text())
-    return results
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, str(ROOT / "tests/ranks.py"), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
+    assert process.returncode == 0, process.stdout[-3000:]
+    return {name: entry for file in folder.glob("*.json") for name, entry in json.loads(file.read_text()).items()}

@@ -12,22 +12,14 @@ import pytest
 
 import train as training
 from conf.schema import KEYS
-from launch import dashboard
+from launch import charts, dashboard
 from launch.config import compose
 from tests.runs import ROOT, rows
 from tests.wandb_server import Server
 
 CUDA_ONLY = {"perf/mfu", "perf/memory_gib"}
+pytestmark = pytest.mark.usefixtures("no_wandb_account")
 TITLES = ["Validation loss", "Radius and learning rate", "Stability", "Sharpness", "Throughput"]
-
-
-@pytest.fixture(autouse=True)
-def no_wandb_account(tmp_path, monkeypatch):
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-settings"))
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
 
 
 def ask(folder: Path, *arguments: str, **environment: str) -> str:
@@ -53,7 +45,7 @@ def plotted(specification: dict[str, Any]) -> tuple[set[str], set[str]]:
     """(figures of rows and summaries, keys of the configuration) that the panels show."""
     panels = values(specification, "config")
     names = {metric for metrics in values(panels, "metrics") for metric in metrics}
-    names |= {name for axis in ("xAxis", "yAxis", "accessor", "groupBy") for name in values(panels, axis)}
+    names |= {name for axis in ("xAxis", "yAxis", "accessor") for name in values(panels, axis)}
     keys = {name.removeprefix("config:").replace(".value", "") for name in names if ".value" in name or name.startswith("config:")}
     figures = {name.removeprefix("summary:") for name in names if ".value" not in name and not name.startswith("config:")}
     return figures, {key.removesuffix(".value") for key in keys}
@@ -64,6 +56,7 @@ def test_panels_show_what_runs_log(tmp_path, tiny):
     assert training.main(compose([*tiny, *overrides])) == 0
     logged = {name for row in rows(tmp_path / "run") for name, value in row.items() if value is not None}
     logged |= {name for line in (tmp_path / "run/metrics.jsonl").open() for name in json.loads(line)}
+    assert {name for name in logged if name.startswith("sharpness/")} < charts.MEANINGS.keys()  # so has the report a caption for each
     logged |= json.loads((tmp_path / "run/summary.json").read_text()).keys()
     specification = dashboard.specification(*dashboard.build("me", "p"))
     for page in ("workspace", "report"):
@@ -71,7 +64,7 @@ def test_panels_show_what_runs_log(tmp_path, tiny):
         assert figures - CUDA_ONLY <= logged, figures - CUDA_ONLY - logged
         assert keys <= KEYS.keys()
         assert {"val/loss", "val/loss_at_equal_flops", "step", "flops", "tokens", "seconds", "perf/tokens_per_second"} <= figures
-        assert {"optim.name", "optim.rho", "optim.lr", "seed"} <= keys
+        assert {"model.name", "optim.name", "optim.rho", "optim.lr"} <= keys
     headings = [block for block in specification["report"]["spec"]["blocks"] if block["type"] == "heading"]
     assert [block["children"][0]["text"] for block in headings] == TITLES
     assert [section["name"] for section in values(specification["workspace"], "sections")[0]] == TITLES
@@ -86,6 +79,8 @@ def test_panels_of_a_report_lie_two_in_a_row():
 
 
 def test_a_report_and_a_workspace_reach_the_server(tmp_path):
+    """In both, runs that differ by more than their seeds are groups of their own in every table, and no panel groups them otherwise."""
+    setting = [{"section": "config", "name": name} for name in ("model.value.name", "optim.value.name", "optim.value.lr", "optim.value.rho")]
     with Server() as server:
         output = ask(tmp_path, "project=mine", **server.environment)
     report, workspace = server.views
@@ -94,7 +89,11 @@ def test_a_report_and_a_workspace_reach_the_server(tmp_path):
     for view, page in ((report, "report"), (workspace, "workspace")):
         assert (view["entityName"], view["projectName"], view["displayName"]) == ("local", "mine", dashboard.NAME)
         expected = dashboard.specification(*dashboard.build("local", "mine"))[page]
-        assert plotted(json.loads(view["spec"])) == plotted(expected)
+        stored = json.loads(view["spec"])
+        assert plotted(stored) == plotted(expected)
+        assert values(stored, "grouping") == [setting] * (len(TITLES) if page == "report" else 1)
+        assert values(stored, "groupBy") == [] and not any(values(stored, "aggregate"))
+        assert all(values(stored, "useRunsTableGroupingInPanels"))
     assert [line.split(": ")[0] for line in output.splitlines()] == ["report", "workspace"]
     assert f"{server.url}/local/mine" in output
     assert os.listdir(tmp_path) == []

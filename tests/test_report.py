@@ -319,7 +319,8 @@ def test_the_page_needs_nothing_else(report):
     assert {value[1:] for value in references} <= set(ids)
     assert "@import" not in page
     assert not re.search(r"https?://", re.sub(r'xmlns(:\w+)?="[^"]*"', "", page))
-    assert ("name", "viewport") in attributes and "@media print" in page and "prefers-color-scheme: dark" in page
+    assert ("name", "viewport") in attributes and "prefers-color-scheme: dark" in page
+    assert "details::details-content { content-visibility: visible; }" in page.partition("@media print")[2]  # closed on the screen, all on paper
 
 
 def test_charts_are_real(report):
@@ -336,10 +337,36 @@ def test_charts_are_real(report):
 
 
 def test_methods_look_different_and_the_same_everywhere():
-    names = ["adamw", "adamw weight_decay=0.2", *(f"method_{number}" for number in range(16))]
+    names = ["adamw", "adamw weight_decay=0.2", *(f"method_{number:02}" for number in range(16))]
     looks = charts.styles(name for name in names)
     assert len({(look.color, look.dash) for look in looks.values()}) == len(names)
+    assert len({looks[f"method_{number:02}"].color for number in range(10)} | {looks["adamw"].color}) == 11
     assert charts.styles(reversed(names)) == looks and looks["adamw"].color == charts.INK
+
+
+def test_error_bands_stay_in_the_axes():
+    """Of the last four fifths; the fall before is cut off."""
+    x, means = np.arange(11.0), np.array([9.0, 8.0, *np.linspace(3, 2, 9)])
+    _figure, axes = charts.start()
+    charts.frame_late(axes, [("sam", x, means, np.where(x == 10, 0.7, np.nan)), ("adamw", x, means + 0.1, np.full(11, 0.2))])
+    low, high = axes.get_ylim()
+    assert low < 2 - 0.7 < low + 0.2 and 3 + 0.1 + 0.2 < high < 3.5
+
+
+def test_digits_of_rounding_fill_no_axis(sweep):
+    section = section_of(sweep)
+    for run in (run for method, setting in section.best.items() if method != "adamw" for run in setting.runs):
+        run.columns["sharpness/realised_radius"] = 0.05 + 1e-8 * run.columns["step"]
+    drawn = charts.measured_charts(section, charts.styles(section.methods))[charts.MEANINGS["sharpness/realised_radius"]]
+    ticks = [text.replace("\u2212", "-") for text in re.findall(r">([^<>]+)</text>", drawn)]
+    assert {"0.048", "0.052"} <= set(ticks) and not any("e-" in text for text in ticks)
+
+
+def test_the_losses_come_first_in_the_table(report):
+    """On a telephone the rest is beyond the edge."""
+    header = next(line for line in (report / "page.md").read_text().splitlines() if line.startswith("| method | equal"))
+    columns = [re.split("[:,] ", text)[0] for text in header.strip("| ").split(" | ")]
+    assert columns == ["method", "equal steps", "equal FLOPs", "equal time", "best lr", "best rho", "settings", "n", "n", "n"]
 
 
 def test_names_are_escaped(copied, tmp_path):

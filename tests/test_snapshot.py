@@ -40,7 +40,7 @@ def test_revision_and_patch_rebuild_the_code(checkout, tmp_path):
     snapshot_code(tmp_path / "run", checkout)
     assert git(checkout, "status", "--porcelain") == before  # the index is as it was
 
-    code = tmp_path / "run" / "code"
+    code = tmp_path / "run" / "code" / "start_1"
     clone = tmp_path / "clone"
     git(tmp_path, "clone", "--quiet", str(checkout), str(clone))
     git(clone, "checkout", "--quiet", (code / "revision.txt").read_text().strip())
@@ -53,8 +53,23 @@ def test_revision_and_patch_rebuild_the_code(checkout, tmp_path):
 
 def test_clean_checkout_has_an_empty_patch(checkout, tmp_path):
     snapshot_code(tmp_path / "run", checkout)
-    assert (tmp_path / "run/code/diff.patch").read_bytes() == b""
-    assert (tmp_path / "run/code/revision.txt").read_text() == git(checkout, "rev-parse", "HEAD")
+    assert (tmp_path / "run/code/start_1/diff.patch").read_bytes() == b""
+    assert (tmp_path / "run/code/start_1/revision.txt").read_text() == git(checkout, "rev-parse", "HEAD")
+
+
+@pytest.mark.parametrize("checked_out", [True, False])
+def test_each_start_keeps_the_code_that_it_ran(checked_out, checkout, tmp_path):
+    """The second start finds the first one's code, the third other code, the fourth the first one's again."""
+    code = tmp_path / "run" / "code"
+    if not checked_out:
+        (checkout / ".git").rename(tmp_path / "git")
+    for text in ("print(1)\n", "print(1)\n", "print(3)\n", "print(1)\n"):
+        (checkout / "train.py").write_text(text)
+        snapshot_code(tmp_path / "run", checkout)
+    assert [start["code"] for start in json.loads((code / "environment.json").read_text())] == ["start_1", "start_1", "start_3", "start_1"]
+    assert {path.name for path in code.iterdir()} == {"environment.json", "start_1", "start_3"}
+    kept = [(code / f"start_{number}" / ("diff.patch" if checked_out else "train.py")).read_text() for number in (1, 3)]
+    assert ("print(3)" in kept[0], "print(3)" in kept[1]) == (False, True)
 
 
 @pytest.mark.parametrize("reason", ["no checkout", "checkout of something else", "no git"])
@@ -68,7 +83,7 @@ def test_sources_are_copied_where_git_cannot_tell(reason, checkout, tmp_path, mo
         (root / "train.py").write_text("print(1)\n")
         (root / "conf/config.yaml").write_text("a: 1\n")
     snapshot_code(tmp_path / "run", root)
-    code = tmp_path / "run" / "code"
+    code = tmp_path / "run" / "code" / "start_1"
     assert (code / "revision.txt").read_text() == "not a git checkout\n"
     assert (code / "train.py").read_text() == "print(1)\n"
     assert (code / "conf/config.yaml").read_text() == "a: 1\n"
@@ -79,7 +94,7 @@ def test_copy_of_this_repository_holds_its_sources(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     snapshot_code(tmp_path)
     for name in ("train.py", "launch/snapshot.py", "conf/schema.py", "conf/config.yaml"):
-        assert (tmp_path / "code" / name).read_bytes() == (ROOT / name).read_bytes()
+        assert (tmp_path / "code/start_1" / name).read_bytes() == (ROOT / name).read_bytes()
 
 
 def test_each_start_adds_its_environment_without_secrets(checkout, tmp_path, monkeypatch):

@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,7 @@ from launch.tracking import Tracker, read_rows
 from launch.wandb_run import last_step, read_records, records_of, wandb_mode
 from tests.wandb_server import Server
 
+pytestmark = pytest.mark.usefixtures("no_wandb_account")
 CONFIG = {"model": {"name": "tiny"}, "optim": {"name": "sam", "rho": 0.05}, "data": {"name": "stdlib"}, "seed": 3}
 # W&B keeps settings and a service per process, so each test of it has a process of its own, that runs this first.
 PRELUDE = f"""
@@ -25,7 +28,7 @@ import os, signal, subprocess, sys, time
 from pathlib import Path
 from conf.schema import TrackingConfig
 from launch import wandb_run
-from launch.tracking import Tracker, read_rows
+from launch.tracking import Tracker, read_rows, send_rest
 dir = Path(sys.argv[1])
 def tracker(mode, wandb_id=None, resumed_step=-1, **keys):
     return Tracker(dir, TrackingConfig(mode=mode, tags=["mine"], **{{"timeout": 30.0, **keys}}), "my-run", {CONFIG!r}, wandb_id, 100, resumed_step)
@@ -35,19 +38,14 @@ def row(step):
 """
 
 
-@pytest.fixture(autouse=True)
-def no_wandb_account(tmp_path, monkeypatch):
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-settings"))
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-
-
 @pytest.fixture
 def run(tmp_path):
     """A run folder with a snapshot of its code."""
-    folder = tmp_path / "run"
+    return new_run(tmp_path)
+
+
+def new_run(where: Path) -> Path:
+    folder = where / "run"
     (folder / "code").mkdir(parents=True)
     (folder / "code" / "revision.txt").write_text("abc\n")
     return folder
@@ -55,7 +53,7 @@ def run(tmp_path):
 
 def run_script(dir: Path, script: str, **environment: str) -> str:
     command = [sys.executable, "-c", PRELUDE + script, str(dir)]
-    run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""
     return run.stdout
@@ -73,9 +71,9 @@ print(run.wandb_id)
     return run_script(dir, script, **environment).splitlines()[-1]
 
 
-def sync(dir: Path, **environment: str) -> str:
-    """What `wandb sync DIR/wandb/offline-run-*` says."""
-    command = [Path(sys.executable).parent / "wandb", "sync", *dir.glob("wandb/offline-run-*")]
+def sync(dir: Path, *options: str, **environment: str) -> str:
+    """What `wandb sync DIR/wandb/*run-*` says."""
+    command = [Path(sys.executable).parent / "wandb", "sync", *options, *dir.glob("wandb/*run-*")]
     done = subprocess.run(command, cwd=dir, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stderr
@@ -116,7 +114,10 @@ def read_wandb(dir: Path) -> list[types.SimpleNamespace]:
 # Offline
 
 
-def test_offline_run_holds_rows_config_axes_code_and_summary(run):
+@pytest.fixture(scope="module")
+def recorded(no_wandb_account, tmp_path_factory):
+    """A run of 301 rows that was recorded offline, and what it printed first: its W&B id."""
+    run = new_run(tmp_path_factory.mktemp("recorded"))
     script = """
 run = tracker("offline")
 print(run.wandb_id)
@@ -126,7 +127,11 @@ run.log({**row(301), "val/loss": float("nan")})
 run.summary({"val/loss": 3.5, "val/loss_at_equal_flops": 3.75})
 run.close(0)
 """
-    wandb_id = run_script(run, script).splitlines()[0]
+    return run, run_script(run, script).splitlines()[0]
+
+
+def test_offline_run_holds_rows_config_axes_code_and_summary(recorded):
+    run, wandb_id = recorded
     (start,) = read_wandb(run)
     assert steps(start.rows) == list(range(1, 302))
     assert start.rows[9] | {"step": 10, "tokens": 640, "flops": 1e7, "seconds": 1.25, "train/loss": 4.9, "sharpness/rho": 0.05} == start.rows[9]
@@ -142,20 +147,13 @@ run.close(0)
     assert not start.preempting
 
 
-def test_last_step_is_found_from_any_block_and_in_what_is_left_of_a_file(run, tmp_path, monkeypatch):
-    script = """
-run = tracker("offline")
-for step in range(1, 301):
-    run.log(row(step))
-run.close(0)
-"""
-    run_script(run, script)
-    (path,) = records_of(run)
+def test_last_step_is_found_from_any_block_and_in_what_is_left_of_a_file(recorded, tmp_path, monkeypatch):
+    (path,) = records_of(recorded[0])
     assert path.stat().st_size > 3 * wandb_run.BLOCK
-    assert last_step(path) == 300
+    assert last_step(path) == 301
     for tail in (1, 2):
         monkeypatch.setattr(wandb_run, "TAIL", tail * wandb_run.BLOCK)
-        assert last_step(path) == 300
+        assert last_step(path) == 301
     content, cut = path.read_bytes(), tmp_path / "cut.wandb"
     found = []
     for size in (0, 7, 40_000, 80_000, 80_001):
@@ -167,48 +165,39 @@ run.close(0)
     assert last_step(cut) >= found[3]
 
 
-def test_no_start_loses_or_doubles_a_row(run):
-    """The second start runs untracked from an older checkpoint, the third finds no checkpoint that knows the W&B id."""
+@pytest.fixture(scope="module")
+def thrice(no_wandb_account, tmp_path_factory):
+    """A run of three starts, and its W&B id: the second runs untracked from an older checkpoint, the third finds no checkpoint that knows the
+    id."""
+    run = new_run(tmp_path_factory.mktemp("thrice"))
     first = start(run, "offline", 1, 10, 75)
-    start(run, "off", 7, 14, 75, f"wandb_id={first!r}, resumed_step=6")
-    third = start(run, "offline", 13, 16, 0, "resumed_step=12")
-    assert first == third
+    untracked = Tracker(run, TrackingConfig(mode="off"), "my-run", CONFIG, first, 100, 6)
+    for step in range(7, 15):
+        untracked.log({"step": step, "tokens": step * 64, "flops": 1e6 * step, "seconds": step / 8, "train/loss": 5 - step / 100})
+    untracked.close(75)
+    assert start(run, "offline", 13, 16, 0, "resumed_step=12") == first
+    return run, first
+
+
+def test_no_start_loses_or_doubles_a_row(thrice):
+    run, wandb_id = thrice
     starts = read_wandb(run)
     assert [steps(start.rows) for start in starts] == [list(range(1, 11)), list(range(11, 17))]
-    assert {start.run.run_id for start in starts} == {first}
+    assert {start.run.run_id for start in starts} == {wandb_id}
     assert [start.preempting for start in starts] == [True, False]
     assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == list(range(1, 17))
-
-
-def test_run_of_train_py_tells_wandb_what_it_is(train, tiny, tmp_path):
-    """The first row is of step 0, the last of the end; a sweep gives the group."""
-    overrides = [f"dir={tmp_path}/run", "optim=sam", "schedule.steps=3", "evaluation.every=2", "tracking.mode=offline", "tracking.group=sweep"]
-    assert train(*tiny, *overrides).returncode == 0
-    (start,) = read_wandb(tmp_path / "run")
-    logged = read_rows(tmp_path / "run/metrics.jsonl")
-    assert steps(start.rows) == [row["step"] for row in logged] == [0, 1, 2, 3]
-    for row, shown in zip(logged, start.rows, strict=True):
-        assert {name: value for name, value in row.items() if value is not None}.items() <= shown.items()
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert summary.items() <= start.summary.items() and "val/loss_at_equal_flops" in summary
-    assert (start.run.run_group, start.run.display_name) == ("sweep", summary["name"])
-    assert list(start.run.tags) == ["sam", "tiny"]
-    assert (start.config["optim"]["rho"], start.config["optim"]["num_groups"]) == (0.05, None)
-    assert {"code/revision.txt", "code/diff.patch", "code/environment.json"} <= set(start.files)
-    assert start.exit_code == 0
 
 
 # A server
 
 
-def test_offline_starts_are_synced_by_one_command(run):
-    wandb_id = start(run, "offline", 1, 6, 75)
-    start(run, "offline", 5, 9, 0, f"wandb_id={wandb_id!r}, resumed_step=4")
+def test_offline_starts_are_synced_by_one_command(thrice, tmp_path):
+    run = shutil.copytree(thrice[0], tmp_path / "run", symlinks=True)
     with Server() as server:
         sync(run, **server.environment)
-        stored = server.runs[wandb_id]
-        assert steps(stored.rows) == list(range(1, 10))
-        assert (stored.exit_code, stored.summary["train/loss"]) == (0, 4.91)
+        stored = server.runs[thrice[1]]
+        assert steps(stored.rows) == list(range(1, 17))
+        assert (stored.exit_code, stored.summary["train/loss"]) == (0, 4.84)
         assert stored.config | CONFIG == stored.config
         given = {key: stored.fields[key] for key in ("displayName", "groupName", "jobType", "tags", "project")}
         assert given == {"displayName": "my-run", "groupName": "tiny-stdlib", "jobType": "train", "tags": ["sam", "tiny", "mine"],
@@ -216,14 +205,54 @@ def test_offline_starts_are_synced_by_one_command(run):
         assert stored.files["code/revision.txt"] == b"abc\n"
 
 
-def test_online_start_takes_over_from_one_recorded_offline(run):
+def test_online_start_takes_over_from_those_recorded_offline(thrice, tmp_path):
     """Nothing was uploaded in between, and what the online start has sent is not sent again by a sync."""
-    wandb_id = start(run, "offline", 1, 6, 75)
+    run, wandb_id = shutil.copytree(thrice[0], tmp_path / "run", symlinks=True), thrice[1]
     with Server() as server:
-        start(run, "online", 5, 9, 0, f"wandb_id={wandb_id!r}, resumed_step=4", **server.environment)
-        assert steps(server.runs[wandb_id].rows) == list(range(1, 10))
-        assert "No runs to sync" in sync(run, **server.environment)
-        assert steps(server.runs[wandb_id].rows) == list(range(1, 10))
+        start(run, "online", 15, 19, 0, f"wandb_id={wandb_id!r}, resumed_step=14", **server.environment)
+        assert steps(server.runs[wandb_id].rows) == list(range(1, 20))
+        assert "No runs to sync" in sync(run, "--include-online", **server.environment)
+        assert steps(server.runs[wandb_id].rows) == list(range(1, 20))
+
+
+class Forgetful(Server):
+    """A server that never got the end of a run: it has two rows when the run goes on."""
+
+    def resumed(self, name: str) -> dict[str, Any] | None:
+        if name in self.runs:
+            del self.runs[name].history[2:]
+            self.runs[name].summary, self.runs[name].exit_code = {}, None
+        return super().resumed(name)
+
+
+def test_run_of_train_py_tells_wandb_what_it_is(tiny, tmp_path):
+    """The first row is of step 0, the last of the end; a sweep gives the group. The same command again asks nobody, unless the server may lack
+    something."""
+    overrides = [f"dir={tmp_path}/run", "optim=sam", "schedule.steps=3", "evaluation.every=2", "tracking.mode=online", "tracking.group=sweep"]
+    script = f"""
+import train
+from launch.config import compose
+settings = compose({[*tiny, *overrides]!r})
+assert [train.main(settings), train.main(settings)] == [0, 0]
+for path in wandb_run.records_of(dir):
+    wandb_run.sent_mark(path).unlink()
+assert train.main(settings) == 0
+"""
+    with Forgetful() as server:
+        output = run_script(tmp_path / "run", script, OMP_NUM_THREADS="1", **server.environment)
+    assert re.findall("^(?:finished already|W&B: http)", output, re.MULTILINE) == ["W&B: http", "finished already", "finished already", "W&B: http"]
+    (stored,) = server.runs.values()
+    logged = read_rows(tmp_path / "run/metrics.jsonl")
+    assert steps(stored.rows) == [row["step"] for row in logged] == [0, 1, 2, 3]
+    for row, shown in zip(logged, stored.rows, strict=True):
+        assert {name: value for name, value in row.items() if value is not None}.items() <= shown.items()
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary.items() <= stored.summary.items() and "val/loss_at_equal_flops" in summary
+    assert (stored.fields["groupName"], stored.fields["displayName"]) == ("sweep", summary["name"])
+    assert list(stored.fields["tags"]) == ["sam", "tiny"]
+    assert (stored.config["optim"]["rho"], stored.config["optim"]["num_groups"]) == (0.05, None)
+    assert {"code/start_1/revision.txt", "code/start_1/diff.patch", "code/environment.json"} <= stored.files.keys()
+    assert stored.exit_code == 0
 
 
 ONLINE = """
@@ -234,6 +263,8 @@ for line in sys.stdin:
     for step in range(first, last + 1):
         run.log(row(step))
     run.message("logged")
+if {code} == 0:
+    run.summary({{"val/loss": 3.5}})
 run.close({code})
 print("closed")
 """
@@ -285,7 +316,7 @@ def test_network_that_goes_away_costs_neither_the_run_nor_a_row(run):
         assert steps(server.runs[wandb_id].rows) == [1, 2, 3, 4, 5]
         second = Online(run, server.environment, f", wandb_id={wandb_id!r}, resumed_step=4", code=75, finish=1.0)
     second.log(5, 10)
-    assert re.search(r"W&B: tracking ended, .*; \S+/metrics.jsonl has every row, and the .*\nclosed\n", second.close())
+    assert re.search(r"W&B: tracking ended, .*; \S+/metrics.jsonl has every row; the run's own .*\nclosed\n", second.close())
     assert steps(server.runs[wandb_id].rows) == [1, 2, 3, 4, 5]
     with Server(server) as again:
         third = Online(run, again.environment, f", wandb_id={wandb_id!r}, resumed_step=8")
@@ -299,6 +330,33 @@ def test_network_that_goes_away_costs_neither_the_run_nor_a_row(run):
         assert list(back.runs) == [wandb_id]
         assert steps(back.runs[wandb_id].rows) == list(range(1, 15))
         assert back.runs[wandb_id].exit_code == 0
+
+
+def test_the_same_command_sends_what_the_end_of_a_run_could_not(run):
+    """The network is gone when the run ends, and still when it is started again; then it is back."""
+    rest = f"""
+for address in ("http://127.0.0.1:9", os.environ["WANDB_BASE_URL"], os.environ["WANDB_BASE_URL"]):
+    os.environ["WANDB_BASE_URL"] = address
+    send_rest(dir, TrackingConfig(timeout=2.0), "my-run", {CONFIG!r})
+    print("asked")
+"""
+    with Server() as server:
+        online = Online(run, server.environment | {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"}, finish=1.0)
+        (stored,) = server.runs.values()
+        online.log(1, 3)
+        end = time.monotonic() + 30
+        while len(stored.history) < 3:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    online.log(4, 6)
+    online.end()
+    ending = r"W&B: tracking ended, .*/metrics.jsonl has every row; the run's own command \(in \S+/code/environment.json\) sends W&B what it lacks\n"
+    assert re.search(ending + "closed\n$", online.close())
+    assert (steps(stored.rows), stored.exit_code) == ([1, 2, 3], None)
+    with Server(server) as back:
+        assert re.fullmatch(f"{ending}asked\nW&B: {back.url}\\S+\nasked\nasked\n", run_script(run, rest, **back.environment))
+        assert (steps(stored.rows), stored.exit_code, stored.summary["val/loss"]) == ([1, 2, 3, 4, 5, 6], 0, 3.5)
+    assert list(back.runs.values()) == [stored] and list(run.glob("wandb/offline-*")) == []
 
 
 def test_unreachable_server_neither_stops_nor_slows_a_run(run):
@@ -426,6 +484,8 @@ def test_mode_follows_the_config_then_the_environment_then_the_keys(tmp_path, mo
 
 def test_keys_are_found_where_wandb_login_leaves_them(tmp_path, monkeypatch):
     netrc = tmp_path / "netrc"
+    monkeypatch.setenv("NETRC", str(netrc))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-settings"))
     netrc.write_text("machine elsewhere.org\n  login user\n  password abc\n")
     assert not wandb_run.has_wandb_key()
     monkeypatch.setenv("WANDB_BASE_URL", "https://elsewhere.org")

@@ -55,8 +55,9 @@ class Server(ThreadingHTTPServer):
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process needs to find this server."""
-        return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": "a" * 40}
+        """What a process needs to find this server, and to try again every second where it went away."""
+        waits = {f"WANDB__{what}_RETRY_WAIT_{end}_SECONDS": "1" for what in ("FILE_STREAM", "GRAPHQL", "FILE_TRANSFER") for end in ("MIN", "MAX")}
+        return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": "a" * 40, **waits}
 
     def __enter__(self) -> Self:
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
