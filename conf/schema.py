@@ -326,8 +326,9 @@ class LauncherConfig:
     cpus_per_task: int | None = key(None, "cores of a process", low=1)
     mem_gb: float | None = key(None, "memory on each node", above=0.0)
     timeout_min: int = key(60, "time limit, in minutes", low=1)
-    signal_delay_s: int = key(120, "seconds before the time limit at which a run is told to save", low=1)
-    max_num_timeout: int = key(3, "how often a run that met its time limit goes on in another job", low=0)
+    signal_delay_s: int = key(120, "seconds before the time limit at which a run is told to save; less than timeout_min", low=1)
+    max_num_timeout: int = key(3, "how often a run goes on in another job after a time-out: told to save in the last fifth, or the last 10 minutes "
+                               "where these are more, of its time", low=0)  # fmt: skip
     partition: str | None = key(None, "partition")
     account: str | None = key(None, "account")
     qos: str | None = key(None, "quality of service")

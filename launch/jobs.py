@@ -22,6 +22,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 from conf.schema import LauncherConfig
 from launch.lock import is_in_use
+from launch.preemption import EXIT_PREEMPTED
 from launch.snapshot import ROOT
 from launch.tracking import write_atomically
 
@@ -69,6 +70,11 @@ class Job:
         """Notes how the run's process ended."""
         self.exit_code.write_text(f"{code}\n")
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the last start ended in order before the run was done: it saved."""
+        return self.exit_code.exists() and self.exit_code.read_text() == f"{EXIT_PREEMPTED}\n"
+
 
 def quoted(key: str, value: str) -> str:
     """An override that holds whatever text."""
@@ -99,22 +105,22 @@ def queue(jobs: Iterable[Job]) -> set[str]:
 
 
 def state(job: Job, queued: set[str], sweeping: bool = False) -> str:
-    """done, running, waiting, or failed: ended without being done, with nothing left that would start it again. `sweeping` says that a
-    process is at work on the local jobs."""
+    """done, running, waiting, or, with nothing left that would start it again, stopped or failed. `sweeping` says that a process is at work
+    on the local jobs."""
     if (job.run / "summary.json").exists():
         return "done"
     if is_in_use(job.run):
         return "running"
     if job.job_id in queued or (sweeping and job.launcher.scheduler == "local" and not job.exit_code.exists()):
         return "waiting"
-    return "failed"
+    return "stopped" if job.stopped else "failed"
 
 
 def reason(job: Job) -> tuple[str, Path]:
     """Why a run ended: the last line that says so since it was last started, and the log that has it."""
     logs = [*sorted(job.log().parent.glob("rank_*.log")), *([Path(job.scheduler_log)] if job.scheduler_log else [])]
     found = [(last_start(log), log) for log in logs if log.exists()]
-    for pattern in (r"(slurmstepd: )?error: ", r"[\w.]+(Error|Exception|Interrupt)\b", r""):
+    for pattern in (r"(slurmstepd: )?error: ", r"\w.*: saved step \d" if job.stopped else r"[\w.]+(Error|Exception|Interrupt)\b", r""):
         for lines, log in found:
             matching = [line for line in lines if re.match(pattern, line)]
             if matching:
@@ -123,7 +129,7 @@ def reason(job: Job) -> tuple[str, Path]:
 
 
 def last_start(log: Path) -> list[str]:
-    """The lines of a log since the last start, but for empty ones."""
+    """The lines of a log since the last start, a run's or its task's on Slurm, but for empty ones."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
-    first = max((number for number, line in enumerate(lines) if line.startswith("$ ")), default=-1)
+    first = max((number for number, line in enumerate(lines) if line.startswith("$ ") or "Starting with JobEnvironment(" in line), default=-1)
     return [line for line in lines[first + 1 :] if line]

@@ -21,22 +21,23 @@ def run_all(jobs: list[Job], n_jobs: int | None) -> int:
     """Runs all jobs, `n_jobs` at a time (default: as many as have devices of their own), and says how each ended.
 
     A signal is passed on to the runs, which save and exit, and no more are started; a second one is passed on too. Returns the exit code
-    of the sweep: 0, 1 where a run failed, EXIT_PREEMPTED where a signal stopped it."""
+    of the sweep: 0, 1 where a run failed, EXIT_PREEMPTED where a signal stopped it or a run stopped by itself."""
     devices, each = visible_devices(), max(job.processes for job in jobs)
     slots = list(range(n_jobs or max(1, len(devices) // each)))
     cores = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // (len(slots) * each)))}  # threads that wait for a busy core spin
-    waiting, running, failed, stopped = deque(jobs), dict[int, tuple[Job, list[subprocess.Popen]]](), list[Job](), list[int]()
+    waiting, running, signals = deque(jobs), dict[int, tuple[Job, list[subprocess.Popen]]](), list[int]()
+    ended: dict[str, list[Job]] = {"done": [], "stopped": [], "failed": []}
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        stopped.append(number)
+        signals.append(number)
         for _, processes in running.values():
             for process in processes:
                 process.send_signal(number)
 
     previous = {number: signal.signal(number, pass_on) for number in SIGNALS}
     try:
-        while running or (waiting and not stopped):
-            while waiting and slots and not stopped:
+        while running or (waiting and not signals):
+            while waiting and slots and not signals:
                 job, slot = waiting.popleft(), slots.pop(0)
                 shared = cores | visible(devices, slot, job.processes)
                 running[slot] = job, [job.start(rank, shared | group) for rank, group in enumerate(process_group(job.processes))]
@@ -48,19 +49,20 @@ def run_all(jobs: list[Job], n_jobs: int | None) -> int:
                     job.ended(code)
                     del running[slot]
                     slots.append(slot)
-                    if code and not stopped:
-                        failed.append(job)
-                    print(f"{'done' if not code else 'stopped' if stopped else 'failed'} {job.run.name}", flush=True)
+                    how = "done" if not code else "stopped" if signals or code == EXIT_PREEMPTED else "failed"
+                    ended[how].append(job)
+                    print(f"{how} {job.run.name}", flush=True)
             time.sleep(POLL)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    for job in failed:
+    for job in ended["failed"]:
         line, log = reason(job)
         print(f"failed: {job.run.name}: {line}; see {log}", file=sys.stderr)
-    if stopped:
-        print(f"stopped by {signal.Signals(stopped[0]).name}; the same command goes on", file=sys.stderr)
-    return EXIT_PREEMPTED if stopped else int(bool(failed))
+    if ended["stopped"] or signals:
+        cause = f" by {signal.Signals(signals[0]).name}" if signals else f": {len(ended['stopped'])} runs saved"
+        print(f"stopped{cause}; the same command goes on", file=sys.stderr)
+    return EXIT_PREEMPTED if signals else 1 if ended["failed"] else EXIT_PREEMPTED if ended["stopped"] else 0
 
 
 def visible_devices() -> list[str]:

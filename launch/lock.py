@@ -14,6 +14,8 @@ from typing import Any, Self
 
 HEARTBEAT = 10.0  # seconds between touches of a live run's lock file
 WATCH = 25.0  # seconds without a touch after which an owner counts as dead; spans two heartbeats
+SETTLE = 2.0  # seconds until it shows who wrote last of newcomers that found the folder free at the same moment
+EXIT_TAKEN_OVER = 2  # as for a newcomer that is refused
 
 _held: dict[Path, dict[str, Any]] = {}  # kernel locks exclude other processes only: these are this process's own
 
@@ -25,7 +27,7 @@ class RunLock:
     locks to each node, or has none, the heartbeat counts: the owner touches the file every HEARTBEAT seconds, and a
     newcomer watches for WATCH seconds whether its time moves. That compares no clocks of different hosts.
     A clean exit empties the file, and removes a folder that holds nothing else. What an owner that died left behind is taken
-    over with a notice on stderr.
+    over with a notice on stderr. An owner that was only suspended, and finds its folder taken over, ends its process at once.
 
     Raises ValueError where the folder is in use.
     """
@@ -42,14 +44,14 @@ class RunLock:
             self._dir.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                owner = self._take()
+                self._claim = self._take()
             except BaseException:
                 os.close(self._file)
                 raise
             if os.fstat(self._file).st_nlink:  # else the one before removed the folder meanwhile
                 break
             os.close(self._file)
-        _held[self._path] = owner
+        _held[self._path] = self._claim
         self._closing = threading.Event()
         self._heartbeat = threading.Thread(target=self._beat, name="lock", daemon=True)
         self._heartbeat.start()
@@ -58,6 +60,7 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         self._closing.set()
         self._heartbeat.join()
+        self._end_if_taken_over()
         os.ftruncate(self._file, 0)
         if os.listdir(self._dir) == ["lock"]:  # nothing came of it
             self._path.unlink()
@@ -72,14 +75,18 @@ class RunLock:
             if (not has_kernel_lock or owner.get("host") != host) and self._is_alive(owner):
                 raise ValueError(self._refusal(owner))
             print(f"dir={self._dir}: taking over from {_name(owner)}, which did not clean up", file=sys.stderr)
-        content = {"host": host, "pid": os.getpid(), "start": time.strftime("%Y-%m-%d %H:%M:%S")}
+        claim = {"host": host, "pid": os.getpid(), "start": time.strftime("%Y-%m-%d %H:%M:%S")}
         os.ftruncate(self._file, 0)
-        os.pwrite(self._file, json.dumps(content).encode(), 0)
+        os.pwrite(self._file, json.dumps(claim).encode(), 0)
         os.fsync(self._file)
-        return content
+        if not has_kernel_lock:
+            time.sleep(SETTLE)
+        self._check(claim)
+        return claim
 
     def _lock(self) -> bool:
-        """Takes the kernel's lock; False where the file system has none (Lustre mounted without flock, say)."""
+        """Takes the kernel's lock; False where the file system has none (Lustre mounted without flock, say). NFS drops what it has cached of
+        a file whenever a lock is asked for, or the file is opened."""
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -87,6 +94,8 @@ class RunLock:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
+            with contextlib.suppress(FileNotFoundError):  # the one before removed the folder meanwhile
+                os.close(os.open(self._path, os.O_RDONLY))  # there is no lock that this could drop
             return False
         return True
 
@@ -106,15 +115,32 @@ class RunLock:
         before, end = os.fstat(self._file).st_mtime_ns, time.monotonic() + WATCH
         while time.monotonic() < end:
             time.sleep(WATCH / 50)
-            self._lock()  # NFS drops what it has cached of a file's times whenever a lock is asked for
+            self._lock()  # for the file's times as they are now
             if os.fstat(self._file).st_mtime_ns != before:
                 return True
         return False
 
+    def _check(self, claim: dict[str, Any]) -> None:
+        """Raises ValueError where the file does not hold this process's claim any more."""
+        self._lock()  # for the file's content as it is now
+        owner = self._owner()
+        if owner != claim:
+            raise ValueError(self._refusal(owner or {}))
+
+    def _end_if_taken_over(self) -> None:
+        try:
+            self._check(self._claim)
+        except ValueError as refusal:  # two would write the folder
+            print(f"error: this process ends, for another one has taken over: {refusal}", file=sys.stderr, flush=True)
+            os._exit(EXIT_TAKEN_OVER)
+
     def _beat(self) -> None:
-        while not self._closing.wait(HEARTBEAT):
+        pause = SETTLE  # where each node has kernel locks of its own, a newcomer of another node may have written last
+        while not self._closing.wait(pause):
             with contextlib.suppress(OSError):  # a file server may be away for a while
+                self._end_if_taken_over()
                 os.utime(self._file)
+            pause = HEARTBEAT
 
     def _refusal(self, owner: dict[str, Any]) -> str:
         return f"dir={self._dir} is in use by {_name(owner)} since {owner.get('start', '?')}; wait for it, stop it, or choose another dir"

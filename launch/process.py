@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import hashlib
 import os
 import re
 import time
@@ -151,8 +152,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 def seed_everything(seed: int, rank: int, deterministic: bool) -> None:
     """Seeds torch (dropout, apart on every process; weights and data have generators of their own) and forbids nondeterministic kernels
-    if asked."""
-    torch.manual_seed(seed + (rank << 32))
+    if asked. The main process has the seed itself, the others a hash: generators of CPUs look at the lower 32 bits of a seed only."""
+    digest = hashlib.sha256(f"{seed}/{rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1 if rank else seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

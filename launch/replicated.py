@@ -33,15 +33,16 @@ def replicated(settings: dict[str, Any], corpus: Corpus, progress: Progress, opt
     }
 
 
-def refuse_divergence(layout: Layout, values: dict[str, Any], model: GPT, optimizer: Optimizer) -> None:
+def refuse_divergence(layout: Layout, values: dict[str, Any], model: GPT, optimizer: Optimizer, rule: Gradient) -> None:
     """Raises ValueError, with every difference and its ranks, where processes do not hold the same values, or replicas not the same bits of
-    weights and optimiser. Costs one gather of a few numbers."""
+    weights, optimiser and rule. Costs one gather of a few numbers."""
     if layout.world == 1:
         return
     weights = {}
     if layout.replicas is not None:
         state = [tensor for state in optimizer.state.values() for tensor in state.values() if isinstance(tensor, Tensor)]
-        weights[f"the weights and optimizer of shard {layout.mesh.get_local_rank()}"] = sum_of_bits([*model.parameters(), *state])
+        held = sum_of_bits([*model.parameters(), *state, *rule.state_dict().values()])
+        weights[f"the weights, optimizer and rule of shard {layout.mesh.get_local_rank()}"] = held
     digest = hashlib.sha256(repr(values).encode()).hexdigest()
     if differences(layout.collected({"digest": digest} | weights)):
         found = "; ".join(differences(layout.collected(values | weights)))

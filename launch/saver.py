@@ -31,7 +31,7 @@ class Saver:
         for file, group in tensors.items():
             places = kept.pop(file, {})
             self.copies[file] = {name: copied(tensor, places.pop(name, None)) for name, tensor in group.items()}
-        if torch.cuda.is_available():
+        if any(local(tensor).is_cuda for group in tensors.values() for tensor in group.values()):
             torch.cuda.current_stream().synchronize()
         self.under_way = self.thread.submit(checkpoint.save, self.run, self.copies, state, tokenizer, keep, milestones, self.layout)
 

@@ -1,12 +1,14 @@
 """hydra/launcher=slurm: the runs of a sweep as an array of Slurm jobs, by submitit."""
 
+import contextlib
+import io
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from itertools import groupby
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,49 +19,60 @@ from launch.snapshot import ROOT
 
 ASKED = signal.SIGUSR2  # to save and be requeued: submitit's choice, as NCCL may use USR1
 POLL = 0.2  # seconds between looks at the process and its signals
+# Until Python can note a signal it is ignored: it would end the task, and what ends by itself is not requeued.
+PYTHON = f"""bash -c 'trap "" TERM USR2; exec "$@"' bash {shlex.quote(sys.executable)}"""
+# A task may end long after the others, rank 0 above all: neither is a run to be killed then, nor its requeue.
+SRUN = ["--kill-on-bad-exit=0", "--wait=0"]
 
 
 def submit(jobs: list[Job], folder: Path) -> None:
-    """Submits the jobs of a sweep's folder, those of the same resources as one array, and notes their ids in the jobs.
+    """Submits jobs of a sweep's folder, all with the settings of the first, as one array, and notes their ids in the jobs.
 
-    Raises ValueError without submitit or sbatch, and where Slurm refuses."""
+    Raises ValueError without submitit or sbatch, and where Slurm refuses; then nothing is left of it."""
     try:
         import submitit
     except ImportError:
         raise ValueError("hydra/launcher=slurm needs submitit; pip install -c constraints.txt -e '.[slurm]'") from None
     if shutil.which("sbatch") is None:
         raise ValueError("hydra/launcher=slurm, but there is no sbatch here; start the sweep on a login node, or use hydra/launcher=local")
-    for settings, alike in groupby(jobs, lambda job: job.launcher):
-        executor = submitit.AutoExecutor(folder / ".submitit" / "%j", cluster="slurm", slurm_max_num_timeout=settings.max_num_timeout)
-        wanted = {
-            "name": folder.name,
-            "timeout_min": settings.timeout_min,
-            "nodes": settings.nodes,
-            "tasks_per_node": settings.tasks,
-            "gpus_per_node": settings.gpus_per_node,
-            "cpus_per_task": settings.cpus_per_task,
-            "mem_gb": settings.mem_gb,
-            "slurm_partition": settings.partition,
-            "slurm_account": settings.account,
-            "slurm_qos": settings.qos,
-            "slurm_constraint": settings.constraint,
-            "slurm_signal_delay_s": settings.signal_delay_s,
-            "slurm_array_parallelism": settings.array_parallelism,
-            "slurm_setup": [*settings.setup, f"export PYTHONPATH={ROOT}${{PYTHONPATH:+:$PYTHONPATH}}"],
-            "slurm_srun_args": [f"--cpus-per-task={settings.cpus_per_task}"] if settings.cpus_per_task else None,  # srun does not take over sbatch's
-            "slurm_additional_parameters": {"requeue": True, **settings.additional_parameters},
-            "stderr_to_stdout": True,
-        }
-        executor.update_parameters(**{name: value for name, value in wanted.items() if value is not None})
-        some = list(alike)
-        try:
-            handles = executor.submit_array([Task(job) for job in some])
-        except submitit.core.utils.FailedJobError as error:
-            raise ValueError(f"Slurm refuses: {error}") from None
-        for job, handle in zip(some, handles, strict=True):
-            job.job_id, job.scheduler_log = handle.job_id, str(handle.paths.stdout)
-            script = submitit.core.utils.JobPaths(executor.folder, job.job_id.split("_")[0]).submission_file  # an array has one for all
-            shutil.copyfile(script, job.run / "submission.sh")
+    settings, files = jobs[0].launcher, folder / ".submitit"
+    executor = submitit.AutoExecutor(files / "%j", cluster="slurm", slurm_max_num_timeout=settings.max_num_timeout, slurm_python=PYTHON)
+    cores = [f"--cpus-per-task={settings.cpus_per_task}"] if settings.cpus_per_task else []  # srun does not take over sbatch's
+    wanted = {
+        "name": folder.name,
+        "timeout_min": settings.timeout_min,
+        "nodes": settings.nodes,
+        "tasks_per_node": settings.tasks,
+        "gpus_per_node": settings.gpus_per_node,
+        "cpus_per_task": settings.cpus_per_task,
+        "mem_gb": settings.mem_gb,
+        "slurm_partition": settings.partition,
+        "slurm_account": settings.account,
+        "slurm_qos": settings.qos,
+        "slurm_constraint": settings.constraint,
+        "slurm_signal_delay_s": settings.signal_delay_s,
+        "slurm_array_parallelism": settings.array_parallelism,
+        "slurm_setup": [*settings.setup, f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"],
+        "slurm_srun_args": [*SRUN, *cores],
+        "slurm_additional_parameters": {"requeue": True, **settings.additional_parameters},
+        "stderr_to_stdout": True,
+    }
+    executor.update_parameters(**{name: value for name, value in wanted.items() if value is not None})
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # what sbatch says is the error's text, too
+            handles = executor.submit_array([Task(job) for job in jobs])
+    except submitit.core.utils.FailedJobError as error:
+        for left in files.iterdir():
+            if left.is_file():
+                left.unlink()
+        with contextlib.suppress(OSError):  # of jobs submitted before
+            files.rmdir()
+        raise ValueError(f"Slurm refuses: {error}") from None
+    for job, handle in zip(jobs, handles, strict=True):
+        job.job_id, job.scheduler_log = handle.job_id, str(handle.paths.stdout)
+        script = submitit.core.utils.JobPaths(executor.folder, job.job_id.split("_")[0]).submission_file  # an array has one for all
+        job.run.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(script, job.run / "submission.sh")
 
 
 class Task:
@@ -86,11 +99,13 @@ class Task:
         if rank == 0:
             self.job.expect()
         code = self.wait(self.job.start(rank, {}))
+        if self.received and code in (-ASKED, -signal.SIGTERM):  # there was nothing to save yet, or all was saved
+            code = EXIT_PREEMPTED
         if rank == 0:
             self.job.ended(code)
         while code and self.received == signal.SIGTERM:
             time.sleep(POLL)
-        if self.received == ASKED and code in (EXIT_PREEMPTED, -ASKED, -signal.SIGTERM):  # the latter before there was anything to save
+        if self.received == ASKED and code == EXIT_PREEMPTED:
             self.put_back(requeue)
         sys.exit(code if code >= 0 else 128 - code)
 
@@ -114,6 +129,7 @@ class Task:
         try:
             requeue(ASKED, None)
         except Exception as error:
-            with self.job.log().open("a") as file:
-                file.write(f"error: {error}\n")
+            if getattr(error, "returncode", None) != -signal.SIGTERM:  # scontrol ends with the job that it puts back
+                with self.job.log().open("a") as file:
+                    file.write(f"error: {error}\n")
             raise

@@ -1,11 +1,12 @@
 """How the runs of a sweep fare: python -m launch.status DIR [resubmit=true].
 
-DIR is the folder of a sweep. A run is done, running, waiting, or failed: it ended without being done, and nothing is left that would
-start it again. `resubmit=true` starts those again, and no others, as they were started before.
+DIR is the folder of a sweep. A run is done, running or waiting, or it has ended without being done, and nothing is left that would start
+it again: it stopped, having saved, or it failed. `resubmit=true` starts those two again, and no others, as they were started before.
 """
 
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from launch.jobs import Job, queue, read_jobs, reason, state
 from launch.lock import RunLock, is_in_use
 from launch.tracking import read_rows
 
+STATES = ("done", "running", "waiting", "stopped", "failed")
+
 
 @dataclass
 class Options:
-    resubmit: bool = key(False, "start the failed runs again")
+    resubmit: bool = key(False, "start again what stopped or failed")
 
 
 def main(arguments: list[str]) -> int:
@@ -28,20 +31,22 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"{len(named)} folders; name that of one sweep, python -m launch.status DIR")
     options, _ = parse(Options, [argument for argument in arguments if "=" in argument])
     folder = Path(named[0]).resolve()
-    jobs = read_jobs(folder)
-    if not jobs:
+    if not (folder / "jobs.json").exists():
         raise ValueError(f"{named[0]} holds no jobs.json; name the folder of a sweep, hydra.sweep.dir")
-    queued, sweeping = queue(jobs), is_in_use(folder)
-    by_state = {kind: [job for job in jobs if state(job, queued, sweeping) == kind] for kind in ("done", "running", "waiting", "failed")}
-    for kind, some in by_state.items():
-        for job in some:
-            print(f"{kind:9}{job.run.name}{details(job, kind)}")
-    print(", ".join(f"{len(some)} {kind}" for kind, some in by_state.items()))
-    if options.resubmit and by_state["failed"]:
-        from launch.sweep import start
+    with RunLock(folder) if options.resubmit else nullcontext():  # a sweep at work might start what seems to have ended
+        jobs = read_jobs(folder)
+        queued, sweeping = queue(jobs), not options.resubmit and is_in_use(folder)
+        found = {job.run: state(job, queued, sweeping) for job in jobs}
+        for kind in STATES:
+            for job in jobs:
+                if found[job.run] == kind:
+                    print(f"{kind:9}{job.run.name}{details(job, kind)}")
+        print(", ".join(f"{list(found.values()).count(kind)} {kind}" for kind in STATES), flush=True)
+        ended = [job for job in jobs if found[job.run] in ("stopped", "failed")]
+        if options.resubmit and ended:
+            from launch.sweep import start
 
-        with RunLock(folder):
-            return start(by_state["failed"], folder)
+            return start(ended, folder)
     return 0
 
 
@@ -51,7 +56,7 @@ def details(job: Job, kind: str) -> str:
         return progress(job)
     if kind == "waiting":
         return f"  job {job.job_id}" if job.job_id else ""
-    if kind == "failed":
+    if kind in ("stopped", "failed"):
         line, log = reason(job)
         return f"\n         {line}\n         {log}"
     return ""

@@ -3,11 +3,12 @@
     python train.py -m optim=adamw,sam optim.rho=0.02,0.05 seed=0,1,2 hydra/launcher=local|slurm [print_only=true] [hydra.sweep.dir=DIR]
 
 Runs are told apart by their identity: combinations that differ in nothing that the run reads are one run. So the same command again
-starts what is new, goes on with what was interrupted or failed, and leaves alone what is done, running or waiting.
+starts what is new, goes on with what stopped or failed, and leaves alone what is done, running or waiting.
 """
 
 import sys
 from dataclasses import dataclass, fields
+from itertools import groupby
 from pathlib import Path
 
 from omegaconf import DictConfig, flag_override
@@ -15,9 +16,9 @@ from omegaconf import DictConfig, flag_override
 from conf.schema import Config, LauncherConfig, check_value
 from launch.config import EXIT_USER_ERROR, check
 from launch.identity import run_name
-from launch.jobs import Job, queue, quoted, read_jobs, state, write_jobs
+from launch.jobs import Job, queue, quoted, read_jobs, reason, state, write_jobs
 from launch.local import run_all
-from launch.lock import RunLock
+from launch.lock import RunLock, is_in_use
 from launch.plan import ASSUMED_MFU, Plan, make_plan
 from launch.process import rank_and_world
 from launch.slurm import submit
@@ -47,7 +48,7 @@ def sweep(combinations: list[Combination], launcher: LauncherConfig, folder: Pat
         return EXIT_USER_ERROR
     print_only = any(planned.config.print_only for planned in runs)
     if print_only:
-        print(describe(runs, combinations, states(runs, folder), folder))
+        print(describe(runs, combinations, states(runs, folder, is_in_use(folder)), folder))
         return 0
     with RunLock(folder):
         found = states(runs, folder)
@@ -56,17 +57,26 @@ def sweep(combinations: list[Combination], launcher: LauncherConfig, folder: Pat
 
 
 def start(jobs: list[Job], folder: Path) -> int:
-    """Starts jobs of the sweep in `folder`, which this process holds, and notes them there; returns the exit code."""
-    if not jobs:
+    """Starts jobs of the sweep in `folder`, which this process holds, those for Slurm first; returns the exit code. Notes in the folder what
+    was submitted at once: Slurm may refuse the next."""
+    local = [job for job in jobs if job.launcher.scheduler == "local"]
+    for _, alike in groupby((job for job in jobs if job.launcher.scheduler == "slurm"), key=lambda job: job.launcher):
+        array = list(alike)
+        submit(array, folder)
+        note(array, folder)
+        print(f"submitted {len(array)} runs; python -m launch.status {folder} tells how they fare", flush=True)
+    if not local:
         return 0
-    for job in jobs:
+    for job in local:
         job.expect()
-    if jobs[0].launcher.scheduler == "slurm":
-        submit(jobs, folder)
-        print(f"submitted {len(jobs)} runs; python -m launch.status {folder} tells how they fare")
+    note(local, folder)
+    return run_all(local, local[0].launcher.n_jobs)
+
+
+def note(jobs: list[Job], folder: Path) -> None:
+    """Puts jobs into the folder's jobs.json, in the place of earlier ones of the same runs."""
     known = {job.run: job for job in read_jobs(folder.resolve())}
     write_jobs(folder.resolve(), (known | {job.run: job for job in jobs}).values())
-    return run_all(jobs, jobs[0].launcher.n_jobs) if jobs[0].launcher.scheduler == "local" else 0
 
 
 def check_launcher(launcher: LauncherConfig) -> None:
@@ -76,6 +86,9 @@ def check_launcher(launcher: LauncherConfig) -> None:
     if launcher.gpus_per_node and launcher.tasks != launcher.gpus_per_node:
         raise ValueError(f"hydra.launcher.tasks_per_node={launcher.tasks_per_node} with hydra.launcher.gpus_per_node={launcher.gpus_per_node}; "
                          "leave tasks_per_node out, there is one process per GPU")  # fmt: skip
+    if launcher.scheduler == "slurm" and launcher.signal_delay_s >= 60 * launcher.timeout_min:
+        raise ValueError(f"hydra.launcher.signal_delay_s={launcher.signal_delay_s} leaves nothing of hydra.launcher.timeout_min="
+                         f"{launcher.timeout_min} to train in; shorten the one or raise the other")  # fmt: skip
     if rank_and_world()[1] > 1:
         raise ValueError("a sweep is started once and starts its own processes; leave torchrun or srun away, and set parallel.processes (local) or "
                          "hydra.launcher.gpus_per_node (slurm)")  # fmt: skip
@@ -117,17 +130,18 @@ def plan_run(overrides: list[str], composed: DictConfig, launcher: LauncherConfi
     return Planned(job, config, plan)
 
 
-def states(runs: list[Planned], folder: Path) -> dict[Path, str]:
-    """What has become of each run so far: done, running, waiting, to resume or new."""
+def states(runs: list[Planned], folder: Path, sweeping: bool = False) -> dict[Path, str]:
+    """What has become of each run so far: done, running, waiting, to resume or new. `sweeping` says that another process is at work on them."""
     known = {job.run: job for job in read_jobs(folder.resolve())}
     jobs = [known.get(planned.job.run, planned.job) for planned in runs]
     queued = queue(jobs)
-    found = {job.run: state(job, queued) for job in jobs}
-    return {run: ("to resume" if (run / "checkpoints").exists() else "new") if kind == "failed" else kind for run, kind in found.items()}
+    found = {job.run: state(job, queued, sweeping) for job in jobs}
+    ended = {run: "to resume" if (run / "checkpoints").exists() else "new" for run, kind in found.items() if kind in ("stopped", "failed")}
+    return found | ended
 
 
 def describe(runs: list[Planned], combinations: list[Combination], found: dict[Path, str], folder: Path) -> str:
-    """A line for every run, its state, hours and what tells it apart, and their sums."""
+    """A line for every run, its state, hours and what tells it apart, the reason where one to start failed before, and the sums."""
     common = set.intersection(*(set(overrides) for overrides, _ in combinations))
     lines = [f"{len(runs)} runs in {folder}" + (f", of {len(combinations)} combinations: the others differ in nothing that a run reads"
                                                 if len(runs) < len(combinations) else "")]  # fmt: skip
@@ -135,6 +149,8 @@ def describe(runs: list[Planned], combinations: list[Combination], found: dict[P
     for planned in runs:
         own = " ".join(text for text in planned.job.overrides if text in set().union(*(overrides for overrides, _ in combinations)) - common)
         lines.append(f"{found[planned.job.run]:10}{planned.plan.hours(DEVICES[-1]):10.3g}  {planned.job.run.name}  {own}")
+        if found[planned.job.run] in ("new", "to resume") and planned.job.log().exists() and not planned.job.stopped:
+            lines.append(f"{'':22}{reason(planned.job)[0]}")
     counts = {kind: list(found.values()).count(kind) for kind in ("done", "running", "waiting", "to resume", "new")}
     lines.append(", ".join(f"{count} {kind}" for kind, count in counts.items() if count))
     todo = [planned.plan for planned in runs if found[planned.job.run] in ("new", "to resume")]

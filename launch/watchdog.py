@@ -33,11 +33,15 @@ from model.sharding import AgreedError, Layout
 EXIT_LOST = 4  # another process died, failed or hung; start the same command again
 BEAT = 2.0  # seconds between heartbeats
 GRACE = 10.0  # seconds for a process to end in order once the run has failed
+NEAR = 4  # beats without a heartbeat after which a process that is gone from this host counts as lost
+FAR = 60  # the same for a process of another host: NFS may show a file as it was a minute ago
+GO_ON = "the same command goes on from the last checkpoint"
 Beat = dict[str, Any]  # a heartbeat, as the file holds it
 
 
 class Watchdog:
-    """Watches the processes of a run from before they meet until they part; `minutes` is how long none of them may get on.
+    """Watches the processes of a run from before they meet until they part; `minutes` is how long none of them may get on. One that is no
+    more ends the run sooner: at once where a collective fails by it, else as soon as the heartbeats tell.
 
     A process that leaves by an exception leaves with one line on stderr and an exit code, of which only the first to fail speaks; the
     others end with its code. A process alone in its run is not watched, and only shows its heartbeat."""
@@ -52,6 +56,8 @@ class Watchdog:
         self.failure: dict[str, Any] | None = None  # what ends the run
         self.left = False  # whether an error of this process has had its say
         self.idle = 0.0
+        self.written = 0  # heartbeats in a row that the disk took
+        self.still: dict[int, tuple[float, int]] = {}  # of neighbours: their last heartbeat, and for how many beats it has been the last
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -134,7 +140,7 @@ class Watchdog:
         lost = lost or self._silent(before, self._read())
         if not lost:
             return None
-        return self._publish(EXIT_LOST, f"{names(before, lost)} ended without a word; the same command goes on from the last checkpoint")
+        return self._publish(EXIT_LOST, f"{names(before, lost)} ended without a word; {GO_ON}")
 
     def _publish(self, code: int, line: str) -> dict[str, Any]:
         """Says what ends the run, and with which code the other processes end; returns what was said first, perhaps by another one."""
@@ -173,21 +179,51 @@ class Watchdog:
                 if self.layout.main or failure["by"] == self.layout.rank:
                     self.closing.wait(self.grace)
                 self._give_up(failure)
+            if self.idle < NEAR * self.beat:
+                self.still = {}
+            elif line := self._lost_neighbour():
+                self._end(line)
             if self.idle < self.limit:
                 before = None
             elif before is None:
                 before = self._read()
             elif self.idle >= self.limit + max(4 * self.beat, self.limit / 10):
                 if line := self._judge(before, self._read()):
-                    failure = self._publish(EXIT_LOST, line)
-                    if failure["by"] == self.layout.rank:
-                        say(failure["line"])
-                    self._give_up(failure)
+                    self._end(line)
                 self.idle, before = self.limit / 2, None
+
+    def _lost_neighbour(self) -> str | None:
+        """Which process beside this one, in the order of ranks, is no more, looked at every beat while this one waits; None where none is.
+
+        Not every collective fails where a process dies: NCCL's wait on. Ranks go from host to host, so that mostly one neighbour runs on
+        this host, where its death shows; but its number may be one in another container, and its heartbeat must stand still as well. Of
+        another host only the heartbeat is seen, and where this process cannot write its own, that one may not be able to either."""
+        if not self.shown:
+            return None
+        rank, world = self.layout.rank, self.layout.world
+        beats = self._read((rank - 1) % world, (rank + 1) % world)
+        for other, seen in beats.items():
+            last, still = self.still.get(other, (None, 0))
+            still = still + 1 if seen["time"] == last else 0
+            self.still[other] = seen["time"], still
+            if seen["phase"] == "ended":
+                continue
+            if still >= NEAR and has_died(seen):
+                return f"{names(beats, [other])} ended without a word; {GO_ON}"
+            if min(still, self.written) >= FAR and seen["host"] != socket.gethostname():
+                return f"{names(beats, [other])} has shown no sign of life for {FAR * self.beat:g} seconds; {GO_ON}"
+        return None
+
+    def _end(self, line: str) -> None:
+        """Ends the run with what this process found, or what another one has said by now."""
+        failure = self._publish(EXIT_LOST, line)
+        if failure["by"] == self.layout.rank:
+            say(failure["line"])
+        self._give_up(failure)
 
     def _judge(self, before: dict[int, Beat], after: dict[int, Beat]) -> str | None:
         """Which process keeps this one waiting, from two looks at all heartbeats; None where one that lives may still take its time."""
-        remedy = f"stacks are in {self.logs}; the same command goes on from the last checkpoint, and parallel.timeout={self.minutes:g} allows more"
+        remedy = f"stacks are in {self.logs}; {GO_ON}, and parallel.timeout={self.minutes:g} allows more"
         if not self.shown:
             return f"rank {self.layout.rank} of {self.layout.world} has been {self.layout.phase} for {self.minutes:g} minutes; start all of them " \
                    "within parallel.timeout, and check that they reach MASTER_ADDR and MASTER_PORT"  # fmt: skip
@@ -225,15 +261,19 @@ class Watchdog:
                 "idle": round(self.idle, 1), "overdue": self.idle >= self.limit * layout.allowance, "marks": layout.marks,
                 "time": time.time()}  # fmt: skip
         partial = self.heartbeat / f".rank_{layout.rank}"
-        with self.writing, contextlib.suppress(OSError):  # a file server may be away for a while
+        with self.writing:
             if self.shown:
-                partial.write_text(json.dumps(seen))
-                partial.replace(self.heartbeat / f"rank_{layout.rank}.json")
+                try:
+                    partial.write_text(json.dumps(seen))
+                    partial.replace(self.heartbeat / f"rank_{layout.rank}.json")
+                    self.written += 1
+                except OSError:  # a file server may be away for a while
+                    self.written = 0
 
-    def _read(self) -> dict[int, Beat]:
-        """The heartbeats of all processes by rank."""
+    def _read(self, *ranks: int) -> dict[int, Beat]:
+        """The heartbeats of these ranks, by default of all, as far as they can be read."""
         found = {}
-        for rank in range(self.layout.world):
+        for rank in ranks or range(self.layout.world):
             with contextlib.suppress(OSError, ValueError):
                 found[rank] = json.loads((self.heartbeat / f"rank_{rank}.json").read_text())
         return found
@@ -249,7 +289,7 @@ def has_died(seen: Beat) -> bool:
     if seen["host"] == socket.gethostname():
         try:
             os.kill(seen["pid"], 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, PermissionError):  # its number may be another user's by now
             return True
     return False
 

@@ -21,14 +21,14 @@ from optim.perturbation import move_on, moved, norm
 Losses = Callable[[], list[Tensor]]  # one forward over a group: the instance losses of every micro-batch
 
 
-def probe(axes: RuleConfig, module: nn.Module, parameters: Mapping[str, Tensor], step: int, losses: Losses) -> list[Tensor]:
+def probe(axes: RuleConfig, module: nn.Module, parameters: Mapping[str, Tensor], seed: int, step: int, losses: Losses) -> list[Tensor]:
     """What is to be added to -2 l_i(t) (central) or l_i(t) (mixed) in c_i, for every instance of every micro-batch."""
     weights = list(parameters.values())
     sigma = axes.delta_sigma * norm(weights).item() / sum(w.numel() for w in weights) ** 0.5
 
     def draw(kind: str) -> list[Tensor]:
         """Noise for every parameter."""
-        return [noise(parameter, step, f"{kind}/{name}") for name, parameter in parameters.items()]
+        return [noise(parameter, seed, step, f"{kind}/{name}") for name, parameter in parameters.items()]
 
     z = draw("z")
     if axes.delta_probe == "central":

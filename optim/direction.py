@@ -27,13 +27,14 @@ class Direction:
 
     needs_gradient    whether q is made of the clean gradient of this step; without, the clean pass is spared
     sign              of the move: +1, or -1 where q points downhill
+    seed              of noise, on every process that of the first; torch's when the rule was made
     state             tensors by name that the next step depends on; a checkpoint keeps them"""
 
     needs_gradient = True
     sign = 1.0
 
     def __init__(self, axes: RuleConfig, optimizer: Optimizer) -> None:
-        self.axes, self.optimizer, self.step = axes, optimizer, 0
+        self.axes, self.optimizer, self.step, self.seed = axes, optimizer, 0, torch.initial_seed()
         self.state: dict[str, Tensor] = {}
 
     def __call__(self, name: str, parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
@@ -107,23 +108,23 @@ class Friendly(Direction):
 
 @direction("random")
 class Random(Direction):
-    """q ~ N(0, I): a control that knows nothing of the loss. The draw is a function of torch's seed, the step and the name, and leaves
-    the random stream of the run alone."""
+    """q ~ N(0, I): a control that knows nothing of the loss. The draw is a function of the seed, the step and the name, and leaves the
+    random stream of the run alone."""
 
     needs_gradient = False
 
     def __call__(self, name: str, parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
-        return noise(parameter, self.step, name)
+        return noise(parameter, self.seed, self.step, name)
 
 
-def noise(like: Tensor, step: int, name: str) -> Tensor:
-    """Standard normal numbers in the shape of a parameter, block by block from generators of their own, seeded by (torch's seed, step,
-    name, block). On CPUs, where a generator works in one thread, several draw at once."""
+def noise(like: Tensor, seed: int, step: int, name: str) -> Tensor:
+    """Standard normal numbers in the shape of a parameter, block by block from generators of their own, seeded by (seed, step, name,
+    block); of a sharded one this process's part. On CPUs, where a generator works in one thread, several draw at once."""
     full = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     drawn = [block for (block,) in blocks(full)]
 
     def draw(i: int) -> None:
-        digest = hashlib.sha256(f"{torch.initial_seed()}/{step}/{name}/{i}".encode()).digest()
+        digest = hashlib.sha256(f"{seed}/{step}/{name}/{i}".encode()).digest()
         drawn[i].normal_(generator=torch.Generator(like.device).manual_seed(int.from_bytes(digest[:8], "little", signed=True)))
 
     if len(drawn) == 1:

@@ -108,9 +108,9 @@ def ieee_fp32(device: torch.device) -> Iterator[None]:
 
 
 def random_state() -> dict[str, Tensor]:
-    """The states of torch's generators."""
+    """The states of torch's generators, CUDA's where it is in use: asking for it would take memory of a device that nobody else does."""
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 

@@ -94,7 +94,8 @@ class SharpnessAware(Gradient):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The step, the seed of noise, the direction's memory, LookSAM's, and what cotangent=auto took: all that the next step depends on."""
-        state = {"step": torch.tensor(self.step), "seed": torch.tensor(self.direction.seed, dtype=torch.uint64)}
+        signed = self.direction.seed - (self.direction.seed >> 63 << 64)  # torch does little with unsigned numbers of 64 bits
+        state = {"step": torch.tensor(self.step), "seed": torch.tensor(signed)}
         state |= {} if self.stores is None else {"stores": torch.tensor(self.stores)}
         for owner, tensors in (("direction", self.direction.state), ("combine", self.memory)):
             state |= {f"{owner}/{name}": tensor for name, tensor in tensors.items()}
@@ -104,7 +105,7 @@ class SharpnessAware(Gradient):
         """The inverse of `state_dict`; full tensors become this process's shards where the model is sharded."""
         self.step = int(state["step"])
         if "seed" in state:
-            self.direction.seed = int(state["seed"].item())
+            self.direction.seed = int(state["seed"]) % 2**64
         if "stores" in state and self.axes.cotangent == "auto":
             self.stores = bool(state["stores"])
         for owner, tensors in (("direction", self.direction.state), ("combine", self.memory)):

@@ -621,7 +621,7 @@ def test_34_quadratic_losses_give_their_curvature_along_the_probe(delta_probe):
     w = next(model.module.parameters())
     rule = SharpnessAware(model, adamw(model), delta_probe=delta_probe, delta_sigma=0.4, **DELTA)
     rms = 0.4 * w.detach().norm() / math.sqrt(w.numel())
-    z, other = (rms * noise(w, 0, f"{kind}/w") for kind in ("z", "other"))
+    z, other = (rms * noise(w, rule.direction.seed, 0, f"{kind}/w") for kind in ("z", "other"))
     c = (A @ (z if delta_probe == "central" else other) @ z).abs()
     found = weights_found(rule, batches)
     assert_close(found, 5 * c / c.sum(), 1e-11)
@@ -678,7 +678,8 @@ def test_36_probes_go_where_they_should_and_leave_everything_as_it_was(delta_pro
     assert len(points) == count + 2
     assert torch.equal(clean, before) and torch.equal(weights_of(model), before)
     rms = before.norm() / math.sqrt(len(before))
-    z, other = (0.15 * rms * flat([noise(p, 0, f"{kind}/{name}") for name, p in model.named_parameters()]) for kind in ("z", "other"))
+    draws = ([noise(p, rule.direction.seed, 0, f"{kind}/{name}") for name, p in model.named_parameters()] for kind in ("z", "other"))
+    z, other = (0.15 * rms * flat(draw) for draw in draws)
     expected = [z, -z] if delta_probe == "central" else [z + other, z, other]
     for probe, move in zip(probes, expected, strict=True):
         assert_close(probe - before, move, 1e-12)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -19,7 +20,7 @@ OWNER = """
 import sys
 from pathlib import Path
 from launch import lock
-lock.HEARTBEAT = float(sys.argv[2])
+lock.HEARTBEAT = lock.SETTLE = float(sys.argv[2])
 with lock.RunLock(Path(sys.argv[1])):
     print("locked", flush=True)
     sys.stdin.read()
@@ -33,7 +34,7 @@ def start_owner(tmp_path):
 
     def start(heartbeat=10.0):
         command = [sys.executable, "-c", OWNER, str(tmp_path), str(heartbeat)]
-        owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         owners.append(owner)
         assert owner.stdout and owner.stdout.readline() == "locked\n"
         return owner
@@ -162,3 +163,76 @@ def test_heartbeat_alone_protects_where_kernel_locks_do_not(tmp_path, start_owne
         monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
     with pytest.raises(ValueError, match=f"in use by process {owner.pid}"):
         RunLock(tmp_path).__enter__()
+
+
+NEWCOMER = """
+import errno, fcntl, os, sys, time
+from pathlib import Path
+from launch import lock
+
+kind, folder = sys.argv[1], Path(sys.argv[2])
+look = lock.RunLock._owner
+
+def lockf(*_):
+    if kind == "none":
+        raise OSError(errno.ENOLCK, "no locks available")
+
+def together(self):
+    lock.RunLock._owner, found = look, look(self)
+    Path(folder, f"seen{os.getpid()}").touch()
+    while len(seen := sorted(folder.glob("seen*"))) < 2:
+        time.sleep(0.001)
+    if seen[1].name == f"seen{os.getpid()}":  # this one writes later
+        time.sleep(0.3)
+        while kind == "apart" and not Path(folder, "held").exists():
+            time.sleep(0.001)
+    return found
+
+fcntl.lockf, lock.RunLock._owner, lock.HEARTBEAT = lockf, together, 1000.0
+with lock.RunLock(folder / "run"):
+    Path(folder, "held").touch()
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("kind", ["none", "apart"])
+def test_of_two_newcomers_that_find_the_folder_free_one_gives_way(tmp_path, kind):
+    """Both have looked before either has written: where there are no kernel locks at all, and where each node has its own."""
+    command, pipe = [sys.executable, "-c", NEWCOMER, kind, str(tmp_path)], subprocess.PIPE
+    both = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(2)]
+    try:
+        end = time.monotonic() + 60
+        while not (ended := [process for process in both if process.poll() is not None]):
+            assert time.monotonic() < end, "both have the folder"
+            time.sleep(0.05)
+        (loser,), (winner,) = ended, [process for process in both if process not in ended]
+        assert winner.stdout and winner.stdout.readline() == "locked\n"
+        assert json.loads((tmp_path / "run/lock").read_text())["pid"] == winner.pid
+        out, said = loser.communicate()
+        assert loser.returncode > 0 and f"in use by process {winner.pid} on {socket.gethostname()} since" in said
+        assert out == ("" if kind == "none" else "locked\n")  # it never had it, or not for long
+        assert winner.communicate()[1] == "" and winner.returncode == 0
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.parametrize("heartbeat", [0.1, 1000.0])
+def test_a_suspended_owner_that_was_taken_over_ends_at_once(tmp_path, start_owner, monkeypatch, heartbeat):
+    """At its next heartbeat, or where it leaves before that; what the other one wrote stands."""
+    owner = start_owner(heartbeat)
+    owner.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr(lock, "WATCH", 0.5)
+    monkeypatch.setattr(fcntl, "lockf", lambda *_: None)
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    with RunLock(tmp_path):
+        taken = (tmp_path / "lock").read_bytes()
+        owner.send_signal(signal.SIGCONT)
+        if heartbeat < 1:
+            owner.wait(timeout=60)
+        _, said = owner.communicate(timeout=60)
+        assert owner.returncode == lock.EXIT_TAKEN_OVER
+        assert said.count("\n") == 1 and said.startswith("error: ") and f"in use by process {os.getpid()} on elsewhere since" in said
+        assert (tmp_path / "lock").read_bytes() == taken

@@ -1,8 +1,9 @@
-"""Where the processes of a run meet."""
+"""Where the processes of a run meet, and what random numbers they draw."""
 
 import pytest
+import torch
 
-from launch.process import first_host, meeting_point
+from launch.process import first_host, meeting_point, seed_everything
 
 
 @pytest.mark.parametrize(
@@ -19,3 +20,15 @@ def test_steps_and_jobs_on_a_node_meet_apart():
     assert meeting_point(job)["MASTER_ADDR"] == "gpu3" and meeting_point(job) == meeting_point(dict(job))
     ports = {int(meeting_point(job | {"SLURM_JOB_ID": str(j), "SLURM_STEP_ID": str(s)})["MASTER_PORT"]) for j in range(4711, 5211) for s in range(16)}
     assert len(ports) == 500 * 16 and min(ports) >= 1024 and max(ports) < 32768  # where Linux begins to give ports to whoever asks
+
+
+def test_every_process_draws_numbers_of_its_own():
+    """Those of the main process are of the seed itself. Two seeds that share their lower 32 bits would draw the same on a CPU."""
+    drawn = {}
+    with torch.random.fork_rng():
+        for seed in (0, 7):
+            for rank in range(64):
+                seed_everything(seed, rank, deterministic=False)
+                drawn[seed, rank] = torch.rand(4), torch.initial_seed()
+            assert torch.equal(drawn[seed, 0][0], torch.rand(4, generator=torch.Generator().manual_seed(seed)))
+    assert len({tuple(numbers.tolist()) for numbers, _ in drawn.values()}) == len({seed for _, seed in drawn.values()}) == 128

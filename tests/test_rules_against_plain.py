@@ -293,7 +293,7 @@ def hold_against_plain(shape=LAYERNORM, sizes=((1, 2, 1),), steps=3, kinds=(), e
     for step in range(steps):
         torch.manual_seed(step)
         groups, state = batches_of_step(step, sizes, empty, model)
-        numbers = [plain.flat({name: noise(p, step, kind + name) for name, p in model.named_parameters()}) for kind in kinds]
+        numbers = [plain.flat({name: noise(p, rule.direction.seed, step, kind + name) for name, p in model.named_parameters()}) for kind in kinds]
         expected = plain_rule.gradient(t, groups, adam, *numbers)
         result = rule.gradient(cut_into(groups, axes.get("scope", "batch")))
         assert torch.equal(torch.get_rng_state(), state), "the generator is not where a plain step would leave it"

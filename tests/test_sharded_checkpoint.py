@@ -1,6 +1,7 @@
 """Checkpoints of several processes: each writes its own shards, any number of them reads, and what is refused or killed costs no other."""
 
 import json
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -51,6 +52,28 @@ def at(run: Path, step: int) -> Path:
 def test_any_mesh_loads_any_bit_for_bit(outcome, source, target):
     """Weights, optimiser, rule and random state; those of the moment of the save, though all of them were changed right after."""
     assert [process[f"{source} to {target}"] for process in outcome] == [[]] * 4
+
+
+def test_a_save_is_written_while_training_goes_on(tmp_path, monkeypatch):
+    """The disk is slower than a step, which changes every weight: what is written in the end is of the moment when the save began."""
+    trained, saver, may_write, write = Trained(Layout(), 3), Saver(tmp_path, Layout()), threading.Event(), checkpoint.write
+
+    def slow(*arguments):
+        assert may_write.wait(30)
+        return write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write", slow)
+    trained.step()
+    then = trained.whole()
+    trained.begin_save(saver, 1)
+    assert not saver.done and not at(tmp_path, 1).exists()
+    trained.step()
+    may_write.set()
+    assert saver.wait() is None
+    now = trained.whole()
+    assert all(not now[name].equal(value) for name, value in then.items() if name.startswith("model/"))
+    trained.take(tmp_path)
+    assert_same_tensors(trained.whole(), then)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -202,7 +202,7 @@ def test_processes_that_do_not_hold_the_same_stop(tmp_path, nodes, overrides):
     (said,) = errors(processes[0])
     assert errors(processes[1]) == []
     assert "seed is 0 on rank 0, 1 on rank 1" in said and "optim.lr is " in said
-    assert "the weights and optimizer of shard 0 is " in said
+    assert "the weights, optimizer and rule of shard 0 is " in said
 
 
 HANG = """
@@ -237,3 +237,117 @@ def test_a_process_that_lives_but_does_not_get_on_is_named(tmp_path):
     (line,) = [line for text in said for line in text.splitlines()]  # of the one that found it first
     assert f"rank 1 ({os.uname().nodename}, process {processes[1].pid}, training at step 7) has not got on" in line
     assert len(list((tmp_path / "logs").iterdir())) == 2
+
+
+PAIRS = """
+import ctypes, os, resource, socket, sys, time
+from pathlib import Path
+from launch import watchdog
+from launch.preemption import Preemption
+from model.sharding import Layout
+
+def run(kind, folder, rank):
+    watchdog.BEAT, watchdog.FAR = 0.25, 8
+    if kind in ("elsewhere", "full disk"):
+        socket.gethostname = lambda: f"host{rank}"
+    if kind == "container":
+        os.getpid = lambda: 2**22 + 1  # a number that no process has here
+    layout = Layout(rank, 2)
+    with watchdog.Watchdog(folder, layout, minutes=10) as watching, Preemption():
+        Path(folder, f"there{rank}").touch()
+        while not Path(folder, f"there{1 - rank}").exists():
+            time.sleep(0.01)
+        with watching.heartbeats():
+            layout.enter("training", 7)
+            while watching.idle < 2 * watchdog.BEAT:  # both have shown as much
+                time.sleep(0.01)
+            Path(folder, f"ready{rank}").touch()
+            if kind in ("here", "elsewhere"):
+                libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)  # zeros: nobody holds it
+                libc.pthread_mutex_lock(mutex)
+                libc.pthread_mutex_lock(mutex)  # in the kernel for ever, whatever the signal, as where a CUDA stream is waited for
+            if kind == "full disk":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+            while not Path(folder, "go").exists():
+                if watching.idle > 2 * watchdog.FAR * watchdog.BEAT:
+                    Path(folder, f"waited{rank}").touch()
+                if kind == "container":
+                    sum(range(10**6))  # at work
+                else:
+                    time.sleep(0.05)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+ranks = {}
+for folder in map(Path, sys.argv[1:]):
+    for rank in (0, 1):
+        if (pid := os.fork()) == 0:
+            os.dup2(os.open(folder / f"said{rank}", os.O_WRONLY | os.O_CREAT), 2)
+            run(folder.name, folder, rank)
+            sys.exit()
+        Path(folder, f"pid{rank}").write_text(str(pid))
+        ranks[pid] = folder / f"code{rank}"
+while ranks:
+    pid, status = os.wait()
+    partial = ranks[pid].with_suffix(".partial")
+    partial.write_text(str(os.waitstatus_to_exitcode(status)))
+    partial.replace(ranks.pop(pid))
+"""
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Starts two processes of each kind in a folder of its own, which do not meet in a collective that would fail; one program forks all."""
+    programs = []
+
+    def start(*kinds: str) -> dict[str, Path]:
+        folders = {kind: tmp_path / kind for kind in kinds}
+        for folder in folders.values():
+            folder.mkdir()
+        programs.append(subprocess.Popen([sys.executable, "-c", PAIRS, *folders.values()], cwd=ROOT, start_new_session=True))
+        for folder, rank in itertools.product(folders.values(), (0, 1)):
+            read(folder / f"ready{rank}")
+        return folders
+
+    yield start
+    for program in programs:
+        os.killpg(program.pid, signal.SIGKILL)
+        program.wait()
+
+
+def read(file: Path) -> str:
+    """What is in a file, once there is one."""
+    end = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < end, {said: said.read_text() for said in file.parent.glob("said*")}
+        time.sleep(0.05)
+    return file.read_text()
+
+
+def test_a_killed_process_is_named_though_nothing_fails_and_no_signal_is_heard(pairs):
+    """As under NCCL, whose collectives wait on: of this host and of another, long before parallel.timeout."""
+    folders = pairs("here", "elsewhere")
+    for folder in folders.values():
+        os.kill(int(read(folder / "pid1")), signal.SIGKILL)
+        os.kill(int(read(folder / "pid0")), signal.SIGTERM)  # as torchrun does at once
+    for folder, host, ending in ((folders["here"], os.uname().nodename, "ended without a word"),
+                                 (folders["elsewhere"], "host1", "has shown no sign of life for 2 seconds")):  # fmt: skip
+        assert read(folder / "code0") == str(LOST)
+        (line,) = [line for line in read(folder / "said0").splitlines() if line.startswith("error: ")]
+        assert line.startswith(f"error: rank 1 ({host}, process {read(folder / 'pid1')}, training at step 7) {ending}; "), line
+        failure = json.loads(read(folder / "heartbeat/failure.json"))
+        assert failure == {"by": 0, "code": LOST, "line": line.removeprefix("error: ")}
+        assert "watchdog.py" in read(folder / "logs/stacks_rank0.txt")
+
+
+def test_a_process_that_is_slow_but_alive_is_let_be(pairs):
+    """One at work whose number nobody here knows, one suspended for a while, and ones of two hosts whose disk is full."""
+    folders = pairs("container", "suspended", "full disk")
+    suspended = int(read(folders["suspended"] / "pid1"))
+    os.kill(suspended, signal.SIGSTOP)
+    for folder in folders.values():
+        read(folder / "waited0")
+    os.kill(suspended, signal.SIGCONT)
+    for folder in folders.values():
+        (folder / "go").touch()
+    for folder, rank in itertools.product(folders.values(), (0, 1)):
+        assert read(folder / f"code{rank}") == "0" and read(folder / f"said{rank}") == ""

@@ -12,8 +12,10 @@ import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 from conf.schema import LauncherConfig
+from launch.config import compose
 from launch.jobs import Job, last_start, queue, quoted, read_jobs, reason, state, write_jobs
 from launch.local import process_group, visible, visible_devices
+from launch.plan import make_plan
 from tests.runs import ROOT
 from tests.sweeps import fare, sweep
 
@@ -60,6 +62,7 @@ def test_every_mistake_is_a_line_and_nothing_is_started(home, tiny):
         ("parallel.processes=2",): "parallel=single with 2 processes",
         ("hydra/launcher=slurm", "parallel.processes=2"): "hydra.launcher gives a run 1 nodes x 1 tasks",
         ("hydra/launcher=slurm", "hydra.launcher.tasks_per_node=2", "hydra.launcher.gpus_per_node=4"): "leave tasks_per_node out",
+        ("hydra/launcher=slurm", "hydra.launcher.timeout_min=2"): "hydra.launcher.signal_delay_s=120 leaves nothing of hydra.launcher.timeout_min=2",
     }.items():
         code, said = sweep(*tiny, *arguments)
         assert code == 2 and len(said.splitlines()) == 1 and remedy in said, said
@@ -73,27 +76,41 @@ def test_without_submitit_the_error_says_what_to_install(home, tiny, monkeypatch
 
 
 def test_a_sweep_runs_each_apart_reports_failures_and_goes_on_with_them_alone(home, tiny):
-    """One of the two lacks its data. How many processes a run has makes it no other one."""
+    """One of the two, which run at the same time, lacks its data. How many processes a run has makes it no other one."""
     (path,) = (entry.removeprefix("data.path=") for entry in tiny if entry.startswith("data.path="))
-    command = [*tiny, f"data.path={path},'it\\'s later.txt'", "parallel=fsdp,single", "seed=3"]
-    code, said = sweep(*command, "hydra.launcher.n_jobs=2", "hydra.sweep.dir=runs/grid")
-    assert code == 1
+    command = [*tiny, f"data.path={path},'it\\'s later.txt'", "parallel=fsdp,single", "seed=3", "hydra.sweep.dir=runs/grid"]
+    plan = make_plan(compose([*tiny, "seed=3"]))
+    one, two = (" or ".join(f"{runs * plan.hours(device):.3g} of {device}s" for device in ("A100", "H100")) for runs in (1, 2))
+    code, said = sweep(*command, "hydra.launcher.n_jobs=2")
+    assert code == 1 and f"GPU-hours of those to start: {two}," in said
     done, failed = read_jobs(home / "runs/grid")
-    assert said.count("started ") == 2 and f"failed: {failed.run.name}: error: data.path=it's later.txt" in said
+    assert re.findall(r"^(started|done|failed) ", said, re.M)[:2] == ["started", "started"]
+    assert f"failed: {failed.run.name}: error: data.path=it's later.txt" in said
     assert (done.exit_code.read_text(), failed.exit_code.read_text()) == ("0\n", "2\n")
     assert "validation loss" in done.log().read_text()
     assert json.loads((done.run / "code/environment.json").read_text())[0]["command"][2:] == done.command[2:]
     assert "group: grid" in (done.run / "config.yaml").read_text()
     assert re.search(rf"^done +{done.run.name}\nfailed +{failed.run.name}\n +error: data.path=.*\n +{failed.log()}\n1 done, .*1 failed$",
                      fare(home / "runs/grid"), re.M)  # fmt: skip
+    code, said = sweep(*command, "print_only=true")
+    assert f"GPU-hours of those to start: {one}," in said and re.search(rf"^new .*{failed.run.name}.*\n +error: data.path=it's later.txt", said, re.M)
 
     Path("it's later.txt").write_text(Path(path).read_text())
     before = (done.run / "metrics.jsonl").stat().st_mtime_ns
     fare(home / "runs/grid", "resubmit=true")
-    assert fare(home / "runs/grid").endswith("2 done, 0 running, 0 waiting, 0 failed\n")
+    assert fare(home / "runs/grid").endswith("2 done, 0 running, 0 waiting, 0 stopped, 0 failed\n")
     assert (done.run / "metrics.jsonl").stat().st_mtime_ns == before
-    code, said = sweep(*command, "hydra.sweep.dir=runs/grid")
+    code, said = sweep(*command)
     assert code == 0 and "2 done\n" in said and "started" not in said
+
+
+def test_a_run_that_stops_by_itself_has_not_failed(home, tiny):
+    code, said = sweep(*tiny, "minutes=1e-6")
+    (job,) = read_jobs(home / "runs/sweep")
+    assert code == 75 and f"stopped {job.run.name}\n" in said and said.endswith("stopped: 1 runs saved; the same command goes on\n"), said
+    said = fare(home / "runs/sweep")
+    assert re.search(rf"^stopped +{job.run.name}\n +time limit: saved step 0; .*\n +{job.log()}\n.* 1 stopped, 0 failed$", said, re.M), said
+    assert re.search(r"^to resume .*\n1 to resume$", sweep(*tiny, "print_only=true")[1], re.M)
 
 
 def test_ctrl_c_reaches_the_runs_which_save_and_the_same_command_goes_on(home, tiny):
@@ -105,7 +122,11 @@ def test_ctrl_c_reaches_the_runs_which_save_and_the_same_command_goes_on(home, t
     while not list(folder.glob("*/metrics.jsonl")) or "running" not in (said := fare(folder)) or " left" not in said:
         assert process.poll() is None and time.monotonic() < end, process.communicate()
         time.sleep(0.1)
-    assert re.search(r"^running +\S+  step \d+ of 300, 00:0\d:\d\d left\nwaiting +\S+\n0 done, 1 running, 1 waiting, 0 failed$", said, re.M), said
+    assert re.search(r"^running +\S+  step \d+ of 300, 00:0\d:\d\d left\nwaiting +\S+\n0 done, 1 running, 1 waiting, 0 stopped, 0 failed$", said,
+                     re.M), said  # fmt: skip
+    assert re.search(r"^running .*seed=0\nwaiting .*seed=1$", sweep(*command, "print_only=true")[1], re.M)
+    with pytest.raises(ValueError, match="runs/sweep is in use by process"):
+        fare(folder, "resubmit=true")
     code, refusal = sweep(*command)
     assert code == 2 and "runs/sweep is in use by process" in refusal.splitlines()[-1]
     process.send_signal(signal.SIGINT)
@@ -147,6 +168,8 @@ def test_a_run_ends_its_wait_or_fails(tmp_path):
     job.expect()
     job.ended(3)
     assert state(job, set(), sweeping=True) == "failed"
+    job.ended(75)
+    assert state(job, set(), sweeping=True) == "stopped"
     (job.run / "summary.json").write_text("{}")
     assert state(job, {"7_1"}) == "done"
 
@@ -157,11 +180,19 @@ def test_the_reason_is_that_of_the_last_start(tmp_path):
     job.log(0).write_text("$ first\nerror: an old one\n$ second\nstep 1\n\n")
     assert last_start(job.log(0)) == ["step 1"]
     assert reason(job) == ("step 1", job.log(0))
+    job.scheduler_log = str(tmp_path / "slurm.log")
+    Path(job.scheduler_log).write_text("slurmstepd: error: *** STEP 1.0 CANCELLED DUE TO JOB REQUEUE ***\nINFO - Starting with JobEnvironment(7)\n")
+    assert reason(job)[0] == "step 1"
     job.log(1).write_text("$ second\nTraceback (most recent call last):\ntorch.OutOfMemoryError: no room\nbye\n")
     assert reason(job) == ("torch.OutOfMemoryError: no room", job.log(1))
-    job.scheduler_log = str(tmp_path / "slurm.log")
-    Path(job.scheduler_log).write_text("slurmstepd: error: *** STEP 1.0 CANCELLED DUE TO TIME LIMIT ***\n")
-    assert reason(job)[0].startswith("slurmstepd: error: ")
+    with open(job.scheduler_log, "a") as file:
+        file.write("slurmstepd: error: *** STEP 1.0 CANCELLED DUE TO TIME LIMIT ***\n")
+    assert reason(job)[0] == "slurmstepd: error: *** STEP 1.0 CANCELLED DUE TO TIME LIMIT ***"
+    stopped = a_job(tmp_path / "stopped")
+    stopped.expect()
+    stopped.log().write_text("$ first\nConnectionError: W&B\nSIGUSR2: saved step 3; the same command goes on from there\nstep 3/8\n")
+    stopped.ended(75)
+    assert reason(stopped)[0] == "SIGUSR2: saved step 3; the same command goes on from there"
 
 
 def test_where_slurm_cannot_be_asked_nothing_is_taken_for_failed(tmp_path, monkeypatch):
