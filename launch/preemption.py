@@ -24,7 +24,8 @@ class Preemption:
 
     torchrun passes on to its workers the signals it gets, and so does a task of a sweep on Slurm, and a scheduler sends them to both: under
     these what comes within ECHO seconds of the first is the same signal. torchrun also sends SIGTERM to the others as soon as one has died,
-    which must not cut short what they are about to say: where an exception closes the context, SIGTERM is ignored from then on.
+    which must not cut short what they are about to say: where an exception closes the context, SIGTERM is ignored from then on. And the echo
+    may come when the context has closed: it is ignored, too.
     """
 
     def __init__(self, minutes: float | None = None) -> None:
@@ -45,8 +46,9 @@ class Preemption:
 
     def __exit__(self, kind: object, *_: object) -> None:
         for number, handler in self._previous.items():
+            echo = self._echoes and number.name == self._signal
             deaf = number == signal.SIGTERM and self._torchrun and kind is not None
-            signal.signal(number, signal.SIG_IGN if deaf else handler)
+            signal.signal(number, signal.SIG_IGN if echo or deaf else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._signal:

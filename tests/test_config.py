@@ -6,7 +6,6 @@ import math
 import re
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any, get_args
 
@@ -400,12 +399,10 @@ def test_help_lists_every_key_and_choice(command):
 
 
 @pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "model"])
-def test_plan_of_every_model_is_quick(name):
+def test_plan_of_every_model(name):
     composed = compose([f"model={name}", "schedule=chinchilla"])
-    began = time.perf_counter()
     plan = make_plan(composed)
     text = describe(composed, plan, "x")
-    assert time.perf_counter() - began < 5
     assert f"{plan.num_parameters:,}" in text
 
 

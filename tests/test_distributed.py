@@ -32,16 +32,17 @@ from tests.ranks import BAD, BF16, DEEP, RECOMPUTED, RULES, cases_of
 from tests.runs import ROOT, rows, torchrun
 
 KINDS = ("fsdp 1", "fsdp 2", "replicas 2", "fsdp 4", "hsdp 4")
-CASES = [f"{kind}: {name}" for kind in KINDS for name in cases_of(kind.split()[0])] + [f"fsdp 2: {name}, recomputed" for name in RECOMPUTED]
+CASES = [f"{kind}: {name}" for kind in KINDS for name in cases_of(kind.split()[0])]
+CASES += [f"fsdp 2: {name}, fp64" for name in RULES] + [f"fsdp 2: {name}, recomputed" for name in RECOMPUTED]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_processes_agree_with_one(found, case):
     entry = found[case]
-    if " 2: " in case:  # fp64
+    if case.endswith((", fp64", ", recomputed")):
         assert entry["loss"] < 1e-13 and entry["gradient, every"] < 1e-13 and entry["gradient, last"] < 1e-12 and entry["weights"] < 1e-12, entry
     else:  # the second gradient is taken after a step that turns rounding into more of it
-        assert entry["loss"] < 2e-6 and entry["gradient, every"] < 1e-6 and entry["gradient, last"] < 2e-5 and entry["weights"] < 3e-5, entry
+        assert entry["loss"] < 1e-5 and entry["gradient, every"] < 1e-6 and entry["gradient, last"] < 2e-5 and entry["weights"] < 1e-4, entry
     assert entry["metrics"] < 1e-3 and entry["replicas"] == 0, entry  # replicas are the same bit for bit, in optimiser and rule too
 
 

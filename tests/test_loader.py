@@ -94,9 +94,7 @@ def test_any_cut_of_the_rows_gives_the_same_batch(counting, tmp_path, weights):
 
 def test_starting_late_costs_nothing(counting):
     loader = Loader({"text": counting}, None, T, 8, seed=0)
-    begin = time.perf_counter()
-    loader.batch(10**12)
-    assert time.perf_counter() - begin < 0.5
+    assert loader.batch(10**12)[0].shape == (8, T)  # whoever counted up to there would not end
 
 
 @pytest.mark.parametrize("length", [T, N // 2 + 1, N - 1])

@@ -18,7 +18,10 @@ with Preemption() as preemption:
     while not preemption.requested:
         time.sleep(0.01)
     print(preemption.requested, flush=True)
-    time.sleep({"save": 0, "save slowly": 1, "hang": 60}[sys.argv[1]])
+    time.sleep({"save": 0, "save slowly": 1, "end slowly": 0, "hang": 60}[sys.argv[1]])
+if sys.argv[1] == "end slowly":
+    print("ending", flush=True)
+    time.sleep(1)
 sys.exit(EXIT_PREEMPTED)
 """
 
@@ -49,12 +52,15 @@ def test_second_signal_exits_at_once(second):
     assert run.returncode == 128 + second
 
 
+@pytest.mark.parametrize("behaviour", ["save slowly", "end slowly"])
 @pytest.mark.parametrize("variable", ["TORCHELASTIC_RUN_ID", "SUBMITIT_EXECUTOR"])
-def test_under_a_process_that_passes_them_on_the_echo_of_a_signal_is_the_same_signal(monkeypatch, variable):
+def test_under_a_process_that_passes_them_on_the_echo_of_a_signal_is_the_same_signal(monkeypatch, variable, behaviour):
     monkeypatch.setenv(variable, "1")
-    run = start("save slowly")
+    run = start(behaviour)
     run.send_signal(signal.SIGTERM)
     assert run.stdout and run.stdout.readline() == "SIGTERM\n"
+    if behaviour == "end slowly":
+        assert run.stdout.readline() == "ending\n"
     run.send_signal(signal.SIGTERM)
     run.communicate(timeout=20)
     assert run.returncode == EXIT_PREEMPTED

@@ -227,10 +227,8 @@ def test_the_fingerprint_is_of_the_tokens(config, tmp_path):
     assert prepare(config, BYTES).fingerprint != first.fingerprint
 
 
-def test_the_standard_library_is_ready_in_seconds(tmp_path):
-    start_time = time.monotonic()
+def test_the_standard_library_is_a_corpus(tmp_path):
     corpus = prepare(DataConfig(cache=str(tmp_path)), BYTES)
-    assert time.monotonic() - start_time < 10  # about 1 s on two free cores
     assert len(corpus.train["stdlib"]) + len(corpus.validation["validation"]) > 5e6
 
 

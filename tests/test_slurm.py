@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -25,13 +26,20 @@ LONG = [f"schedule.steps={STEPS}", "checkpoint.every=100", "evaluation.every=150
         "hydra.launcher.setup=['export OMP_NUM_THREADS=1']"]  # fmt: skip
 ENDLESS = ["schedule.steps=1000000", "schedule.warmup_steps=0", "evaluation.every=1000000", "tracking.every=1"]
 
+SLOW = f"""
+import atexit, os, signal, sys, time
+if sys.orig_argv[1:2] == ['{ROOT}/train.py'] and os.environ['SLURM_PROCID'] == '0':
+    atexit.register(time.sleep, 8)  # more than Slurm gives what it ends
+    atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
+"""
+
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
     """The cluster, in the environment of these tests."""
     pytest.importorskip("submitit")
     dir = tmp_path_factory.mktemp("slurm")
-    for parent in dir.parents[:2]:
+    for parent in takewhile(lambda folder: not folder.stat().st_mode & 0o001, dir.parents):
         parent.chmod(0o755)  # munge wants its socket within everybody's reach
     cluster = Slurm(dir)
     with pytest.MonkeyPatch.context() as patch:
@@ -71,8 +79,7 @@ def jobs(slurm, home, tiny):
     way          has to make way for another partition, and is told to save from its job's first moment until it starts
     long         without end, in a job of a minute, told to save: in a job this short that counts as a time-out"""
     (slow := home / "slow").mkdir()
-    (slow / "sitecustomize.py").write_text(f"import atexit, os, sys, time\nif sys.orig_argv[1:2] == ['{ROOT}/train.py'] "
-                                           "and os.environ['SLURM_PROCID'] == '0':\n    atexit.register(time.sleep, 4)\n")  # fmt: skip
+    (slow / "sitecustomize.py").write_text(SLOW)
     (path,) = (entry.removeprefix("data.path=") for entry in tiny if entry.startswith("data.path="))
     found = dict[str, Job]()
     (found["long"],) = submitted(home, "long", *tiny, *LONG, *ENDLESS, "hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=8",
@@ -80,16 +87,20 @@ def jobs(slurm, home, tiny):
     slurm.until(lambda: under_way(found["long"].run), 240)  # alone: it has little time
     slurm.call("scancel", "--signal=USR2", found["long"].job_id)
     (found["way"],) = submitted(home, "way", *tiny, *LONG, "seed=1", "hydra.launcher.partition=spare")
-    found["preempted"], found["failing"] = submitted(home, "pair", *tiny, *LONG, f"data.path={path},later.txt")
+
+    def has_started() -> bool:
+        for _ in range(0 if (begun := found["way"].log().exists()) else 5):  # close together: Python starts fast
+            subprocess.run(["scancel", "--signal=USR2", found["way"].job_id], capture_output=True)  # unchecked: the job may wait
+        return begun
+
+    slurm.until(has_started, 240)
     (found["two"],) = submitted(home, "two", *tiny, *LONG, "parallel=fsdp", "hydra.launcher.tasks_per_node=2", "hydra.launcher.cpus_per_task=2",
                                 f"hydra.launcher.setup=['export OMP_NUM_THREADS=1 PYTHONPATH={slow}']")  # fmt: skip
-
+    found["preempted"], found["failing"] = submitted(home, "pair", *tiny, *LONG, f"data.path={path},later.txt")
     disturb = {name: ["scancel", "--signal=USR2", found[name].job_id] for name in ("preempted", "two")}
     disturb["way"] = ["sbatch", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
 
     def all_disturbed() -> bool:
-        if not found["way"].log().exists():
-            subprocess.run(["scancel", "--signal=USR2", found["way"].job_id], capture_output=True)  # it may wait for its start
         for name in [name for name in disturb if under_way(found[name].run)]:
             slurm.call(*disturb.pop(name))
         return not disturb

@@ -5,7 +5,6 @@ import json
 import shutil
 import sysconfig
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -171,10 +170,8 @@ def test_gpt2s_ranks_are_fetched_once(ranks, tmp_path, monkeypatch):
 
 
 def test_ranks_that_are_missing_or_others_are_named(ranks, tmp_path, no_network):
-    began = time.monotonic()
     with pytest.raises(ValueError, match=rf"tokenizer=gpt2: its ranks are not in {tmp_path}/gpt2 and cannot be fetched .*; put vocab.bpe or .*"):
         gpt2_tokenizer(None, tmp_path)
-    assert time.monotonic() - began < 5
     (tmp_path / "empty").mkdir()
     for path in ("none", "empty"):
         with pytest.raises(ValueError, match=rf"tokenizer.path=.*{path} holds no ranks of GPT-2; name a gpt2.tiktoken or vocab.bpe"):
