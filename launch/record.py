@@ -15,7 +15,6 @@ from launch.config import is_read
 from launch.identity import is_mutable
 from launch.jobs import read_jobs, reason
 from launch.lock import is_in_use
-from launch.preemption import EXIT_PREEMPTED
 
 KEPT = ('"val/loss"', '"sharpness/delta_func"')  # rows with one of these are always read: they are few
 FIGURES = {"step", "tokens", "flops", "seconds", "val/loss"}  # of every summary
@@ -176,8 +175,7 @@ def ending(folder: Path, summary: dict[str, Any], rows: list[dict[str, Any]]) ->
     if "grad/norm" in last and last["grad/norm"] is None:
         return "diverged", line or f"its last step was not finite; {last['skipped']} steps were skipped in all"
     if line:
-        preempted = job and job.exit_code.exists() and job.exit_code.read_text().strip() == str(EXIT_PREEMPTED)
-        return "stopped" if preempted else "crashed", line
+        return "stopped" if job and job.stopped else "crashed", line
     if job and not rows:
         return "waiting", ""
     lock = folder / "lock"

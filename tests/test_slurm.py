@@ -2,6 +2,7 @@
 
 The jobs of all tests run side by side: fixtures submit them one after the other, and disturb those that are to be disturbed."""
 
+import contextlib
 import json
 import os
 import re
@@ -21,8 +22,8 @@ from tests.slurm import Slurm, missing
 from tests.sweeps import fare, sweep
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=f"Slurm is not installed: no {missing()}")
-STEPS = 300
-LONG = [f"schedule.steps={STEPS}", "checkpoint.every=100", "evaluation.every=150", "hydra/launcher=slurm",
+STEPS = 400
+LONG = [f"schedule.steps={STEPS}", "checkpoint.every=100", "evaluation.every=200", "hydra/launcher=slurm",
         "hydra.launcher.setup=['export OMP_NUM_THREADS=1']"]  # fmt: skip
 ENDLESS = ["schedule.steps=1000000", "schedule.warmup_steps=0", "evaluation.every=1000000", "tracking.every=1"]
 
@@ -71,7 +72,7 @@ def under_way(run: Path, beyond: int = 3) -> bool:
 
 @pytest.fixture(scope="module")
 def jobs(slurm, home, tiny):
-    """Runs side by side, by what becomes of them, most of them disturbed as soon as they are under way.
+    """Runs side by side, by what becomes of them. Most are disturbed as soon as they are under way, for they are soon done.
 
     preempted    told to save
     failing      has no data
@@ -89,21 +90,24 @@ def jobs(slurm, home, tiny):
     (found["way"],) = submitted(home, "way", *tiny, *LONG, "seed=1", "hydra.launcher.partition=spare")
 
     def has_started() -> bool:
-        for _ in range(0 if (begun := found["way"].log().exists()) else 5):  # close together: Python starts fast
-            subprocess.run(["scancel", "--signal=USR2", found["way"].job_id], capture_output=True)  # unchecked: the job may wait
+        if not (begun := found["way"].log().exists()) and slurm.queued().get(found["way"].job_id) == "RUNNING":
+            with contextlib.suppress(subprocess.TimeoutExpired):  # scancel tries again and again where the job is not to be told now
+                subprocess.run(["scancel", "--signal=USR2", found["way"].job_id], timeout=1, capture_output=True)
         return begun
 
     slurm.until(has_started, 240)
+    slurm.until(lambda: under_way(found["way"].run), 240)
+    slurm.call("sbatch", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     (found["two"],) = submitted(home, "two", *tiny, *LONG, "parallel=fsdp", "hydra.launcher.tasks_per_node=2", "hydra.launcher.cpus_per_task=2",
                                 f"hydra.launcher.setup=['export OMP_NUM_THREADS=1 PYTHONPATH={slow}']")  # fmt: skip
     found["preempted"], found["failing"] = submitted(home, "pair", *tiny, *LONG, f"data.path={path},later.txt")
-    disturb = {name: ["scancel", "--signal=USR2", found[name].job_id] for name in ("preempted", "two")}
-    disturb["way"] = ["sbatch", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+    undisturbed = {"two", "preempted"}
 
     def all_disturbed() -> bool:
-        for name in [name for name in disturb if under_way(found[name].run)]:
-            slurm.call(*disturb.pop(name))
-        return not disturb
+        for name in [name for name in undisturbed if under_way(found[name].run)]:
+            slurm.call("scancel", "--signal=USR2", found[name].job_id)
+            undisturbed.remove(name)
+        return not undisturbed
 
     slurm.until(all_disturbed, 240)
     return found
@@ -130,6 +134,28 @@ def assert_went_on(slurm: Slurm, job: Job, undisturbed: Job, name: str) -> None:
     assert said.count(f"{name}: saved step") == 1 and said.count("resumed from") == 1, said
     assert_same_tensors(tensors(job.run, STEPS), tensors(undisturbed.run, STEPS))
     assert rows(job.run) == rows(undisturbed.run)
+
+
+def test_the_script_for_many_nodes_puts_its_job_back_unless_it_is_cancelled(slurm, home, tiny, grid):
+    """One of its processes is killed; then it is asked to save as before its time limit; then it is cancelled, and saves as well."""
+    run, log = home / "script" / "run", home / "script.log"
+    keys = [*tiny, *ENDLESS, "parallel=fsdp", "checkpoint.every=20", f"dir={run}"]
+    options = ["--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=2", f"--chdir={ROOT}", f"--output={log}",
+               f"--export=ALL,OMP_NUM_THREADS=1,PATH={Path(sys.executable).parent}:{os.environ['PATH']}"]  # fmt: skip
+    job = slurm.call("sbatch", "--parsable", *options, str(ROOT / "launch/many_nodes.sbatch"), *keys).strip()
+    slurm.until(lambda: list(run.glob("checkpoints/step_*")), 240)
+    os.kill(json.loads((run / "heartbeat/rank_1.json").read_text())["pid"], signal.SIGKILL)
+    before = len(rows(run))
+    slurm.until(lambda: log.read_text().count("resumed from") == 1 and under_way(run, before + 3), 240)
+    slurm.call("scancel", "--signal=USR1", job)
+    before = len(rows(run))
+    slurm.until(lambda: log.read_text().count("resumed from") == 2 and under_way(run, before + 3), 240)
+    slurm.call("scancel", job)
+    slurm.until(lambda: job not in slurm.queued(), 60)
+    said = log.read_text()
+    assert said.count("SIGUSR1: saved step") == 1 and said.count("SIGTERM: saved step") == 1 and said.count("resumed from") == 2, said
+    assert [row["step"] for row in rows(run)] == list(range(len(rows(run))))
+    assert "JobState=CANCELLED" in slurm.call("scontrol", "show", "job", job)
 
 
 def test_a_failed_run_is_reported_and_resubmitted_alone(slurm, home, jobs, grid):
@@ -175,28 +201,6 @@ def test_each_run_is_resubmitted_as_it_was_started_and_what_was_submitted_before
     found = subprocess.run(["bash", "-c", f"PYTHONPATH=theirs; {export}; echo $PYTHONPATH"], capture_output=True, text=True)
     assert found.stdout == "/home/me/my code:theirs\n", found
     slurm.call("scancel", accepted.job_id)
-
-
-def test_the_script_for_many_nodes_puts_its_job_back_unless_it_is_cancelled(slurm, home, tiny, grid):
-    """One of its processes is killed; then it is asked to save as before its time limit; then it is cancelled, and saves as well."""
-    run, log = home / "script" / "run", home / "script.log"
-    keys = [*tiny, *ENDLESS, "parallel=fsdp", "checkpoint.every=20", f"dir={run}"]
-    options = ["--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=2", f"--chdir={ROOT}", f"--output={log}",
-               f"--export=ALL,OMP_NUM_THREADS=1,PATH={Path(sys.executable).parent}:{os.environ['PATH']}"]  # fmt: skip
-    job = slurm.call("sbatch", "--parsable", *options, str(ROOT / "launch/many_nodes.sbatch"), *keys).strip()
-    slurm.until(lambda: list(run.glob("checkpoints/step_*")), 240)
-    os.kill(json.loads((run / "heartbeat/rank_1.json").read_text())["pid"], signal.SIGKILL)
-    before = len(rows(run))
-    slurm.until(lambda: log.read_text().count("resumed from") == 1 and under_way(run, before + 3), 240)
-    slurm.call("scancel", "--signal=USR1", job)
-    before = len(rows(run))
-    slurm.until(lambda: log.read_text().count("resumed from") == 2 and under_way(run, before + 3), 240)
-    slurm.call("scancel", job)
-    slurm.until(lambda: job not in slurm.queued(), 60)
-    said = log.read_text()
-    assert said.count("SIGUSR1: saved step") == 1 and said.count("SIGTERM: saved step") == 1 and said.count("resumed from") == 2, said
-    assert [row["step"] for row in rows(run)] == list(range(len(rows(run))))
-    assert "JobState=CANCELLED" in slurm.call("scontrol", "show", "job", job)
 
 
 def test_a_grid_asked_for_twice_runs_once(slurm, home, grid):
