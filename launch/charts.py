@@ -81,8 +81,7 @@ def styles(methods: Iterable[str]) -> dict[str, Style]:
 def loss_chart(section: Section, looks: dict[str, Style], axis: str) -> str:
     """Validation loss of the best settings against what was spent: "step" (with tokens above), "flops" or "seconds"."""
     lines = [averaged(method, setting.runs, axis, "val/loss") for method, setting in section.best.items()]
-    scale, unit = {"step": (1.0, "steps"), "flops": prefixed(lines), "seconds": timed(lines)}[axis]
-    lines = [(method, x / scale, mean, error) for method, x, mean, error in lines]
+    lines, unit = in_units(lines, axis)
     figure, axes = start()
     draw(axes, lines, looks, markers=True)
     axes.set(xlabel=unit, ylabel="validation loss (nats per token)")
@@ -98,15 +97,15 @@ def loss_chart(section: Section, looks: dict[str, Style], axis: str) -> str:
 
 
 @matplotlib.rc_context(RC)
-def training_chart(section: Section, looks: dict[str, Style]) -> str | None:
-    """Training loss of the best settings against steps; None where no rule has it for free."""
-    lines = [averaged(method, setting.runs, "step", "train/loss") for method, setting in section.best.items()]
-    lines = [line for line in lines if len(line[1])]
+def training_chart(section: Section, looks: dict[str, Style], axis: str = "step") -> str | None:
+    """Training loss of the best settings against "step", "tokens", "flops" or "seconds"; None where no rule has it for free."""
+    lines = [averaged(method, setting.runs, axis, "train/loss") for method, setting in section.best.items()]
+    lines, unit = in_units([line for line in lines if len(line[1])], axis)
     if not lines:
         return None
     figure, axes = start()
     draw(axes, lines, looks)
-    axes.set(xlabel="steps", ylabel="training loss (nats per token)")
+    axes.set(xlabel=unit, ylabel="training loss (nats per token)")
     axes.set_xlim(left=0)
     frame_late(axes, lines)
     return finish(figure, axes, f"training loss {section.title}")
@@ -144,19 +143,20 @@ def response_chart(section: Section, looks: dict[str, Style], key: str) -> str |
 
 
 @matplotlib.rc_context(RC)
-def measured_charts(section: Section, looks: dict[str, Style]) -> dict[str, str]:
-    """A chart against steps for each figure of sharpness that the best settings logged, the gradient's norm and the speed, by its meaning."""
+def measured_charts(section: Section, looks: dict[str, Style], axis: str = "step") -> dict[str, str]:
+    """A chart, on the axis of `training_chart`, for each figure of sharpness that the best settings logged, the gradient's norm and the
+    speed, by its meaning."""
     logged = {name for setting in section.best.values() for run in setting.runs for name in run.columns}
     names = sorted(name for name in logged if name.startswith("sharpness/") or name in MEANINGS)
     charts = {}
     for name in sorted(names, key=lambda name: [*MEANINGS, name].index(name)):
-        lines = [averaged(method, setting.runs, "step", name) for method, setting in section.best.items()]
-        lines = [line for line in lines if len(line[1])]
+        lines = [averaged(method, setting.runs, axis, name) for method, setting in section.best.items()]
+        lines, unit = in_units([line for line in lines if len(line[1])], axis)
         if not lines:
             continue
         figure, axes = start()
         draw(axes, lines, looks)
-        axes.set(xlabel="steps", ylabel=name)
+        axes.set(xlabel=unit, ylabel=name)
         axes.set_xlim(left=0)
         values = np.concatenate([mean for _, _, mean, _ in lines])
         if np.ptp(values) < 0.01 * abs(values.mean()):  # as good as constant: digits of rounding are no news
@@ -230,17 +230,16 @@ def si(largest: float) -> tuple[float, str]:
     return 10.0**power, f" (10^{power})" if power else ""
 
 
-def prefixed(lines: list[Line]) -> tuple[float, str]:
-    """The unit of FLOPs."""
-    power, text = si(max((x[-1] for _, x, _, _ in lines if len(x)), default=1.0))
-    return power, f"training FLOPs{text}"
-
-
-def timed(lines: list[Line]) -> tuple[float, str]:
-    """The unit of time."""
+def in_units(lines: list[Line], axis: str) -> tuple[list[Line], str]:
+    """The lines with their x in units that suit the longest of them, and the label of that axis."""
     longest = max((x[-1] for _, x, _, _ in lines if len(x)), default=1.0)
-    unit, name = next(((size, name) for size, name in ((3600.0, "hours"), (60.0, "minutes")) if longest > 2 * size), (1.0, "seconds"))
-    return unit, f"training time ({name}, without evaluations)"
+    if axis == "seconds":
+        size, name = next(((size, name) for size, name in ((3600.0, "hours"), (60.0, "minutes")) if longest > 2 * size), (1.0, "seconds"))
+        label = f"training time ({name}, without evaluations)"
+    else:
+        size, power = (1.0, "") if axis == "step" else si(longest)
+        label = {"step": "steps", "tokens": "tokens", "flops": "training FLOPs"}[axis] + power
+    return [(method, x / size, mean, error) for method, x, mean, error in lines], label
 
 
 def start() -> tuple[Figure, Axes]:

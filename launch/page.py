@@ -69,8 +69,8 @@ class Table(NamedTuple):
     caption: str = ""
 
 
-def page(sections: list[Section], records: list[Record], made: str) -> str:
-    """The whole report as one HTML document."""
+def page(sections: list[Section], records: list[Record], made: str, axis: str = "step") -> str:
+    """The whole report as one HTML document; `axis` is what other curves than those of the validation loss are drawn against."""
     looks = charts.styles(method for section in sections for method in section.methods)
     failures = failed(records)
     count = {"finished": len(records) - len(failures.rows), "not finished": len(failures.rows)}
@@ -85,11 +85,11 @@ def page(sections: list[Section], records: list[Record], made: str) -> str:
         parts.append(f'<div class="won">{heading}<ul>{items(winners(section))}</ul></div>')
     if failures.rows:
         parts.append(f"<h2>Runs that did not finish</h2>{html(failures)}")
-    parts += [section_html(section, looks, number) for number, section in enumerate(sections)]
+    parts += [section_html(section, looks, number, axis) for number, section in enumerate(sections)]
     return "\n".join([*parts, "</body></html>\n"])
 
 
-def section_html(section: Section, looks: dict[str, charts.Style], number: int) -> str:
+def section_html(section: Section, looks: dict[str, charts.Style], number: int, axis: str) -> str:
     """One comparison: tables, notes, charts, runs."""
     parts = [f'<h2 id="section{number}">{escape(section.title)}</h2>', f'<p class="soft">{escape(conditions(section))}</p>']
     if not section.best:
@@ -99,17 +99,20 @@ def section_html(section: Section, looks: dict[str, charts.Style], number: int) 
     parts += [f'<p class="note">{escape(text)}</p>' for text in section.notes]
     drawn: list[tuple[str, str | None]] = [
         (f"Validation loss against {name}. Best settings; bands are a standard error to both sides; the first fifth is cut off.",
-         charts.loss_chart(section, looks, axis))
-        for axis, name in (("step", "steps and tokens"), ("flops", "training FLOPs"), ("seconds", "training time"))
+         charts.loss_chart(section, looks, against))
+        for against, name in (("step", "steps and tokens"), ("flops", "training FLOPs"), ("seconds", "training time"))
     ]  # fmt: skip
     drawn += [
-        ("Training loss (clean). Rules of one pass, which see only the loss at the moved weights, have none.", charts.training_chart(section, looks)),
+        (
+            "Training loss (clean). Rules of one pass, which see only the loss at the moved weights, have none.",
+            charts.training_chart(section, looks, axis),
+        ),
         ("Response to the radius, each method at its best learning rate.", charts.response_chart(section, looks, "rho")),
         ("Response to the learning rate, each method at its best radius.", charts.response_chart(section, looks, "lr")),
     ]
     parts.append(f"<h3>Loss</h3>{grid(drawn)}")
     parts.append(titled(cost(section)))
-    measured = charts.measured_charts(section, looks)
+    measured = charts.measured_charts(section, looks, axis)
     parts.append(f"<h3>Sharpness, gradient and speed while training, best settings</h3>{grid(measured.items())}")
     parts.append(f"<details><summary>All {plural(len(section.runs), 'run')}</summary>{html(all_runs(section))}</details>")
     return "\n".join(parts)

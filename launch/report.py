@@ -1,4 +1,4 @@
-"""Compares runs: python -m launch.report DIR... [out=FILE.html]
+"""Compares runs: python -m launch.report DIR... [out=FILE.html] [axis=step|tokens|flops|seconds]
 
 DIR is a run's folder, or a folder that holds such folders at any depth. Beside the page, which needs no other file and no network, lie
 
@@ -20,6 +20,8 @@ class Options:
     """What `python -m launch.report` takes beside folders."""
 
     out: str | None = key(None, "the page, an .html file; default report.html in the first folder")
+    axis: str = key("step", "what curves other than those of the validation loss, which are drawn against all of these, are drawn against",
+                    choices=("step", "tokens", "flops", "seconds"))  # fmt: skip
 
 
 def main(arguments: list[str]) -> None:
@@ -38,10 +40,10 @@ def main(arguments: list[str]) -> None:
         out = Path(options.out or folders[0] / "report.html")
         if out.suffix != ".html" or out.is_dir() or not out.parent.is_dir():
             raise ValueError(f"out={out} cannot be written; name an .html file in a folder that exists")
-        print(write(runs, out))
+        print(write(runs, out, options.axis))
 
 
-def write(runs: list[Path], out: Path) -> str:
+def write(runs: list[Path], out: Path, axis: str) -> str:
     """Writes the files of the report; returns what won and where it is told, as text.
 
     Raises ValueError where a file cannot be written, and without what draws charts."""
@@ -58,7 +60,7 @@ def write(runs: list[Path], out: Path) -> str:
         out.with_suffix(".md"): page.markdown(sections, records),
         out.with_suffix(".csv"): page.methods_csv(sections),
         out.with_name(f"{out.stem}_runs.csv"): page.runs_csv(sections, records),
-        out: page.page(sections, records, time.strftime("%Y-%m-%d %H:%M")),
+        out: page.page(sections, records, time.strftime("%Y-%m-%d %H:%M"), axis),
     }
     try:
         for path, text in texts.items():

@@ -353,6 +353,22 @@ def test_error_bands_stay_in_the_axes():
     assert low < 2 - 0.7 < low + 0.2 and 3 + 0.1 + 0.2 < high < 3.5
 
 
+@pytest.mark.parametrize(
+    ("axis", "label"), [("step", "steps"), ("tokens", "tokens"), ("flops", "training FLOPs"), ("seconds", "training time")], ids=str
+)
+def test_every_figure_is_drawn_against_what_is_asked_for(sweep, axis, label):
+    """With the values of that axis in its rows: the longest run ends at the right edge."""
+    section = section_of(sweep)
+    looks = charts.styles(section.methods)
+    drawn = [charts.training_chart(section, looks, axis), *charts.measured_charts(section, looks, axis).values()]
+    assert len(drawn) > 5 and all(re.search(f">{label}[^<>]*</text>", chart) for chart in drawn)
+    lines, unit = charts.in_units([charts.averaged("sam", section.best["sam"].runs, axis, "train/loss")], axis)
+    last = [run.columns[axis][-1] for run in section.best["sam"].runs]
+    scale = float(unit.split("(10^")[1].rstrip(")")) if "10^" in unit else 0
+    if axis != "seconds":
+        assert lines[0][1][-1] * 10**scale == pytest.approx(sum(last) / len(last), rel=0.2)
+
+
 def test_digits_of_rounding_fill_no_axis(sweep):
     section = section_of(sweep)
     for run in (run for method, setting in section.best.items() if method != "adamw" for run in setting.runs):
