@@ -23,6 +23,7 @@ class SweepLauncher(Launcher):
         """Hydra hands over the settings one by one; `setup` gets them whole."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """What Hydra calls before `launch`, with its own configuration of the sweep."""
         loader, self.config = hydra_context.config_loader, config
         compose: Any = loader.load_sweep_config
 

@@ -28,6 +28,7 @@ import train
 from launch.config import compose
 from launch.saver import Saver
 from model import GPT
+from model.parallelize import has_compiler
 from tests.ranks import BAD, BF16, DEEP, RECOMPUTED, RULES, cases_of
 from tests.runs import ROOT, rows, torchrun
 
@@ -152,7 +153,7 @@ def run(world: int, *overrides: str) -> str:
     """A finished run of train.py on so many processes; what it printed."""
     process = torchrun(world, str(ROOT / "train.py"), *overrides) if world else subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *overrides], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
-    out, _ = process.communicate(timeout=90)
+    out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out[-3000:]
     return out
 
@@ -204,6 +205,13 @@ def test_a_run_goes_on_on_other_numbers_of_processes(tmp_path, overrides, whole)
         assert process.returncode == 0 or until < 12, out[-3000:]
         assert until > 12 or ("received SIGUSR1" in out and ": saved step" in out), out[-3000:]
     assert_same_curve(rows(folder), rows(whole))
+
+
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+def test_compiled_blocks_in_shards_give_what_eager_ones_give(tmp_path, overrides, whole):
+    keys = ["parallel=fsdp", "compile=block", "activation_checkpointing=true", f"dir={tmp_path}/run"]
+    assert "running eagerly" not in run(2, *overrides, *keys)
+    assert_same_curve(rows(tmp_path / "run"), rows(whole))
 
 
 def test_one_process_may_be_sharded(tmp_path, overrides, whole):
