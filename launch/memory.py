@@ -21,7 +21,7 @@ from torch import nn
 from conf.schema import Config, ParallelConfig
 from launch.config import micro_sequences, num_groups
 from launch.process import choose_precision, num_processes
-from model.gpt import GPT, SHORT, VOCAB_MULTIPLE, GPTConfig
+from model.gpt import GPT, QUERIES, SHORT, VOCAB_MULTIPLE, GPTConfig
 from model.logits import BLOCK_ELEMENTS, CHUNK_ELEMENTS, even
 from optim.axes import choose, needs_gradient, terms_of
 
@@ -44,8 +44,8 @@ def block(shape: GPTConfig, length: int, device: str, size: int) -> Block:
         norms        their inputs in fp32, 4 D each, which are the residuals; two statistics (RMSNorm one)
         linear maps  their inputs, s D or s M; under autocast a cast of its own for each map that reads a norm's output
         attention    q, k and v as one, s (D + 2 G d); once more q and k where they are rotated or normalised; its output s D and
-                     the log-normalisers 4 H. Where scores are written out, copies of q, k, v and a softmax of H T: in bf16 on short sequences
-                     on CPUs; and there with dropout, in fp32, with the noise and its product as well
+                     the log-normalisers 4 H. Where scores are written out, copies of q, k, v and their softmax: in bf16 on short sequences
+                     on CPUs; and there with dropout, of all H T in fp32, with the noise and its product as well
         MLP          both sides of the GELU or squared ReLU, 2 s M; for SwiGLU 4 s M: gate, silu, up and their product
         dropout      a byte a number on CUDA; on CPUs the noise
 
@@ -59,7 +59,8 @@ def block(shape: GPTConfig, length: int, device: str, size: int) -> Block:
     turned = shape.qk_norm or shape.positions == "rope"
     normed = shape.qk_norm * (4 * (H + shape.kv_heads) + (4 * qk * (1 + casts) if cpu or casts else 0))
     if cpu and casts and not drops and kv == D and T <= SHORT:
-        core, core_backward = s * (4 * D + H * T), s * (D + 2 * H * T)
+        keys = sum(min(QUERIES, T - begin) * min(T, begin + QUERIES) for begin in range(0, T, QUERIES)) // T  # that a query has scores of
+        core, core_backward = s * (4 * D + H * keys), s * (D + 2 * H * min(T, QUERIES))
     elif cpu and drops:
         core, core_backward = 4 * (3 * D + 3 * H * T) + s * D, 4 * (2 * D + 2 * H * T)
     else:
@@ -98,7 +99,7 @@ class Head:
         """Bytes of a sweep: casts of h and W; a chunk of z, which turns into r block of rows by block of rows, unless r is `stored`; a block
         in fp32 and its softmax; dh; and dW with the product that is added to it."""
         N, s, casts = self.tokens, self.size, self.size != 4
-        chunk = even(N, max(1, CHUNK_ELEMENTS[self.device] // self.V))
+        chunk = N if stored else even(N, max(1, CHUNK_ELEMENTS[self.device] // self.V))
         if rebuilt:
             chunk = even(N, max(chunk // 2, chunk - self.width))
         rows = min(chunk, max(1, BLOCK_ELEMENTS[self.device] // self.V))

@@ -235,7 +235,8 @@ def sweep(
     r_NxV: Tensor | None = None,
     instances: Instances | None = None,
 ) -> Rows:
-    """Once over all tokens, in chunks: r, each row times its factor, of the logits at `made`, and its products r W and r^T h with `at`.
+    """Once over all tokens: r, each row times its factor, of the logits at `made`, and its products r W and r^T h with `at`; in chunks,
+    unless `r_NxV` has room for them all.
 
     made=None takes r from `r_NxV`; else r is written there if it is given. With `lse_N`, the log-normalisers at `made`, no loss comes out.
     `instances` weigh the products, and not r. Softmax and dW in fp32 or wider."""
@@ -247,7 +248,7 @@ def sweep(
     lse_N = torch.zeros_like(factor_N) if lse_N is None else lse_N
     dh_NxD, dW_VxD = (torch.empty_like(at.h_NxD) if at else factor_N.new_empty(0)), factor_N.new_empty(0)
     chunk, block = (max(1, sizes.get(device, 2**24) // V) for sizes in (CHUNK_ELEMENTS, BLOCK_ELEMENTS))
-    chunk = even(N, chunk)
+    chunk = even(N, chunk) if r_NxV is None else N  # what is whole anyway need not be cut
     if made is not None and at is not None and made.weight_VxD is not at.weight_VxD:  # room for the second V x D
         chunk = even(N, max(chunk // 2, chunk - at.h_NxD.shape[1]))
     if instances:
@@ -255,7 +256,7 @@ def sweep(
     buffer_CxV = like.h_NxD.new_empty(chunk, V) if r_NxV is None else r_NxV  # one for all: fresh memory of this size is paid for page by page
     for begin in range(0, N, chunk or 1):
         rows = slice(begin, min(N, begin + chunk))
-        z_CxV = buffer_CxV[rows] if r_NxV is not None else buffer_CxV[: rows.stop - begin]
+        z_CxV = buffer_CxV[: rows.stop - begin]
         if made is not None:
             torch.mm(made.h_NxD[rows], made.weight_VxD.T, out=z_CxV)
             for first in range(begin, rows.stop, block):

@@ -105,7 +105,7 @@ def main() -> None:
         cells = " | ".join(f"{found[name]:.0f} ms, {memory(name, vocab):.0f} MiB" for name in cases)
         print(f"| {vocab} | {cells} | {found['dense'] / found['ours']:.2f} | {found['ours'] / found['three products']:.2f} |", flush=True)
     print("\n| length | short_attention | fused | fused / short_attention |\n|---|---|---|---|")
-    for length in (64, 128, 256, 512):
+    for length in (64, 128, 256, 512, 1024):
         found = medians(attention_cases(length), arguments.rounds)
         print(f"| {length} | {found['ours']:.1f} ms | {found['fused']:.1f} ms | {found['fused'] / found['ours']:.2f} |", flush=True)
 

@@ -5,8 +5,9 @@
 
 6 layers x 384, 6 heads, 3072 tokens a step (12 sequences of 256), cut into micro-batches. Precision as train.py takes it. Each contestant
 is a process of its own, and they take turns step by step, so that the ratio of medians holds while the machine's speed drifts. The
-baseline is optim=adamw, never a rule of radius 0. Memory: the largest sum of live tensor bytes of a step, counted tensor by tensor in
-a further step; its difference from AdamW's is given in copies of the parameters, and in MiB.
+baseline is optim=adamw, never a rule of radius 0. The ratio of FLOPs, as a run logs them, is what the time can be held against. Memory:
+the largest sum of live tensor bytes of a step, counted tensor by tensor in a further step; its difference from AdamW's is given in
+copies of the parameters, and in MiB.
 """
 
 import argparse
@@ -27,10 +28,11 @@ from torch.utils._pytree import tree_leaves
 from launch.config import compose
 from launch.process import autocast, choose_precision, keep_freed_memory
 from model import GPT, GPTConfig
-from optim import Schedule, build_optimizer, build_rule
+from optim import Schedule, build_optimizer, build_rule, forward_flops
 from optim.perturbation import moved, norm
 
 TOKENS, LAYERS, HEADS, WIDTH = 3072, 6, 6, 384
+WARM_UP = 4  # rounds that are not counted: malloc's memory grows in the first steps
 RULES = {
     "adamw": "optim=adamw",
     "sam": "optim=sam",
@@ -90,6 +92,8 @@ class Step:
         halves = (tokens[:, :-1].contiguous().split(size), tokens[:, 1:].contiguous().split(size))
         self.micros = list(zip(*halves, strict=True))
         self.model = GPT(GPTConfig(vocab, length, LAYERS, HEADS, WIDTH))
+        self.flops: list[float] = []  # per token, of every step
+        self.of_forward = forward_flops(self.model.config, length)
         self.device, self.dtype = torch.device("cpu"), choose_precision("auto", torch.device("cpu"))
         self.peer: Any = None
         if name == "davda54 SAM":
@@ -113,11 +117,13 @@ class Step:
         """One step."""
         with autocast(self.device, self.dtype):
             if self.peer is None:
-                self.rule.gradient(self.micros, logged=False)
+                result = self.rule.gradient(self.micros, logged=False)
+                self.flops.append(self.of_forward.of(result.forwards, result.backwards, result.head_products))
             else:
                 self.passes()
                 self.peer.first_step(zero_grad=True)
                 self.passes()
+                self.flops.append(self.of_forward.of(2, 2, 6))
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if self.peer is None:
             self.optimizer.step()
@@ -145,11 +151,17 @@ class Step:
 
 
 def contestant(name: str, vocab: int, length: int, micros: int, peer: str | None) -> None:
-    """A process that takes a step for every line on stdin and answers with its seconds; asked for memory, with bytes."""
+    """A process that answers every line on stdin: a step with its seconds, memory with a step's bytes, flops with their mean so far."""
     step = Step(name, vocab, length, micros, peer)
-    for line in sys.stdin:
+
+    def seconds() -> float:
         began = time.perf_counter()
-        print(step.memory() if line.startswith("memory") else (step(), time.perf_counter() - began)[1], flush=True)
+        step()
+        return time.perf_counter() - began
+
+    answers = {"step": seconds, "memory": step.memory, "flops": lambda: statistics.mean(step.flops)}
+    for line in sys.stdin:
+        print(answers[line.strip()](), flush=True)
 
 
 def ask(child: subprocess.Popen, what: str) -> float:
@@ -167,21 +179,23 @@ def compare(names: list[str], arguments: argparse.Namespace, vocab: int) -> list
                    "--micros", str(arguments.micros), *(["--peer", arguments.peer] if arguments.peer else [])]  # fmt: skip
         children[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(arguments.rounds + 2):
+    for _ in range(arguments.rounds + WARM_UP):
         for name, child in children.items():
             k = 5 if name == "look_sam" else 1
             seconds[name].append(sum(ask(child, "step") for _ in range(k)) / k)
+    flops = {name: ask(child, "flops") for name, child in children.items()}
     peaks = {name: ask(child, "memory") for name, child in children.items()}
     for child in children.values():
         child.communicate()
     copy = 4 * sum(p.numel() for p in GPT(GPTConfig(vocab, arguments.length, LAYERS, HEADS, WIDTH)).parameters())
     rows = []
     for name in names:
-        ratios = sorted(one / base for one, base in zip(seconds[name][2:], seconds["adamw"][2:], strict=True))  # the first two warm up
+        own, base = (seconds[one][WARM_UP:] for one in (name, "adamw"))
+        ratios = sorted(one / other for one, other in zip(own, base, strict=True))
         low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
         above = peaks[name] - peaks["adamw"]
-        rows.append(f"| {name} | {1000 * statistics.median(seconds[name][2:]):.0f} ms | {statistics.median(ratios):.2f} ({low:.2f}-{high:.2f}) | "
-                    f"{above / copy:.2f} copies, {above / 2**20:.0f} MiB |")  # fmt: skip
+        rows.append(f"| {name} | {1000 * statistics.median(own):.0f} ms | {statistics.median(ratios):.2f} ({low:.2f}-{high:.2f}) | "
+                    f"{flops[name] / flops['adamw']:.2f} | {above / copy:.2f} copies, {above / 2**20:.0f} MiB |")  # fmt: skip
     return rows
 
 
@@ -198,12 +212,12 @@ def perturbation(vocab: int, length: int, rounds: int) -> str:
             pass
 
     seconds: dict[str, list[float]] = {"perturb": [], "fused": [], "foreach": []}
-    for _ in range(rounds + 2):
+    for _ in range(rounds + WARM_UP):
         for name, action in (("perturb", perturb), ("fused", fused.step), ("foreach", foreach.step)):
             began = time.perf_counter()
             action()
             seconds[name].append(time.perf_counter() - began)
-    ours, *theirs = (statistics.median(found[2:]) for found in seconds.values())
+    ours, *theirs = (statistics.median(found[WARM_UP:]) for found in seconds.values())
     return f"norm, perturbation and restore: {ours / theirs[0]:.2f} of AdamW's fused step, {ours / theirs[1]:.2f} of its foreach step"
 
 
@@ -227,7 +241,7 @@ def main() -> None:
           f"{torch.cpu.get_capabilities().get('cpu_name', 'CPU')}, {precision}, "
           f"length {arguments.length}, {arguments.micros} micro-batches")  # fmt: skip
     for vocab in arguments.vocab:
-        print(f"\n| vocabulary {vocab} | step | ratio to AdamW (quartiles) | memory above AdamW's peak |\n|---|---|---|---|")
+        print(f"\n| vocabulary {vocab} | step | ratio to AdamW (quartiles) | of FLOPs | memory above AdamW's peak |\n|---|---|---|---|---|")
         print("\n".join(compare(names, arguments, vocab)), flush=True)
         print(f"\n{perturbation(vocab, arguments.length, arguments.rounds)}", flush=True)
 
