@@ -241,7 +241,11 @@ class Run:
         first = step // every * every
         row = min(first + every, schedule.steps)
         told = max((other for other in range(first, row) if schedule.moves(other)), default=row - 1)
-        return row, step == told, step == told and bool(diagnostics) and row % (every * (diagnostics or 1)) == 0
+        diagnosed = False
+        if diagnostics and step == told and schedule.moves(told):  # the first row with a move since a multiple of so many rows
+            before = next((other // every + 1 for other in range(first - 1, -1, -1) if schedule.moves(other)), 0)
+            diagnosed = (first // every + 1) // diagnostics > before // diagnostics
+        return row, step == told, diagnosed
 
     def make_row(self, lr: float, norm: float) -> None:
         """What is logged of this step: means and speeds are taken since the last row."""
@@ -351,6 +355,7 @@ class Run:
             with self.autocast():
                 tokens = generate(trained, self.corpus.tokenizer.prompt(""), settings.evaluation.sample, temperature=0.8, seed=settings.seed)
                 text = "".join(decode_stream(tokens, self.corpus.tokenizer.decode_bytes))
+            text = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)  # a terminal would obey control characters
             say("a sample:\n" + "\n".join(f"    {line}" for line in text.splitlines()))
         self.tracker.summary(summary)
         say(f"run folder: {self.folder}\ntry next:\n    python -m model.sample run={self.folder} prompt='def '\n"

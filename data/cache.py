@@ -26,9 +26,10 @@ import numpy as np
 
 from conf.schema import DataConfig, TokenizerConfig
 from data.corpora import Piece, TextCorpus, empty_split
+from data.files import write_atomically
 from data.hf_tokenizer import configured_hf
 from data.hub import HubCorpus, HubPiece
-from data.shards import REBUILT, VERSION, Corpus, Shard, Tokens, key, shard_name, token_dtype, verify_once, write, write_shard
+from data.shards import REBUILT, VERSION, Corpus, Shard, Tokens, key, shard_name, token_dtype, verify_once, write_shard
 from data.tokenizer import Tokenizer, bytes_tokenizer, gpt2_tokenizer, head, train_bpe
 from data.tokens import open_tokens
 
@@ -143,7 +144,7 @@ def fill(folder: Path, text: AnyCorpus, tokenizer: Tokenizer) -> None:
     tokenizer.save(folder)
     meta = {"version": VERSION, "fingerprint": fingerprint, "corpus": text.identity, "parts": parts,
             "tokenizer": {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "hash": tokenizer.hash}}  # fmt: skip
-    write(folder / "meta.json", json.dumps(meta, indent=1).encode())
+    write_atomically(folder / "meta.json", json.dumps(meta, indent=1))
 
 
 def empty(part: str, num_documents: int, text: AnyCorpus) -> str:

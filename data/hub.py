@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from conf.schema import DataConfig
 from data.corpora import Text, is_held_out, list_files
-from data.shards import key, shard_name, write
+from data.files import write_atomically
+from data.shards import key, shard_name
 
 PIECE_BYTES = 2**25  # of text: a terabyte makes thirty thousand shards, and a process works a few seconds on one
 BATCH = 64  # rows taken from the stream at a time; a piece is a whole number of them
@@ -125,7 +126,7 @@ class HubCorpus:
             num_done += 1
         if num_done < len(ends) and ends[num_done] is None:
             return
-        write(journal, "".join(json.dumps(end) + "\n" for end in ends[:num_done]).encode())
+        write_atomically(journal, "".join(json.dumps(end) + "\n" for end in ends[:num_done]))
         start = Place(*ends[num_done - 1]) if num_done else Place(0, 0, 0)
         with journal.open("a") as file:
             for index, (end, rows) in enumerate(self._packs(split, start, limit), num_done):
@@ -207,7 +208,7 @@ class HubCorpus:
         if not record.exists():
             from huggingface_hub import HfApi
 
-            write(record, str(HfApi().dataset_info(self.data.path, revision=self.data.revision, timeout=20).sha).encode())
+            write_atomically(record, str(HfApi().dataset_info(self.data.path, revision=self.data.revision, timeout=20).sha))
         return record.read_text()
 
     @contextmanager

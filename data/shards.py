@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data.files import write_atomically
 from data.tokenizer import Tokenizer
 
 MAGIC = b"FLATGPT\0"
@@ -160,20 +161,7 @@ def write_shard(path: Path, ids: np.ndarray, starts: Sequence[int], num_bytes: i
     payload = ids.astype(dtype).tobytes() + np.array(starts, dtype="<u8").tobytes()
     digest = header.digest()
     digest.update(payload)
-    write(path, HEADER.pack(*header, digest.digest()) + payload)
-
-
-def write(path: Path, content: bytes) -> None:
-    """Writes a file in one step; what a full disk refuses leaves nothing behind."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of this process: a dying one may still be at work
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, HEADER.pack(*header, digest.digest()) + payload)
 
 
 # Reading
@@ -195,4 +183,4 @@ def verify_once(folder: Path, shards: Sequence[Shard]) -> None:
         shard.verify()
     if doubtful:
         with contextlib.suppress(OSError):  # a cache that others share may be read-only; then every start verifies
-            write(record, json.dumps(current).encode())
+            write_atomically(record, json.dumps(current))

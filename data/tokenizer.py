@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data.files import write_atomically
+
 if TYPE_CHECKING:
     import tiktoken
 
@@ -96,9 +98,7 @@ class Tokenizer(ABC):
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json into the folder, in one step."""
-        path, temporary = Path(folder) / FILE, Path(folder) / f"{FILE}.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps(self.content(), indent=0))
-        os.replace(temporary, path)
+        write_atomically(Path(folder) / FILE, json.dumps(self.content(), indent=0))
 
     @staticmethod
     def load(folder: str | Path) -> "Tokenizer":
@@ -208,9 +208,7 @@ def download_gpt2(folder: Path) -> Path:
         raise ValueError(f"tokenizer=gpt2: its ranks are not in {folder} and cannot be fetched from {GPT2_URL} ({type(error).__name__}); "
                          "put vocab.bpe or gpt2.tiktoken into that folder, or set tokenizer.path to it") from None  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"vocab.bpe.{os.getpid()}.tmp"
-    temporary.write_bytes(response.content)
-    os.replace(temporary, folder / "vocab.bpe")
+    write_atomically(folder / "vocab.bpe", response.content)
     return folder / "vocab.bpe"
 
 

@@ -19,8 +19,9 @@ import numpy as np
 
 from conf.schema import DataConfig, TokenizerConfig
 from data.corpora import find_files
+from data.files import write_atomically
 from data.hf_tokenizer import configured_hf
-from data.shards import MAGIC, VERSION, Corpus, Header, Shard, Tokens, key, shard_name, verify_once, write
+from data.shards import MAGIC, VERSION, Corpus, Header, Shard, Tokens, key, shard_name, verify_once
 from data.tokenizer import Tokenizer, bytes_tokenizer, gpt2_tokenizer
 
 BLOCK = 2**22  # tokens that are looked at together
@@ -136,7 +137,7 @@ def remembered(folder: Path, path: Path, what: list[Any], find: Callable[[], Any
     except (FileNotFoundError, ValueError):
         found = find()
         with contextlib.suppress(OSError):  # a cache that others share may be read-only; then every start looks again
-            write(record, json.dumps(found).encode())
+            write_atomically(record, json.dumps(found))
         return found
 
 

@@ -17,7 +17,6 @@ A checkpoint is written beside its final name and renamed once every file of eve
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError
 
 from model.sharding import Layout
-from model.stored import Part, describe, file_of, files_of, open_tensors, save_parts
+from model.stored import Part, checkpoints, describe, file_of, files_of, open_tensors, save_parts
 
 T = TypeVar("T")
 TENSORS = ("model", "optimizer", "random", "rule")
@@ -117,7 +116,7 @@ def commit(partial: Path, final: Path, files: dict[str, list], state: dict[str, 
 def remove_old(run: Path, step: int, keep: int, milestones: list[int]) -> None:
     """Removes checkpoints up to a step beyond the newest `keep` that are no milestones. Later ones can only be damaged: they must not push
     out those that are not."""
-    for old in [path for path in steps(run) if step_of(path) <= step and step_of(path) not in milestones][:-keep]:
+    for old in [path for number, path in checkpoints(run).items() if number <= step and number not in milestones][:-keep]:
         shutil.rmtree(old)
 
 
@@ -149,7 +148,7 @@ def load_newest(run: Path, layout: Layout | None = None, warn: Callable[[str], A
 
     Raises ValueError where there are checkpoints and all of them are damaged."""
     layout = layout or Layout()
-    found = layout.agreed(steps(run))
+    found = layout.agreed(list(checkpoints(run).values()))
     for path in reversed(found):
         try:
             return load(path, layout=layout)
@@ -159,16 +158,6 @@ def load_newest(run: Path, layout: Layout | None = None, warn: Callable[[str], A
     if found:
         raise ValueError(f"dir={run}: all {len(found)} checkpoints are damaged; move the folder away to start again")
     return None
-
-
-def steps(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; partial ones are none."""
-    return sorted((path for path in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name)), key=step_of)
-
-
-def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(path.name.removeprefix("step_"))
 
 
 def remove_partial(run: Path) -> None:

@@ -168,8 +168,7 @@ def horizon(keys: dict[str, Any]) -> str:
 def section_keys(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that runs must share to be compared. A run that goes on from another with its optimiser is compared with whole ones."""
     keys = {name: value for name, value in settings.items() if name.startswith(SECTIONS)}
-    starts = {} if settings["init.optimizer"] else {name: settings[name] for name in ("init.run", "init.step", "init.hf")}
-    return keys | starts
+    return keys | {name: None if settings["init.optimizer"] else settings[name] for name in ("init.run", "init.step", "init.hf")}
 
 
 def analyse(section: Section) -> None:
@@ -192,11 +191,12 @@ def methods(section: Section) -> dict[str, list[Setting]]:
     seen: dict[str, Record] = {}
     for name in {run.settings["optim.name"]: None for run in section.runs}:
         runs = [run for run in section.runs if run.settings["optim.name"] == name]
-        others = [{key: value for key, value in run.settings.items() if key not in (*section.keys, *SWEPT, "init.run")} for run in runs]
+        same = {*section.keys, *SWEPT} - {"init.step"}  # where a run branches off is a variant
+        others = [{key: value for key, value in run.settings.items() if key not in same} for run in runs]
         varying = differing(others)
         for run, other in zip(runs, others, strict=True):
             method = " ".join(
-                [name, *(f"{key.removeprefix('optim.')}={shown(other.get(key))}" for key in varying if other.get(key) != DEFAULTS[key])]
+                [name, *(f"{key.removeprefix('optim.')}={shown(other.get(key))}" for key in varying if other.get(key) not in (None, DEFAULTS[key]))]
             )
             lr, rho = run.settings["optim.lr"], run.settings.get("optim.rho")
             setting = found.setdefault(method, {}).setdefault((lr, rho), Setting(method, lr, rho))

@@ -228,14 +228,17 @@ def check_contradictions(config: Config) -> None:
 def check_rule(config: Config) -> None:
     """Raises ValueError where the axes of the rule, its base optimiser and the batch do not fit each other."""
     optim, batch = config.optim, config.batch
+    if optim.base == "muon" and config.parallel.name != "single":
+        raise ValueError(f"optim.base=muon orthogonalises whole matrices, which parallel={config.parallel.name} keeps in shards; use parallel=single")
     if optim.path == "none":
         return
     try:
         check_axes(optim)
     except ValueError as error:
         raise ValueError(re.sub(rf"\b({'|'.join(entry.name for entry in fields(RuleConfig))})=", r"optim.\1=", str(error))) from None
-    if optim.base == "muon" and config.parallel.name != "single":
-        raise ValueError(f"optim.base=muon orthogonalises whole matrices, which parallel={config.parallel.name} keeps in shards; use parallel=single")
+    for name, value, whole in (("start", optim.start, optim.start >= 1), ("stop", optim.stop or 0, (optim.stop or 0) > 1)):
+        if whole and value % 1:
+            raise ValueError(f"optim.{name}={value:g} is no whole step; give one, or a fraction of the horizon below 1")
     if optim.scope == "replica" and (config.parallel.name != "hsdp" or config.parallel.replicas == 1):
         raise ValueError(f"optim.scope=replica needs replicas, which parallel={config.parallel.name} does not have; use parallel=hsdp with "
                          "parallel.replicas, or optim.scope=batch or micro_batch")  # fmt: skip

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import key
-from launch.tracking import write_atomically
+from data.files import write_atomically
 from launch.wandb_run import has_wandb_key
 
 NAME = "flatgpt: methods compared"

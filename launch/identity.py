@@ -9,8 +9,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from conf.schema import KEYS, Config, lookup
+from data.files import write_atomically
 from launch.config import is_read, name_files
-from launch.tracking import write_atomically
 
 
 def canonical(config: Config) -> dict[str, Any]:

@@ -21,10 +21,10 @@ from pathlib import Path
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from conf.schema import LauncherConfig
+from data.files import write_atomically
 from launch.lock import is_in_use
 from launch.preemption import EXIT_PREEMPTED
 from launch.snapshot import ROOT
-from launch.tracking import write_atomically
 
 
 @dataclass

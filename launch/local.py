@@ -28,13 +28,10 @@ def run_all(jobs: list[Job], n_jobs: int | None) -> int:
     waiting, running, signals = deque(jobs), dict[int, tuple[Job, list[subprocess.Popen]]](), list[int]()
     ended: dict[str, list[Job]] = {"done": [], "stopped": [], "failed": []}
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        signals.append(number)
-        for _, processes in running.values():
-            for process in processes:
-                process.send_signal(number)
+    def note(number: int, frame: FrameType | None) -> None:
+        signals.append(number)  # and no more: it may be a start that is interrupted here
 
-    previous = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    previous, told = {number: signal.signal(number, note) for number in SIGNALS}, 0
     try:
         while running or (waiting and not signals):
             while waiting and slots and not signals:
@@ -42,6 +39,10 @@ def run_all(jobs: list[Job], n_jobs: int | None) -> int:
                 shared = cores | visible(devices, slot, job.processes)
                 running[slot] = job, [job.start(rank, shared | group) for rank, group in enumerate(process_group(job.processes))]
                 print(f"started {job.run.name}, {len(waiting)} waiting; its log is {job.log()}", flush=True)
+            for number in signals[told:]:
+                for process in (process for _, processes in running.values() for process in processes):
+                    process.send_signal(number)
+                told += 1
             for slot, (job, processes) in list(running.items()):
                 codes = [process.poll() for process in processes]
                 if None not in codes:

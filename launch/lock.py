@@ -29,7 +29,7 @@ class RunLock:
     A clean exit empties the file, and removes a folder that holds nothing else. What an owner that died left behind is taken
     over with a notice on stderr. An owner that was only suspended, and finds its folder taken over, ends its process at once.
 
-    Raises ValueError where the folder is in use.
+    Raises ValueError where the folder is in use, or cannot be made or written.
     """
 
     def __init__(self, dir: Path) -> None:
@@ -41,8 +41,11 @@ class RunLock:
         if self._path in _held:
             raise ValueError(self._refusal(_held[self._path]))
         while True:
-            self._dir.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                self._dir.mkdir(parents=True, exist_ok=True)
+                self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            except OSError as error:
+                raise ValueError(f"dir={self._dir} cannot be a run folder ({error.strerror}); name one that can be written") from None
             try:
                 self._claim = self._take()
             except BaseException:

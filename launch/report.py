@@ -51,8 +51,8 @@ def write(runs: list[Path], out: Path, axis: str) -> str:
         from launch import comparison, page
     except ModuleNotFoundError as error:
         raise ValueError(f"the report needs {error.name}, which is not installed; pip install -e '.[report]'") from None
+    from data.files import write_atomically
     from launch.record import read_run
-    from launch.tracking import write_atomically
 
     records = [read_run(run) for run in runs]
     sections = comparison.compare(records)

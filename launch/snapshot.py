@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from launch.tracking import write_atomically
+from data.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository
 FOLDERS = ("conf", "data", "launch", "model", "optim")

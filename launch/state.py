@@ -110,7 +110,10 @@ def branch(settings: Config, model: GPT, optimizer: Optimizer, rule: Gradient, c
     Raises ValueError where there is no such checkpoint, where it does not fit this model or these data, or lies beyond the horizon
     or past the beginning of what counts from there."""
     init, ours = settings.init, identity.canonical(settings)
-    path = layout.agreed(checkpoint_path(init.run or "", init.step))  # that run may be under way
+    try:
+        path = layout.agreed(checkpoint_path(init.run or "", init.step))  # that run may be under way
+    except ValueError as error:
+        raise ValueError(f"init.{error}") from None
     try:
         saved = checkpoint.load(path, layout=layout)
     except checkpoint.DamagedCheckpoint as error:

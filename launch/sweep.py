@@ -142,12 +142,13 @@ def states(runs: list[Planned], folder: Path, sweeping: bool = False) -> dict[Pa
 
 def describe(runs: list[Planned], combinations: list[Combination], found: dict[Path, str], folder: Path) -> str:
     """A line for every run, its state, hours and what tells it apart, the reason where one to start failed before, and the sums."""
-    common = set.intersection(*(set(overrides) for overrides, _ in combinations))
+    texts: list[set[str]] = [set(overrides) for overrides, _ in combinations]
+    varying = texts[0].union(*texts) - texts[0].intersection(*texts)
     lines = [f"{len(runs)} runs in {folder}" + (f", of {len(combinations)} combinations: the others differ in nothing that a run reads"
                                                 if len(runs) < len(combinations) else "")]  # fmt: skip
     lines.append(f"{'state':10}{DEVICES[-1]} hours  run")
     for planned in runs:
-        own = " ".join(text for text in planned.job.overrides if text in set().union(*(overrides for overrides, _ in combinations)) - common)
+        own = " ".join(text for text in planned.job.overrides if text in varying)
         lines.append(f"{found[planned.job.run]:10}{planned.plan.hours(DEVICES[-1]):10.3g}  {planned.job.run.name}  {own}")
         if found[planned.job.run] in ("new", "to resume") and planned.job.log().exists() and not planned.job.stopped:
             lines.append(f"{'':22}{reason(planned.job)[0]}")

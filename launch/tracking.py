@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from conf.schema import TrackingConfig
+from data.files import write_atomically
 from launch.wandb_run import Wandb, recorded_id, unsent, wandb_mode
 
 REDRAW = 0.2  # seconds between redraws of the live line
@@ -55,19 +56,6 @@ def loss_at_flops(rows: list[Row], budget: float) -> float | None:
     return losses[-1] if flops[-1] <= (1 + NEAR) * budget else float(np.interp(budget, flops, losses))
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file such that a crash at any moment leaves the old or the new one, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
-
-
 class Tracker:
     """Tracks one run from start to end. Only one process of a run should have one.
 
@@ -75,7 +63,7 @@ class Tracker:
     plain_config     the configuration as plain dicts, for W&B
     wandb_id         the id of an earlier start of this run, where its checkpoint knows one
     total_steps      the horizon, for the progress bar
-    resumed_step     step of the checkpoint that the run resumes from; metrics after it are dropped. -1: from scratch
+    last_logged      step of the last row that the checkpoint knows, -1 from scratch; later ones are dropped
     """
 
     def __init__(
@@ -86,11 +74,11 @@ class Tracker:
         plain_config: dict[str, Any],
         wandb_id: str | None,
         total_steps: int,
-        resumed_step: int = -1,
+        last_logged: int = -1,
     ) -> None:
         self._dir = dir
         self._console = Console(total_steps)
-        cut_metrics(dir / "metrics.jsonl", resumed_step)
+        cut_metrics(dir / "metrics.jsonl", last_logged)
         self._file = (dir / "metrics.jsonl").open("a")
         self._wandb: Wandb | None = None
         self.wandb_id = wandb_id

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.logits import LazyLogits
 from model.sharding import Layout, local, shard_of
-from model.stored import describe, files_of, open_tensors
+from model.stored import checkpoints, describe, files_of, open_tensors
 
 CHOICES = {"norm": ("layernorm", "rmsnorm"), "positions": ("learned", "rope"), "rope_scaling": ("none", "linear", "llama3"),
            "activation": ("gelu", "swiglu", "relu2"), "init": ("nanodo", "gpt2")}  # fmt: skip
@@ -350,19 +350,19 @@ def table(rows: int, width: int) -> nn.Embedding:
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
-def named_generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator whose stream depends on the seed and a name only."""
+def named_generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose stream depends on the seed and a name only, on a kind of device."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 def checkpoint_path(run: str | Path, step: int | None = None) -> Path:
     """The folder of a run's checkpoint; `step=None` means the newest. Raises ValueError where there is none."""
-    found = {int(path.name.removeprefix("step_")): path for path in Path(run).glob("checkpoints/step_*")}
+    found = checkpoints(Path(run))
     if not found:
         raise ValueError(f"run={run} has no checkpoints; name the folder of a run that was trained")
     if step is not None and step not in found:
-        raise ValueError(f"step={step} is not among the checkpoints of {run}; it has {', '.join(map(str, sorted(found)))}")
+        raise ValueError(f"step={step} is not among the checkpoints of {run}; it has {', '.join(map(str, found))}")
     return found[max(found) if step is None else step]
 
 

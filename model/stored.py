@@ -97,6 +97,12 @@ def files_of(group: str, names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if re.fullmatch(rf"{group}(-\d+-of-\d+)?\.safetensors", name))
 
 
+def checkpoints(run: Path) -> dict[int, Path]:
+    """The checkpoints of a run by their steps, oldest first; partial ones, and what else lies there, are none."""
+    found = {path.name.removeprefix("step_"): path for path in (run / "checkpoints").glob("step_*")}
+    return {int(step): found[step] for step in sorted(filter(str.isdecimal, found), key=int)}
+
+
 def describe(file: Path) -> list:
     """[size in bytes, sha256] of a file."""
     with file.open("rb") as stream:

@@ -84,5 +84,4 @@ def load_state_tensors(model: nn.Module, optimizer: Optimizer, tensors: dict[str
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition(".")
         p = parameters[name]
-        device = "cpu" if key == "step" and not p.is_cuda else p.device
-        optimizer.state[p][key] = sharded_as(shard_of(value, p).to(device, copy=True), p) if value.shape == p.shape else value.to(device)
+        optimizer.state[p][key] = sharded_as(shard_of(value, p).to(p.device, copy=True), p) if value.shape == p.shape else value.to(p.device)

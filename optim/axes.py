@@ -4,7 +4,7 @@ import fnmatch
 import math
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -72,8 +72,13 @@ def make_axes(given: dict[str, Any]) -> RuleConfig:
     if unknown := [name for name in given if name not in known]:
         raise ValueError(f"{unknown[0]}={given[unknown[0]]!r}: no such axis; choose among {', '.join(known)}")
     axes = RuleConfig(**given)
-    for name, entry in known.items():
-        check_value(name, getattr(axes, name), entry.metadata)
+    for name, kind in get_type_hints(RuleConfig).items():
+        value = getattr(axes, name)
+        if not isinstance(value, kind | int if isinstance(0.0, kind) else kind):
+            raise ValueError(f"{name}={value!r} is of the wrong type; it must be {getattr(kind, '__name__', kind)}")
+        check_value(name, value, known[name].metadata)
+    if axes.path == "none":
+        raise ValueError("path=none is the plain gradient, which optim.Gradient takes; choose another path")
     check_axes(axes)
     return axes
 
@@ -92,6 +97,9 @@ def check_axes(axes: RuleConfig) -> None:
         raise ValueError(f"{needs} needs the plain gradient, which {uneven} does not compute; use weights=uniform and ascent_fraction=1")
     if axes.weights == "delta" and axes.delta_descent == "reweighted" and not terms.full:
         raise ValueError(f"delta_descent=reweighted weighs the loss at the moved point, which path={axes.path} does not take; use path=full")
+    if axes.weights == "delta" and axes.delta_descent == "reweighted" and axes.ascent_fraction < 1:
+        raise ValueError(f"delta_descent=reweighted needs a weight of every instance, and ascent_fraction={axes.ascent_fraction:g} leaves some "
+                         "without; use ascent_fraction=1 or delta_descent=plain")  # fmt: skip
 
 
 def check_optimizer(axes: RuleConfig, optimizer: Optimizer, moving: Mapping[str, Tensor]) -> None:

@@ -62,7 +62,8 @@ def decompose(rule: "SharpnessAware", group: list[Micro], result: RuleResult) ->
         delta_func = J(t~)^T r - g        delta_logit = J(t)^T r~ - g
 
     It takes 6 forwards and 5 backwards over the group, and leaves p.grad empty."""
-    random, scratch = random_state(), replace(result, metrics={})
+    tokens = sum(micro.tokens for micro in group) if rule.axes.scope == "micro_batch" else result.tokens
+    random, scratch = random_state(), replace(result, metrics={}, tokens=tokens)
     found = []
     with same_buffers(rule.module):
         rule.plain(group, scratch)

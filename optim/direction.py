@@ -8,7 +8,6 @@ A direction of your own is a class with `__call__` under `@direction("name")`; o
             return gradient.sign()
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from conf.schema import DIRECTIONS, RuleConfig
+from model.gpt import named_generator
 from model.sharding import local, shard_of, sharded_as
 from optim.perturbation import blocks, dot, norm
 
@@ -102,8 +102,9 @@ class Friendly(Direction):
 
     def saw(self, gradients: dict[str, Tensor]) -> None:
         for name, gradient in gradients.items():
-            average = self.state.setdefault(name, torch.zeros_like(gradient))
-            average.lerp_(gradient, 1 - self.axes.friendly_decay)
+            if name not in self.state:
+                self.state[name] = torch.zeros_like(gradient)
+            self.state[name].lerp_(gradient, 1 - self.axes.friendly_decay)
 
 
 @direction("random")
@@ -124,8 +125,7 @@ def noise(like: Tensor, seed: int, step: int, name: str) -> Tensor:
     drawn = [block for (block,) in blocks(full)]
 
     def draw(i: int) -> None:
-        digest = hashlib.sha256(f"{seed}/{step}/{name}/{i}".encode()).digest()
-        drawn[i].normal_(generator=torch.Generator(like.device).manual_seed(int.from_bytes(digest[:8], "little", signed=True)))
+        drawn[i].normal_(generator=named_generator(seed, f"{step}/{name}/{i}", like.device))
 
     if len(drawn) == 1:
         draw(0)
@@ -156,6 +156,10 @@ def adam(axes: RuleConfig, group: dict[str, Any], state: dict[str, Any], q: Tens
     ahead = axes.second_moment == "with_gradient"
     if v is None and not ahead:
         return q
+    if ahead and gradient is None:  # nothing came of this parameter in this step
+        if v is None:
+            return torch.zeros_like(q)
+        gradient = torch.zeros_like(q)
     correction = 1 - b2 ** (step + ahead)
     d = torch.empty_like(q)
     tensors = [d, q] + [gradient] * ahead + [v] * (v is not None)
@@ -167,9 +171,10 @@ def adam(axes: RuleConfig, group: dict[str, Any], state: dict[str, Any], q: Tens
         else:
             torch.div(rest[0], correction, out=out)
         out = out.sqrt_() if axes.metric_power == 0.5 else out.pow_(axes.metric_power)
+        never = out == 0 if eps == 0 else None  # had a gradient: does not move
         torch.div(along, out.add_(eps), out=out)
-        if eps == 0:
-            out.masked_fill_(along == 0, 0)  # 0 / 0: what has no gradient does not move
+        if never is not None:
+            out.masked_fill_(never, 0)
     return d
 
 

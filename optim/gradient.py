@@ -27,7 +27,8 @@ class RuleResult:
     metrics           what else is logged of this step
     forwards, backwards, head_products     passes through the body, and matrix products with the head, in units of the whole batch
     perturbed         whether the weights were moved
-    finite            false: the ascent was not finite, nothing was moved, and every p.grad is None, so that a step changes nothing"""
+    finite            false: the ascent was not finite, nothing was moved, and every p.grad is None, so that a step changes nothing
+                      (LookSAM may have let go of its g_v, and takes plain steps until it has another)"""
 
     loss: Tensor | None = None
     perturbed_loss: Tensor | None = None
@@ -93,10 +94,16 @@ class Gradient:
         return result
 
     def groups(self, batches: Sequence[Any], result: RuleResult) -> list[list[Micro]]:
-        """The micro-batches of every element of `batches`, which is one of them or a list."""
+        """The micro-batches of every element of `batches`, which is one of them or a list. Raises ValueError for none, and where a parameter
+        is trained that was frozen when the rule was made: nobody would take its gradient of one pass from that of the next."""
         groups = [element if isinstance(element, list) else [element] for element in batches]
         instances = sum(len(targets) for group in groups for _, targets in group)
         counted = self.model.counted if isinstance(self.model, Adapter) else is_counted
+        if not instances:
+            raise ValueError("batches hold no instance; give at least one micro-batch (inputs, targets)")
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad and name not in self.parameters:
+                raise ValueError(f"{name} was frozen when the rule was made; make another one after the parameters are chosen")
 
         def make(inputs: Any, targets: Tensor) -> Micro:
             counted_B = counted(targets).reshape(len(targets), -1).sum(1)

@@ -52,6 +52,7 @@ def moved(parameters: Sequence[Tensor], directions: Sequence[Tensor], scale: flo
     reshard(module)
     saved = [torch.empty_like(local(parameter)) for parameter in parameters]
     done: list[tuple[Tensor, Tensor]] = []
+    direction = d = None  # where nothing moves
     try:
         with torch.no_grad():
             for parameter, copy, direction in zip(parameters, saved, directions, strict=True):

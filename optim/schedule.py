@@ -87,16 +87,13 @@ def build_schedule(config: ScheduleConfig, optim: OptimConfig, tokens_per_step: 
     else:
         assert config.steps is not None
         steps = config.steps
-    if optim.path == "none":
-        return over(steps, config, optim)
-    if optim.compute_matched:
-        budget, low, high = float(steps), 1, steps
-        while low < high:  # the cost grows with the horizon
-            middle = (low + high + 1) // 2
-            first, stop = span(optim, middle)
-            cost = middle + (perturbed_cost - 1) * len(range(first, stop, optim.period))
-            low, high = (middle, high) if cost <= budget * (1 + 1e-12) else (low, middle - 1)
-        steps = low
+
+    def cost(horizon: int) -> float:
+        return horizon + (perturbed_cost - 1) * len(range(*span(optim, horizon), optim.period))
+
+    if optim.path != "none" and optim.compute_matched:
+        budget = steps * (1 + 1e-12)
+        steps = next((horizon for horizon in range(steps, 0, -1) if cost(horizon) <= budget), 1)
     return over(steps, config, optim)
 
 

@@ -62,15 +62,18 @@ class SharpnessAware(Gradient):
     the free memory allows.
 
     A sweep over the batch replays the random stream, so that every pass sees the same dropout masks and a step leaves the generator where
-    a plain step does. Gradients are raw: clipping comes after, once. Norms are of fp32 or wider. Nothing is kept in the optimiser; what the
-    next step depends on is in `state_dict`. Raises ValueError for an axis that does not exist, a value out of range, a combination
-    that means nothing, and an optimiser that lacks what the axes read."""
+    a plain step does (but that a micro-batch which `ascent_fraction` cuts draws the masks of its two parts one after the other). Gradients
+    are raw: clipping comes after, once. Norms are of fp32 or wider. Nothing is kept in the optimiser; what the next step depends on is in
+    `state_dict`. Raises ValueError for an axis that does not exist, a value out of range, a combination that means nothing, and an
+    optimiser that lacks what the axes read."""
 
     def __init__(self, model: GPT | Adapter | nn.Module, optimizer: Optimizer, **axes: Any) -> None:
         super().__init__(model)
         self.axes = make_axes({"path": "full"} | axes)
         if self.axes.start % 1 or (self.axes.stop or 0) % 1:
             raise ValueError(f"start={self.axes.start:g}, stop={self.axes.stop}: a fraction needs a horizon; give steps")
+        if self.axes.stop is not None and self.axes.stop <= self.axes.start:
+            raise ValueError(f"stop={self.axes.stop:g} is not after start={self.axes.start:g}: the rule would never act; stop later")
         self.optimizer, self.rho, self.step = optimizer, self.axes.rho, 0
         self.moving = choose(self.module, self.parameters, self.axes.parameters)
         self.kinds = kinds(self.module, self.parameters)
@@ -145,7 +148,8 @@ class SharpnessAware(Gradient):
             with ieee_fp32(self.device) if self.axes.compute == "fp32" else nullcontext():
                 if diagnose:
                     decompose(self, groups[0], result)
-                result.finite = all(self.one_group(group, result, self.terms, clean, logged, diagnose) for group in groups)
+                # Every group, so that the random stream ends where a plain step leaves it.
+                result.finite = all([self.one_group(group, result, self.terms, clean, logged, diagnose) for group in groups])
         self.add_up(result)
         if result.finite:
             self.conclude(step, clean, result, logged)
@@ -177,7 +181,8 @@ class SharpnessAware(Gradient):
         if any(self.layout.collected(not math.isfinite(n)) if self.axes.scope == "replica" else [not math.isfinite(n)]):
             return False
         if logged and gradients and self.ascends_plainly:
-            slope = dot(d, [gradients[name] for name in q]) / norm(d).clamp_min(1e-30) * self.direction.sign
+            met = {name: one for name, one in zip(q, d, strict=True) if name in gradients}
+            slope = dot(list(met.values()), [gradients[name] for name in met]) / norm(d).clamp_min(1e-30) * self.direction.sign
             self.log(result, weight, {"sharpness/gradient_norm": norm(list(gradients.values())), "sharpness/slope": slope})
         if clean is not None:
             self.keep(clean, gradients, list(q), weight)
@@ -192,7 +197,7 @@ class SharpnessAware(Gradient):
                     held.clear()
                 result.perturbed = True
                 self.moved_pass(group, terms, dict(zip(map(id, moving), copies, strict=True)), weight, result, random, logged, diagnose)
-                if logged:
+                if logged and moving:
                     look_at_move(self, moving, copies, terms, weight, result)
             copies.clear()
             if terms.logit:
@@ -298,7 +303,7 @@ class SharpnessAware(Gradient):
         """Adds up g over the groups where somebody wants it. With one group the direction is told at once, so that g can be let go of."""
         whole = weight == 1 and self.axes.scope != "replica"
         if self.told and whole and self.axes.combine == "replace":
-            self.direction.saw({name: gradients[name] for name in moving})
+            self.direction.saw({name: gradients[name] for name in moving if name in gradients})
         elif self.told or self.axes.combine != "replace":
             self.memory = {}  # there will be a new one
             for name, gradient in gradients.items():

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 
 from data.tokenizer import bytes_tokenizer
 from launch import checkpoint
-from launch.checkpoint import DamagedCheckpoint, load, load_newest, remove_partial, save, steps
-from model.stored import Part, describe
+from launch.checkpoint import DamagedCheckpoint, load, load_newest, remove_partial, save
+from model import checkpoint_path
+from model.stored import Part, checkpoints, describe
 from tests.runs import ROOT, assert_same_tensors, content
 
 FILES = ["model.safetensors", "optimizer.safetensors", "random.safetensors", "tokenizer.json", "state.json"]
@@ -47,7 +48,7 @@ def saved(run: Path, *at: int, keep: int = 9, milestones: tuple[int, ...] = ()) 
 
 
 def kept(run: Path) -> list[int]:
-    return [checkpoint.step_of(path) for path in steps(run)]
+    return list(checkpoints(run))
 
 
 def assert_is(found: checkpoint.Checkpoint | None, step: int) -> None:
@@ -176,6 +177,12 @@ def test_everything_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     saved(tmp_path, 7)
     assert set(synced) >= {(name, False) for name in [*FILES, ".step_00000007.partial"]}
     assert synced[-1] == ("checkpoints", True)
+
+
+def test_what_else_lies_among_them_is_no_checkpoint(tmp_path):
+    saved(tmp_path, 4)
+    shutil.copytree(tmp_path / "checkpoints/step_00000004", tmp_path / "checkpoints/step_00000008.bak")
+    assert kept(tmp_path) == [4] and checkpoint_path(tmp_path).name == "step_00000004"
 
 
 def test_partial_ones_are_ignored_and_removed(tmp_path):

@@ -73,6 +73,14 @@ def test_a_clean_exit_empties_the_file_and_removes_a_folder_without_content(tmp_
     assert (tmp_path / "run" / "lock").read_text() == ""
 
 
+@pytest.mark.parametrize("name", ["file", "file/run"])
+def test_a_folder_that_cannot_be_is_refused(tmp_path, name):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(ValueError, match=r"dir=.*file.* cannot be a run folder \((File exists|Not a directory)\); name one that can be written"):
+        RunLock(tmp_path / name).__enter__()
+    assert (tmp_path / "file").read_text() == "precious"
+
+
 def test_a_folder_removed_meanwhile_is_made_again(tmp_path, monkeypatch):
     take, path = RunLock._take, tmp_path / "run" / "lock"
 

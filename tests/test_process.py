@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from launch.process import first_host, meeting_point, seed_everything
+from launch.process import first_host, meeting_point, peak_flops, seed_everything
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L4", 121e12),
+     ("NVIDIA L40S", 362e12), ("NVIDIA L40", None), ("NVIDIA GH200 480GB", 989e12), ("NVIDIA GB200", None)],
+)  # fmt: skip
+def test_the_peak_of_a_device_is_its_own_or_none(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == peak
 
 
 @pytest.mark.parametrize(

@@ -434,10 +434,12 @@ def test_a_row_is_what_an_independent_computation_finds(compose_run, tmp_path, p
     assert abs(expected["sharpness/curvature"]) > 0.05 and expected["sharpness/gap"] > 0.1  # there is something to see
 
 
-@pytest.mark.parametrize("name", ["sam", "functional_sam", "momentum_sam", "look_sam", "msam", "delta_sam"])
+@pytest.mark.parametrize("name", ["sam", "sam optim.period=2", "functional_sam", "momentum_sam", "look_sam", "msam", "delta_sam"])
 def test_diagnostics_change_no_bit(compose_run, tmp_path, name):
-    """They come with every second row, cost what they count, and nothing else in the run knows of them; nor of how often a row is logged."""
-    settings = compose_run(*PRESETS[name])
+    """They come with every second row, or the next one with a move, cost what they count, and nothing else in the run knows of them; nor of
+    how often a row is logged."""
+    name, *overrides = name.split()
+    settings = compose_run(*PRESETS[name], *overrides)
     found: dict[str, list[dict[str, Any]]] = {}
     for which, every, tracked in (("without", None, 1), ("with", 2, 1), ("seldom", 1, 3)):
         optim, tracking = replace(settings.optim, diagnostics_every=every), replace(settings.tracking, every=tracked)
@@ -448,11 +450,13 @@ def test_diagnostics_change_no_bit(compose_run, tmp_path, name):
     extra = {"sharpness/delta_func", "sharpness/delta_logit", "sharpness/cosine_func_logit", "sharpness/cosine_func_gradient",
              "sharpness/cosine_logit_gradient"}  # fmt: skip
     active = [step for step in range(1, STEPS + 1) if (step - 1) % settings.optim.period == 0]
-    assert [row["step"] for row in found["with"] if extra <= row.keys()] == [step for step in active if step % 2 == 0]
-    assert [row["step"] for row in found["seldom"] if extra <= row.keys()] == [3, 6]  # of the last steps before them that moved
+    diagnosed = sorted({min(later) for row in (2, 4, 6) if (later := [step for step in active if step >= row])})
+    assert [row["step"] for row in found["with"] if extra <= row.keys()] == diagnosed
+    told = [row for row, first in ((3, 1), (6, 4), (7, 7)) if any(first <= step <= row for step in active)]
+    assert [row["step"] for row in found["seldom"] if extra <= row.keys()] == told  # of the last steps before them that moved
     assert not any(extra & row.keys() for row in found["without"])
     for plain, row in zip(found["without"], found["with"], strict=True):
-        with_diagnostics = [step for step in active if step % 2 == 0 and step <= row["step"]]
+        with_diagnostics = [step for step in diagnosed if step <= row["step"]]
         cost = {"momentum_sam": (7, 3), "delta_sam": (10, 5), "msam": (3, 2.5)}.get(name, (6, 5))  # of msam they look at the first group
         assert [row[key] - plain[key] for key in ("forwards", "backwards")] == [count * len(with_diagnostics) for count in cost]
         assert (row["flops"] > plain["flops"]) == bool(with_diagnostics)

@@ -160,6 +160,51 @@ def raising_at(model, forward, where):
     model.lazy_logits = lazy_logits
 
 
+@pytest.mark.parametrize("axes", [{"path": "full"}, {"path": "functional"}, {"path": "full", "metric": "adam"}], ids=str)
+def test_where_nothing_that_moves_has_a_gradient_the_gradient_is_the_plain_one(axes):
+    module = torch.nn.ModuleDict({"used": torch.nn.Linear(3, 4), "aside": torch.nn.Linear(3, 4)}).double()
+    rule = SharpnessAware(Adapter(module, lambda m, x: m["used"](x)), torch.optim.AdamW(module.parameters()), parameters="aside.*", **axes)
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randint(0, 4, (5,))
+    result = rule.gradient([(x, y)])
+    own = torch.autograd.grad(torch.nn.functional.cross_entropy(module["used"](x), y), module["used"].weight)[0]
+    torch.testing.assert_close(module["used"].weight.grad, own, rtol=1e-12, atol=0)
+    assert result.finite and module["aside"].weight.grad is None
+
+
+@pytest.mark.parametrize("direction", ["random", "momentum", "gradient"])
+@pytest.mark.parametrize("eps", [None, 0.0])
+def test_what_has_no_gradient_stays_under_adams_metric(direction, eps):
+    """A parameter that the loss does not reach has no second moment, and one that it reached earlier keeps its own."""
+    module = torch.nn.ModuleDict({name: torch.nn.Linear(3, 4) for name in ("used", "once", "never")}).double()
+    reached = ["used", "once"]
+    optimizer = torch.optim.AdamW(module.parameters())
+    adapter = Adapter(module, lambda m, x: sum(m[name](x) for name in reached))
+    rule = SharpnessAware(adapter, optimizer, direction=direction, metric="adam", metric_eps=eps)
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randint(0, 4, (5,))
+    before = bits(module["never"].parameters())
+    for _ in range(3):
+        result = rule.gradient([(x, y)])
+        assert result.finite and module["used"].weight.grad.isfinite().all() and module["never"].weight.grad is None
+        assert not result.perturbed or 0 < result.metrics["sharpness/realised_radius"] <= 0.05 * (1 + 1e-6)
+        optimizer.step()
+        optimizer.zero_grad()
+        reached[:] = ["used"]
+    assert same_bits(module["never"].parameters(), before)
+
+
+def test_batches_and_parameters_that_cannot_be_are_refused():
+    model, batches = gpt(), token_batches(0)
+    rule = SharpnessAware(model, adamw(model))
+    for empty in ([], [[]]):
+        with pytest.raises(ValueError, match="batches hold no instance; give at least one"):
+            rule.gradient(empty)
+    model.norm.weight.requires_grad = False
+    frozen = SharpnessAware(model, adamw(model))
+    model.norm.weight.requires_grad = True
+    with pytest.raises(ValueError, match=r"norm\.weight was frozen when the rule was made; make another one"):
+        frozen.gradient(batches)
+
+
 PLACES = [
     ("sam", 4, "forward"), ("sam", 5, "backward"), ("functional_sam", 6, "backward"), ("functional_rebuild", 4, "backward"), ("msam", 4, "backward"),
     ("functional_msam", 6, "forward"), ("delta_sam", 2, "forward"), ("delta_sam", 5, "forward"), ("delta_sam", 11, "backward"),
@@ -754,6 +799,7 @@ REFUSED = [
     ({"combine": "orthogonal", "weights": "delta"}, "combine=orthogonal", "use weights=uniform"),
     ({"combine": "reuse", "ascent_fraction": 0.25}, "combine=reuse", "ascent_fraction=1"),
     ({"path": "logit", "weights": "delta", "delta_descent": "reweighted"}, "delta_descent=reweighted", "use path=full"),
+    ({"weights": "delta", "delta_descent": "reweighted", "ascent_fraction": 0.5}, "ascent_fraction=0.5", "use ascent_fraction=1"),
 ]
 OUT_OF_RANGE = [
     ({"scope": "replica"}, "scope=replica", "use scope="),
@@ -761,7 +807,9 @@ OUT_OF_RANGE = [
     ({"ascent_fraction": 0.0}, "ascent_fraction=0.0", "above 0"), ({"direction": "uphill"}, "direction=uphill", "choose one of gradient"),
     ({"path": "sideways"}, "path=sideways", "choose one of none, full"), ({"radius": 1}, "radius=1", "choose among path"),
     ({"start": 0.5}, "start=0.5", "give steps"), ({"stop": 0.5}, "stop=0.5", "give steps"), ({"start": 2.5}, "start=2.5", "give steps"),
-    ({"rho": float("nan")}, "rho=nan", "give a number"),
+    ({"rho": float("nan")}, "rho=nan", "give a number"), ({"rho": "0.1"}, "rho='0.1'", "it must be float"), ({"rho": None}, "rho=None", "float"),
+    ({"period": 1.5}, "period=1.5", "it must be int"), ({"parameters": None}, "parameters=None", "it must be str"),
+    ({"path": "none"}, "path=none", "optim.Gradient"), ({"start": 3, "stop": 2}, "stop=2", "stop later"), ({"stop": 0}, "stop=0", "stop later"),
     ({"parameters": "*.lora.*"}, "parameters=*.lora.*", "matches no parameter"),
 ]  # fmt: skip
 

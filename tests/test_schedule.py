@@ -124,14 +124,15 @@ def test_every_radius_is_its_formula(shape):
 
 
 @pytest.mark.parametrize(
-    "keys", [{}, {"start": 0.3}, {"start": 31}, {"period": 3}, {"stop": 0.4, "period": 2}, {"start": 0.3, "stop": 0.7, "period": 5}]
-)
-@pytest.mark.parametrize("cost", [1.0, 1.76, 2.0, 2.33, 3.3])
+    "keys", [{}, {"start": 0.3}, {"start": 31}, {"period": 3}, {"stop": 0.4, "period": 2}, {"start": 0.3, "stop": 0.7, "period": 5},
+             {"start": 0.1, "stop": 50}]
+)  # fmt: skip
+@pytest.mark.parametrize("cost", [1.0, 1.76, 2.0, 2.33, 2.5, 3.3])
 def test_a_matched_horizon_is_the_longest_that_can_be_paid_for(keys, cost):
     def spent(steps: int) -> float:
         first = round(keys.get("start", 0) * (steps if keys.get("start", 0) < 1 else 1))
-        stop = round(keys["stop"] * steps) if "stop" in keys else steps
+        stop = min(steps, round(keys["stop"] * (steps if keys["stop"] <= 1 else 1))) if "stop" in keys else steps
         return steps + (cost - 1) * len(range(first, stop, keys.get("period", 1)))
 
-    found = build_schedule(ScheduleConfig(steps=97), rule(compute_matched=True, **keys), 10, 1000, cost).steps
-    assert spent(found) <= 97 * (1 + 1e-9) and (found == 97 or spent(found + 1) > 97)
+    found = build_schedule(ScheduleConfig(steps=172), rule(compute_matched=True, **keys), 10, 1000, cost).steps
+    assert found == max(steps for steps in range(1, 173) if spent(steps) <= 172 * (1 + 1e-9))

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from conf.schema import TrackingConfig
-from launch.tracking import Tracker, cut_metrics, loss_at_flops, read_rows, write_atomically
+from data.files import write_atomically
+from launch.tracking import Tracker, cut_metrics, loss_at_flops, read_rows
 
 CONFIG = {"model": {"name": "tiny"}, "optim": {"name": "sam", "rho": 0.05}, "data": {"name": "stdlib"}, "seed": 3}
 
@@ -80,7 +81,7 @@ def test_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match="no space"):
         write_atomically(path, "new")
-    assert path.read_text() == "old"
+    assert path.read_text() == "old" and os.listdir(tmp_path) == [path.name]
 
 
 def test_each_row_is_strict_json_in_the_file_at_once(tmp_path):

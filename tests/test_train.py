@@ -17,6 +17,7 @@ import train as training
 from launch import checkpoint, config
 from launch.preemption import EXIT_PREEMPTED
 from model import load
+from model.stored import checkpoints
 from optim import Gradient
 from optim.adamw import state_tensors
 from tests.runs import STEPS, assert_same_run, assert_same_tensors, content, rows, tensors
@@ -81,7 +82,7 @@ def stopped(halfway, run):
 
 
 def kept(folder: Path) -> list[int]:
-    return [checkpoint.step_of(path) for path in checkpoint.steps(folder)]
+    return list(checkpoints(folder))
 
 
 def step_folder(folder: Path, step: int) -> Path:

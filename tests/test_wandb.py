@@ -30,8 +30,8 @@ from conf.schema import TrackingConfig
 from launch import wandb_run
 from launch.tracking import Tracker, read_rows, send_rest
 dir = Path(sys.argv[1])
-def tracker(mode, wandb_id=None, resumed_step=-1, **keys):
-    return Tracker(dir, TrackingConfig(mode=mode, tags=["mine"], **{{"timeout": 30.0, **keys}}), "my-run", {CONFIG!r}, wandb_id, 100, resumed_step)
+def tracker(mode, wandb_id=None, last_logged=-1, **keys):
+    return Tracker(dir, TrackingConfig(mode=mode, tags=["mine"], **{{"timeout": 30.0, **keys}}), "my-run", {CONFIG!r}, wandb_id, 100, last_logged)
 def row(step):
     return {{"step": step, "tokens": step * 64, "flops": 1e6 * step, "seconds": step / 8, "train/loss": 5 - step / 100,
             "sharpness/rho": 0.05}}
@@ -175,7 +175,7 @@ def thrice(no_wandb_account, tmp_path_factory):
     for step in range(7, 15):
         untracked.log({"step": step, "tokens": step * 64, "flops": 1e6 * step, "seconds": step / 8, "train/loss": 5 - step / 100})
     untracked.close(75)
-    assert start(run, "offline", 13, 16, 0, "resumed_step=12") == first
+    assert start(run, "offline", 13, 16, 0, "last_logged=12") == first
     return run, first
 
 
@@ -209,7 +209,7 @@ def test_online_start_takes_over_from_those_recorded_offline(thrice, tmp_path):
     """Nothing was uploaded in between, and what the online start has sent is not sent again by a sync."""
     run, wandb_id = shutil.copytree(thrice[0], tmp_path / "run", symlinks=True), thrice[1]
     with Server() as server:
-        start(run, "online", 15, 19, 0, f"wandb_id={wandb_id!r}, resumed_step=14", **server.environment)
+        start(run, "online", 15, 19, 0, f"wandb_id={wandb_id!r}, last_logged=14", **server.environment)
         assert steps(server.runs[wandb_id].rows) == list(range(1, 20))
         assert "No runs to sync" in sync(run, "--include-online", **server.environment)
         assert steps(server.runs[wandb_id].rows) == list(range(1, 20))
@@ -314,12 +314,12 @@ def test_network_that_goes_away_costs_neither_the_run_nor_a_row(run):
     with Server() as server:
         wandb_id = start(run, "online", 1, 5, 75, **server.environment)
         assert steps(server.runs[wandb_id].rows) == [1, 2, 3, 4, 5]
-        second = Online(run, server.environment, f", wandb_id={wandb_id!r}, resumed_step=4", code=75, finish=1.0)
+        second = Online(run, server.environment, f", wandb_id={wandb_id!r}, last_logged=4", code=75, finish=1.0)
     second.log(5, 10)
     assert re.search(r"W&B: tracking ended, .*; \S+/metrics.jsonl has every row; the run's own .*\nclosed\n", second.close())
     assert steps(server.runs[wandb_id].rows) == [1, 2, 3, 4, 5]
     with Server(server) as again:
-        third = Online(run, again.environment, f", wandb_id={wandb_id!r}, resumed_step=8")
+        third = Online(run, again.environment, f", wandb_id={wandb_id!r}, last_logged=8")
         third.log(9, 12)
     third.log(13, 14)
     third.end()
