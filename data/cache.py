@@ -27,10 +27,10 @@ import numpy as np
 from conf.schema import DataConfig, TokenizerConfig
 from data.corpora import Piece, TextCorpus, empty_split
 from data.files import write_atomically
-from data.hf_tokenizer import configured_hf
+from data.hf_tokenizer import known_tokenizer
 from data.hub import HubCorpus, HubPiece
 from data.shards import REBUILT, VERSION, Corpus, Shard, Tokens, key, shard_name, token_dtype, verify_once, write_shard
-from data.tokenizer import Tokenizer, bytes_tokenizer, gpt2_tokenizer, head, train_bpe
+from data.tokenizer import Tokenizer, head, train_bpe
 from data.tokens import open_tokens
 
 AnyCorpus = TextCorpus | HubCorpus
@@ -78,12 +78,8 @@ def open_text(text: AnyCorpus, tokenizer: TokenizerConfig | Tokenizer, cache: Pa
 
 def find_tokenizer(text: AnyCorpus, config: TokenizerConfig, cache: Path) -> Tokenizer:
     """The tokenizer of the configuration; a bpe out of the cache, or trained now on the head of each source's training text."""
-    if config.name == "bytes":
-        return bytes_tokenizer()
-    if config.name == "gpt2":
-        return gpt2_tokenizer(config.path, cache)
-    if config.name == "hf":
-        return configured_hf(config)
+    if known := known_tokenizer(config, cache):
+        return known
     folder = cache / f"bpe-{key([text.identity, config.vocab_size, config.train_megabytes])}"
     if not (folder / "tokenizer.json").exists():
         with locked(folder):

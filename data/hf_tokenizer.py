@@ -16,7 +16,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from conf.schema import TokenizerConfig
-from data.tokenizer import BYTES_PATTERN, END_OF_TEXT, FILE, GPT2_PATTERN, SIZES, RankedTokenizer, Tokenizer, byte_alphabet
+from data.tokenizer import (
+    BYTES_PATTERN,
+    END_OF_TEXT,
+    FILE,
+    GPT2_PATTERN,
+    SIZES,
+    RankedTokenizer,
+    Tokenizer,
+    byte_alphabet,
+    bytes_tokenizer,
+    gpt2_tokenizer,
+)
 
 if TYPE_CHECKING:
     import tokenizers
@@ -201,6 +212,15 @@ def find_folder(name_or_dir: str | Path, wanted: Sequence[str] = FILES) -> Path:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(f"{name_or_dir} is no folder, nor could the hub give it ({type(error).__name__}: {reason}); give a folder that holds "
                          f"{' and '.join(wanted[:2])}, or a hub name where there is a network") from None  # fmt: skip
+
+
+def known_tokenizer(config: TokenizerConfig, cache: Path) -> Tokenizer | None:
+    """The tokenizer of a configuration where no text has a part in it; None for a bpe of our own."""
+    if config.name == "bytes":
+        return bytes_tokenizer()
+    if config.name == "gpt2":
+        return gpt2_tokenizer(config.path, cache)
+    return configured_hf(config) if config.name == "hf" else None
 
 
 def configured_hf(config: TokenizerConfig) -> Tokenizer:

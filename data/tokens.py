@@ -20,9 +20,9 @@ import numpy as np
 from conf.schema import DataConfig, TokenizerConfig
 from data.corpora import find_files
 from data.files import write_atomically
-from data.hf_tokenizer import configured_hf
+from data.hf_tokenizer import known_tokenizer
 from data.shards import MAGIC, VERSION, Corpus, Header, Shard, Tokens, key, shard_name, verify_once
-from data.tokenizer import Tokenizer, bytes_tokenizer, gpt2_tokenizer
+from data.tokenizer import Tokenizer
 
 BLOCK = 2**22  # tokens that are looked at together
 REMEDY = "name the tokenizer that it was made with, or get the file again"
@@ -97,12 +97,8 @@ def find_shards(data: DataConfig) -> tuple[dict[str, list[Path]], dict[str, list
 
 def find_tokenizer(config: TokenizerConfig, cache: Path, shard: Path) -> Tokenizer:
     """The tokenizer of the configuration; a bpe out of the prepared corpus that a shard is of."""
-    if config.name == "bytes":
-        return bytes_tokenizer()
-    if config.name == "gpt2":
-        return gpt2_tokenizer(config.path, cache)
-    if config.name == "hf":
-        return configured_hf(config)
+    if known := known_tokenizer(config, cache):
+        return known
     folder = next((folder for folder in shard.parents[:3] if (folder / "tokenizer.json").exists()), None)
     if folder is None:
         raise ValueError(f"tokenizer=bpe: there is no tokenizer.json by {shard}; put the one that it was made with beside it")

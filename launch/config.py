@@ -80,6 +80,9 @@ def main(run: Callable[[Config], int]) -> None:
     flags = any(argument.startswith("-") for argument in sys.argv[1:])  # -m, --cfg and their like are Hydra's own business
     with user_errors():
         if flags:
+            for argument in sys.argv[1:]:
+                if argument.startswith("-") and "=" in argument and (plain := argument.lstrip("-")).partition("=")[0] in (*KEYS, *groups()):
+                    raise ValueError(f"{argument}: keys take no dashes; write {plain}")
             check_overrides([argument for argument in sys.argv[1:] if argument[:1] in "+~" or ("=" in argument and not argument.startswith("-"))])
             job()
         else:
@@ -155,6 +158,8 @@ def check(composed: DictConfig, overrides: list[str]) -> Config:
     for name, entry in KEYS.items():
         check_value(name, lookup(config, name), entry.metadata)
     check_contradictions(config)
+    if "optim.path=none" in overrides and config.optim.name != "adamw":
+        raise ValueError(f"optim.path=none is the plain gradient, and the run would be called {config.optim.name}; use optim=adamw")
     given = [re.split("[=@]", override.lstrip("+~"))[0] for override in overrides]
     if idle := [name for name in given if name in KEYS and not is_read(config, name)]:
         print(f"note: not read by this run, so left out of its name and identity: {', '.join(idle)}", file=sys.stderr)

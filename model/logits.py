@@ -174,7 +174,7 @@ class LazyLogits:
         with torch.autocast(self.h_BxTxD.device.type, enabled=False):
             here = Point(self.h_BxTxD.reshape(-1, self.h_BxTxD.shape[-1]).to(dtype), self.weight_VxD.to(dtype))
             rows = sweep(here, None, targets_N, counted_N, self.shape)
-        return instance_means(rows.losses_N, counted_N, targets_BxT.shape[1])
+        return instance_means(rows.losses_N.view(targets_BxT.shape), targets_BxT != IGNORED)
 
     @torch.no_grad()
     def statistics(self, max_tokens: int = 512) -> tuple[dict[str, Tensor], float]:
@@ -214,9 +214,10 @@ def logit_statistics(z_NxV: Tensor) -> dict[str, Tensor]:
     return {"entropy": -(log_p.exp() * log_p).sum(-1).mean(), "log_normaliser": z_NxV.logsumexp(-1).mean(), "largest": z_NxV.max()}
 
 
-def instance_means(losses_N: Tensor, counted_N: Tensor, length: int) -> Tensor:
-    """Means over the counted rows of each instance of `length` rows, 0 where there are none."""
-    return (losses_N * counted_N).view(-1, length).sum(1) / counted_N.view(-1, length).sum(1).clamp_min(1)
+def instance_means(losses: Tensor, counted: Tensor) -> Tensor:
+    """Mean loss over the counted targets of each instance, the first dimension, 0 where there are none."""
+    losses, counted = losses.reshape(len(losses), -1), counted.reshape(len(counted), -1)
+    return torch.where(counted, losses, 0).sum(1) / counted.sum(1).clamp_min(1)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -288,7 +289,7 @@ def weights_of(instances: Instances, rows: slice, losses_C: Tensor, targets_C: T
     """The weight of every row of some whole instances, noted in `instances`."""
     T = instances.length
     which = slice(rows.start // T, rows.stop // T)
-    instances.weights_B[which] = instances.weigh(which, instance_means(losses_C, (targets_C != IGNORED).to(losses_C.dtype), T))
+    instances.weights_B[which] = instances.weigh(which, instance_means(losses_C.view(-1, T), targets_C.view(-1, T) != IGNORED))
     return instances.weights_B[which].repeat_interleave(T)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.logits import IGNORED, Cotangent, Weigh, logit_statistics
+from model.logits import IGNORED, Cotangent, Weigh, instance_means, logit_statistics
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -66,8 +66,8 @@ class DenseLogits:
             cotangent = Cotangent(targets, factor, factor, r_NxV=r)
             if weigh is not None:
                 weights_B = weigh(slice(0, len(targets)), instance_means(losses.detach(), counted))
-                weighted = torch.where(counted, losses, 0).flatten(1).sum(1) if losses.ndim > 1 else torch.where(counted, losses, 0)
-                r = torch.autograd.grad((weights_B * weighted).sum() * scale, leaf)[0]
+                losses_B = torch.where(counted, losses, 0).reshape(len(targets), -1).sum(1)
+                r = torch.autograd.grad((weights_B * losses_B).sum() * scale, leaf)[0]
                 cotangent.weights_B = weights_B
         return _Surrogate.apply(self.z, r, total.detach()), cotangent
 
@@ -87,12 +87,6 @@ class DenseLogits:
     def statistics(self) -> tuple[dict[str, Tensor], float]:
         z = self.z.flatten(0, -2) if self.z.ndim > 1 else self.z[:, None]
         return logit_statistics(z.to(torch.promote_types(z.dtype, torch.float32))), 0.0
-
-
-def instance_means(losses: Tensor, counted: Tensor) -> Tensor:
-    """Mean loss over the counted targets of each instance, 0 where there are none."""
-    losses, counted = losses.reshape(len(losses), -1), counted.reshape(len(losses), -1)
-    return torch.where(counted, losses, 0).sum(1) / counted.sum(1).clamp_min(1)
 
 
 class _Surrogate(torch.autograd.Function):

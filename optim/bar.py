@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from model.sharding import is_sharded, local
+
 ATTRIBUTES = (("lora_B", "lora_A"), ("lora_embedding_B", "lora_embedding_A"))  # X and Y, as peft and most others call them
 
 
@@ -47,15 +49,10 @@ def lora_pairs(module: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
     return [(name, x, y) for name, x, y in found if x is not None and y is not None and x.requires_grad and y.requires_grad]
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: all of it, but for a DTensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def _norms(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     """Euclidean norms, accumulated in `dtype`. Those of sharded tensors (DTensors) are of the whole tensor, by one all-reduce."""
     norms = torch.stack(torch._foreach_norm(tensors, 2, dtype))
-    return norms.full_tensor() if hasattr(norms, "full_tensor") else norms
+    return norms.full_tensor() if is_sharded(norms) else norms  # type: ignore[attr-defined]
 
 
 class BAR:
@@ -104,7 +101,7 @@ class BAR:
                 if p.dtype not in (torch.float32, torch.float64):
                     raise ValueError(f"module: a factor of {name!r} is {p.dtype}, where scales of 1 + s round to 1 (bfloat16 at s = 1e-3); keep the"
                                      " factors in float32, autocast may compute in bfloat16")  # fmt: skip
-                owner = owners.setdefault(_local(p).data_ptr() or id(p), name)  # views of one tensor, too
+                owner = owners.setdefault(local(p).data_ptr() or id(p), name)  # views of one tensor, too
                 if owner != name:
                     raise ValueError(f"module: {owner!r} and {name!r} share a factor, which would be scaled twice; untie them or freeze one pair")
             self.pairs.append(Pair(name, x, y, groups[id(x)], groups[id(y)]))
@@ -143,7 +140,7 @@ class BAR:
             grows = gx >= gy if self.form == "nbar" else x < y
             acts = norms.isfinite().all(dim=0) & (gx + gy > 0)
             s = (2 * grows.to(dtype) - 1) * acts * (self.mu_at(self.done) * self.optimizer.param_groups[group]["lr"])
-            torch._foreach_mul_([_local(p) for p in factors], list(torch.cat([1 + s, 1 - s]).unbind()))
+            torch._foreach_mul_([local(p) for p in factors], list(torch.cat([1 + s, 1 - s]).unbind()))
             balancedness.update(zip((pair.name for pair in pairs), ((x - y) * (x + y) / 2).unbind(), strict=True))
         self.done += 1
         return {pair.name: balancedness[pair.name] for pair in self.pairs}

@@ -181,8 +181,9 @@ class SharpnessAware(Gradient):
         if any(self.layout.collected(not math.isfinite(n)) if self.axes.scope == "replica" else [not math.isfinite(n)]):
             return False
         if logged and gradients and self.ascends_plainly:
-            met = {name: one for name, one in zip(q, d, strict=True) if name in gradients}
-            slope = dot(list(met.values()), [gradients[name] for name in met]) / norm(d).clamp_min(1e-30) * self.direction.sign
+            pairs = [(one, gradients[name]) for name, one in zip(q, d, strict=True) if name in gradients]
+            slope = dot([one for one, _ in pairs], [own for _, own in pairs]) / norm(d).clamp_min(1e-30) * self.direction.sign
+            del pairs  # they are let go of below
             self.log(result, weight, {"sharpness/gradient_norm": norm(list(gradients.values())), "sharpness/slope": slope})
         if clean is not None:
             self.keep(clean, gradients, list(q), weight)

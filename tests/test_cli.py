@@ -227,6 +227,7 @@ def test_mistakes_end_the_real_process_with_one_line_and_nothing_on_disk(tmp_pat
         "-m seed=0,1 batch.micro=5": "batch.micro=5; choose a divisor",
         "-m model=tiny,huge": "model=huge: no such choice",
         "print_only=true": "use plan_only=true for one run",
+        "--optim=sam": "--optim=sam: keys take no dashes; write optim=sam",
     }
     started = [
         subprocess.Popen([*TRAIN, *line.split()], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for line in mistakes

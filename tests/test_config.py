@@ -198,6 +198,9 @@ def test_shapes_have_the_published_sizes(name, millions):
         (["optim=preconditioned_sam", "optim.base=sgd"], "optim.metric=adam needs Adam's second moment, which optim.base=sgd does not keep of every "
                                                          "weight; use optim.base=adamw or optim.metric=euclidean"),
         (["optim=preconditioned_functional_sam", "optim.base=muon"], "which optim.base=muon does not keep"),
+        (["optim=sam", "optim.path=none"], "optim.path=none is the plain gradient, and the run would be called sam; use optim=adamw"),
+        (["optim=sam", "optim.start=2.5"], "optim.start=2.5 is no whole step; give one, or a fraction of the horizon below 1"),
+        (["optim=sam", "optim.stop=1.5"], "optim.stop=1.5 is no whole step"),
         (["optim.base=muon", "parallel=fsdp"], "optim.base=muon orthogonalises whole matrices, which parallel=fsdp keeps in shards"),
         (["optim=momentum_sam", "optim.base=sgd", "optim.momentum=0"], "optim.direction=momentum needs a momentum, and optim.momentum=0; raise it"),
         (["optim=momentum_sam", "optim.scope=micro_batch"], "optim.direction=momentum is the same for every group, so optim.scope=micro_batch means "

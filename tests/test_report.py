@@ -192,6 +192,19 @@ def test_only_like_is_compared_with_like(copied, tmp_path):
     ]
 
 
+def test_a_late_run_is_compared_with_whole_ones(copied, tmp_path):
+    """Where it branched off is a variant. Keys that a run does not read are in no name."""
+    copied("adamw-0", "whole")
+    for step in (10, 20):
+        start = (f"  run: {tmp_path}/runs/whole\n  step: {step}\n", "  optimizer: true")
+        copied("sam-0", f"late-{step}", ("init:\n  run: null\n  step: null\n", f"init:\n{start[0]}"), ("  optimizer: false", start[1]))
+    copied("sam-0", "sgd", ("  base: adamw", "  base: sgd"))
+    copied("sam-0", "weights", ("init:\n  run: null\n  step: null\n", f"init:\n  run: {tmp_path}/runs/whole\n  step: 10\n"))
+    whole, apart = comparison.compare([read_run(run) for run in find_runs([tmp_path])])
+    assert set(whole.methods) == {"adamw", "sam base=sgd", "sam init.step=10 init.optimizer=true", "sam init.step=20 init.optimizer=true"}
+    assert list(apart.methods) == ["sam"]
+
+
 # Reading
 
 

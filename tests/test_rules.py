@@ -192,6 +192,19 @@ def test_what_has_no_gradient_stays_under_adams_metric(direction, eps):
     assert same_bits(module["never"].parameters(), before)
 
 
+def test_the_decomposition_of_a_group_is_that_of_the_group_alone():
+    """The first one, whatever else is in the batch."""
+    found = []
+    for scope, groups in (("batch", 1), ("micro_batch", 1), ("micro_batch", 2)):
+        model = gpt()
+        rule = SharpnessAware(model, adamw(model), scope=scope)
+        found.append(rule.gradient(token_batches(0, (2, 2))[:groups], diagnose=True).metrics)
+    names = [name for name in found[0] if "delta_" in name or "cosine_" in name]
+    assert len(names) == 5
+    for name in names:
+        assert float(found[0][name]) == pytest.approx(float(found[1][name]), rel=1e-9) == pytest.approx(float(found[2][name]), rel=1e-9), name
+
+
 def test_batches_and_parameters_that_cannot_be_are_refused():
     model, batches = gpt(), token_batches(0)
     rule = SharpnessAware(model, adamw(model))

@@ -188,7 +188,7 @@ def test_a_cache_that_cannot_be_written_is_read(nanogpt, tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     (tmp_path / "cache").mkdir()
-    monkeypatch.setattr(tokens, "write", refuse)
+    monkeypatch.setattr(tokens, "write_atomically", refuse)
     assert len(prepare(tokens_config(nanogpt, tmp_path / "cache"), BYTES).train["tokens"])
 
 
