@@ -137,6 +137,8 @@ class HubCorpus:
 
     def _packs(self, split: str, start: Place, limit: int | None) -> Iterator[tuple[Place, tuple[Rows, ...]]]:
         """Rows put together until they hold PIECE_BYTES, and the place where they end; `limit` rows of the stream at most."""
+        if start.num_rows == limit:  # all were there already, but for the journal's end
+            return
         pack: list[Rows] = []
         end = start
         for rows in self._rows(split, start):

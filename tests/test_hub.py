@@ -106,9 +106,14 @@ def test_splits_fields_and_limits(tmp_path, monkeypatch):
     assert documents(corpus.train["hub"]) == ["a", "b", "c", "d", "e", "t"]
     assert {name: documents(tokens) for name, tokens in corpus.validation.items()} == {"x": ["v", "w"], "y": ["v", "w", "t"]}
     for limit in (1, 3, 4, 9):
-        corpus = prepare(hub_config(folder, tmp_path, documents=limit, validation=named), BYTES)
+        config = hub_config(folder, tmp_path, documents=limit, validation=named)
+        corpus = prepare(config, BYTES)
         assert documents(corpus.train["hub"]) == list("abcde")[:limit]
         assert documents(corpus.validation["x"]) == ["v", "w"]
+        journal = corpus.folder / "train/hub/pieces.jsonl"
+        journal.write_text(journal.read_text().removesuffix("null\n"))  # killed after the last shard
+        (corpus.folder / "meta.json").unlink()
+        assert prepare(config, BYTES).fingerprint == corpus.fingerprint
 
 
 @pytest.fixture(scope="module")
