@@ -94,8 +94,9 @@ class Gradient:
         return result
 
     def groups(self, batches: Sequence[Any], result: RuleResult) -> list[list[Micro]]:
-        """The micro-batches of every element of `batches`, which is one of them or a list. Raises ValueError for none, and where a parameter
-        is trained that was frozen when the rule was made: nobody would take its gradient of one pass from that of the next."""
+        """The micro-batches of every element of `batches`, which is one of them or a list. Raises ValueError for none, for gradients that are
+        there already, and where a parameter is trained that was frozen when the rule was made: nobody would tell its gradients of two
+        passes apart."""
         groups = [element if isinstance(element, list) else [element] for element in batches]
         instances = sum(len(targets) for group in groups for _, targets in group)
         counted = self.model.counted if isinstance(self.model, Adapter) else is_counted
@@ -104,6 +105,8 @@ class Gradient:
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad and name not in self.parameters:
                 raise ValueError(f"{name} was frozen when the rule was made; make another one after the parameters are chosen")
+            if parameter.grad is not None and name in self.parameters:
+                raise ValueError(f"{name}.grad is not empty, and would be added to; call optimizer.zero_grad(set_to_none=True) first")
 
         def make(inputs: Any, targets: Tensor) -> Micro:
             counted_B = counted(targets).reshape(len(targets), -1).sum(1)

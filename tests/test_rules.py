@@ -211,6 +211,10 @@ def test_batches_and_parameters_that_cannot_be_are_refused():
     for empty in ([], [[]]):
         with pytest.raises(ValueError, match="batches hold no instance; give at least one"):
             rule.gradient(empty)
+    rule.gradient(batches)
+    with pytest.raises(ValueError, match=r"\.grad is not empty, and would be added to; call optimizer\.zero_grad"):
+        rule.gradient(batches)
+    taken(model)
     model.norm.weight.requires_grad = False
     frozen = SharpnessAware(model, adamw(model))
     model.norm.weight.requires_grad = True
