@@ -19,8 +19,10 @@ from torch.nn.utils import clip_grad_norm_
 
 from conf.schema import Config
 from data import Loader, Prefetcher, Validation, prepare, training_sample, unigram_bigram
+from data.files import remove_temporary
 from launch import checkpoint, config, identity
 from launch.evaluate import evaluate
+from launch.folder import FILES, read_rows, read_summary
 from launch.lock import RunLock
 from launch.plan import Plan, describe, make_plan
 from launch.preemption import EXIT_PREEMPTED, Preemption
@@ -37,10 +39,10 @@ from launch.process import (
 from launch.replicated import refuse_divergence, replicated
 from launch.saver import Saver
 from launch.snapshot import snapshot_code
-from launch.state import Interval, Progress, branch, restore, tensors_of
-from launch.tracking import Silent, Tracker, loss_at_flops, read_rows, send_rest
+from launch.state import Interval, Progress, State, branch, checksum_of_weights, resume, tensors_of
+from launch.tracking import Silent, Tracker, loss_at_flops, send_rest
 from launch.watchdog import Watchdog
-from model import GPT, checkpoint_path, load
+from model import GPT, load
 from model.hf import start_from
 from model.parallelize import parallelize, shard
 from model.sample import decode_stream, generate
@@ -68,14 +70,14 @@ def main(settings: Config) -> int:
         watchdog = stack.enter_context(Watchdog(folder, layout, settings.parallel.timeout))
         stack.enter_context(processes(settings.parallel, choose_device(settings.device), layout))
         lock = RunLock(folder)
-        layout.on_main(lambda: stack.enter_context(lock), lambda: identity.refuse_another(folder, settings))
+        layout.on_main(lambda: stack.enter_context(lock), lambda: identity.refuse_another(folder, settings), lambda: read_summary(folder))
         if layout.agreed((folder / "summary.json").exists()):
             layout.on_main(lambda: print(f"finished already: {folder}/summary.json has its figures; another seed or dir starts another run"),
                            lambda: send_rest(folder, settings.tracking, name, identity.as_read(settings)))  # fmt: skip
             return 0
         stack.enter_context(watchdog.heartbeats())
-        layout.on_main(lambda: checkpoint.remove_partial(folder))
-        run = Run(settings, plan, name, folder, layout)  # a mistake that shows only here leaves nothing behind, and a signal ends it at once
+        layout.on_main(lambda: clear(folder))
+        run = Run(settings, plan, name, folder, lock, layout)  # a mistake that shows only here leaves nothing behind, and a signal ends it at once
         stack.callback(run.saver.close)
         run.compare()
         layout.on_main(lambda: identity.claim(folder, settings), lambda: snapshot_code(folder))
@@ -83,13 +85,21 @@ def main(settings: Config) -> int:
         return run.train()
 
 
+def clear(folder: Path) -> None:
+    """Removes what killed starts left half written in the run folder, which this process holds."""
+    checkpoint.remove_partial(folder)
+    remove_temporary(folder, FILES)
+    remove_temporary(folder / "code")
+
+
 class Run:
     """A run under way."""
 
     preemption: Preemption
 
-    def __init__(self, settings: Config, plan: Plan, name: str, folder: Path, layout: Layout) -> None:
-        self.settings, self.plan, self.name, self.folder, self.layout = settings, plan, name, folder, layout
+    def __init__(self, settings: Config, plan: Plan, name: str, folder: Path, lock: RunLock, layout: Layout) -> None:
+        self.settings, self.plan, self.name, self.layout = settings, plan, name, layout
+        self.folder, self.lock = folder, lock
         self.device = choose_device(settings.device)
         self.dtype = choose_precision(settings.precision, self.device)
         seed_everything(settings.seed, layout.rank, settings.deterministic)
@@ -121,34 +131,38 @@ class Run:
         self.model.init_weights(settings.seed)
         self.optimizer = build_optimizer(self.model, settings.optim)
         self.rule = build_rule(self.model, self.optimizer, settings.optim, plan.schedule)
-        self.progress, self.origin = Progress(), ""
+        self.progress = Progress()
+        self.said = ""  # where it goes on from
+        self.began_from: str | None = None  # a checksum
+        self.resumed: State | None = None
         self.saver = Saver(folder, layout)
-        self.saved = checkpoint.load_newest(folder, layout)
-        if self.saved:
-            self.progress = restore(self.saved, self.model, self.optimizer, self.rule, self.corpus, layout)
-            self.saved.tensors.clear()
-            self.origin = f"resumed from {self.saved.path}"
+        if found := resume(folder, settings, self.model, self.optimizer, self.rule, self.corpus, layout):
+            path, self.resumed = found
+            self.progress, self.began_from = self.resumed.progress, self.resumed.origin
+            self.said = f"resumed from {path}"
         elif settings.init.run:
-            self.progress = branch(settings, self.model, self.optimizer, self.rule, self.corpus, layout, plan.schedule)
-            self.origin = f"branched from {checkpoint_path(settings.init.run, settings.init.step)}"
+            parent, self.progress = branch(settings, self.model, self.optimizer, self.rule, self.corpus, layout, plan.schedule)
+            self.said, self.began_from = f"branched from {parent.path}", parent.checksum
         elif settings.init.hf:
             start_from(self.model, settings.init.hf, self.corpus.tokenizer)
-            self.origin = f"started from the weights of {settings.init.hf}"
+            self.said = f"started from the weights of {settings.init.hf}"
+            self.began_from = checksum_of_weights(settings.init.hf) if layout.main else None
         self.start = self.progress.step
 
     def announce(self) -> None:
         """Opens the logs and says what will be trained."""
-        plan, settings, wandb_id = self.plan, self.settings, self.saved.state["wandb_id"] if self.saved else None
+        plan, settings, resumed = self.plan, self.settings, self.resumed
+        wandb_id, counted = (resumed.wandb_id, resumed.rows) if resumed else (None, None)
         steps, logged = plan.schedule.steps, self.progress.logged
         self.tracker: Tracker | Silent = Silent()
         if self.layout.main:
-            self.tracker = Tracker(self.folder, settings.tracking, self.name, identity.as_read(settings), wandb_id, steps, logged)
+            self.tracker = Tracker(self.folder, settings.tracking, self.name, identity.as_read(settings), wandb_id, steps, logged, counted)
         say = self.rule.say = self.tracker.message
         say(f"{self.name}: {plan.num_parameters:,} parameters, {plan.num_non_embedding:,} without embeddings; {plan.schedule.steps:,} steps of "
             f"{plan.tokens_per_step:,} tokens on {self.layout.world} x {self.device.type} in {str(self.dtype).removeprefix('torch.')}")  # fmt: skip
         say(describe_groups(self.optimizer))
-        if self.origin:
-            say(self.origin)
+        if self.said:
+            say(self.said)
 
     def train(self) -> int:
         """Steps, evaluates, logs and saves until the horizon, or until somebody asks to stop; returns the exit code."""
@@ -289,28 +303,31 @@ class Run:
         a kill meanwhile would lose it."""
         step = self.progress.step
         at_interval = step % self.plan.checkpoint_every == 0 and step != self.start
-        restored = self.saved is not None and step == self.start
+        restored = self.resumed is not None and step == self.start
         return not restored and (stopping or at_interval or step in (self.plan.schedule.steps, *self.settings.checkpoint.milestones))
 
     def save(self, needed: bool) -> None:
         """Begins to save a checkpoint once the one before is on disk, and waits for it if it is `needed`."""
         settings = self.settings
-        state = {
-            "step": self.progress.step,
-            "progress": asdict(self.progress),
-            "model": asdict(self.model.config),
-            "tokenizer": self.corpus.tokenizer.hash,
-            "data": self.corpus.fingerprint,
-            "identity": identity.canonical(settings),
-            "wandb_id": self.tracker.wandb_id,
-        }
+        state = State(
+            step=self.progress.step,
+            progress=self.progress,
+            model=asdict(self.model.config),
+            tokenizer=self.corpus.tokenizer.hash,
+            data=self.corpus.fingerprint,
+            identity=identity.canonical(settings),
+            wandb_id=self.tracker.wandb_id,
+            rows=self.tracker.counted,
+            origin=self.began_from,
+        )
         self.layout.enter("saving", self.progress.step)
         with self.interval.pause():
             self.end_save()
+            self.layout.on_main(self.lock.refuse_moved)
             self.compare()
             self.tracker.sync()
             tensors = tensors_of(self.model, self.optimizer, self.rule, self.layout)
-            self.saver.begin(tensors, state, self.corpus.tokenizer, settings.checkpoint.keep, settings.checkpoint.milestones)
+            self.saver.begin(tensors, asdict(state), self.corpus.tokenizer, settings.checkpoint.keep, settings.checkpoint.milestones)
             if needed:
                 self.end_save(needed)
 
@@ -334,6 +351,7 @@ class Run:
         """Writes the summary, and prints what the run came to."""
         progress, settings, say = self.progress, self.settings, self.tracker.message
         self.layout.enter("finishing", progress.step, math.inf)
+        self.layout.on_main(self.lock.refuse_moved)
         summary = {"name": self.name, "step": progress.step, "tokens": progress.tokens, "flops": progress.flops, "seconds": progress.seconds,
                    "parameters": self.plan.num_parameters, "non_embedding": self.plan.num_non_embedding, "skipped": progress.skipped,
                    "perturbed_steps": progress.perturbed,

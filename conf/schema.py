@@ -6,6 +6,7 @@ Each key is declared once, by `key(default, meaning, ...)`:
     low, high  the closed range of a number; `above` is an open lower end
     read_when  (other key, values): the key matters only while the other key has one of these values; otherwise it
                is accepted, noted, and left out of the run's name and identity
+    place      says where something lies: a run that is resumed may find the same thing, by its checksum, elsewhere
     mutable    may differ when a run is resumed, so it is no part of the identity either; (other key, values): only then
 """
 
@@ -84,7 +85,7 @@ class TokenizerConfig:
     train_megabytes: float = key(100.0, "text the bpe is trained on, from the start of each training source", above=0.0,
                                  read_when=("tokenizer.name", ("bpe",)))  # fmt: skip
     path: str | None = key(None, "hf: folder or hub name, default init.hf; gpt2: its ranks or their folder, default fetched once",
-                           mutable=("tokenizer.name", ("gpt2",)), read_when=("tokenizer.name", ("gpt2", "hf")))  # fmt: skip
+                           place=True, mutable=("tokenizer.name", ("gpt2",)), read_when=("tokenizer.name", ("gpt2", "hf")))  # fmt: skip
 
 
 @dataclass
@@ -102,9 +103,9 @@ class DataConfig:
     name: str = key("stdlib", "name of the corpus, used in the run's name")
     source: str = key("stdlib", "where text comes from", choices=("stdlib", "text", "tokens", "hub"))
     path: Any = key(None, "file, glob or list of .txt, .jsonl, .parquet; tokens: of .bin, or a folder; hub: a dataset's name, or a folder",
-                    read_when=("data.source", ("text", "tokens", "hub")))  # fmt: skip
+                    place=True, read_when=("data.source", ("text", "tokens", "hub")))  # fmt: skip
     sources: Any = key(None, "several weighted sources, name: {path, weight}; instead of data.path",
-                       read_when=("data.source", ("text", "tokens")))  # fmt: skip
+                       place=True, read_when=("data.source", ("text", "tokens")))  # fmt: skip
     config: str | None = key(None, "configuration of the dataset, as 'en' of C4", read_when=("data.source", ("hub",)))
     split: str = key("train", "split of the dataset that is trained on; several as 'a+b'", read_when=("data.source", ("hub",)))
     revision: str | None = key(None, "branch, tag or commit of the dataset; default what main is at first", read_when=("data.source", ("hub",)))
@@ -113,7 +114,7 @@ class DataConfig:
     separator: str | None = key(None, "line that ends a document in .txt files; default: a file is a document",
                                 read_when=("data.source", ("text",)))  # fmt: skip
     validation: Any = key(None, "validation sets, name: file, glob or list; hub: a split, or name: split; default: held out",
-                          read_when=("data.source", ("text", "tokens", "hub")))  # fmt: skip
+                          place=True, read_when=("data.source", ("text", "tokens", "hub")))  # fmt: skip
     validation_fraction: float = key(0.05, "share of the text that is held out where no validation set is given", above=0.0, high=0.5)
     validation_split: str = key("documents", "hold out random documents, or the tail of the text (as nanoGPT does, and data=tokens)",
                                 choices=("documents", "tail"), read_when=("data.source", ("stdlib", "text")))  # fmt: skip
@@ -270,10 +271,10 @@ class TrackingConfig:
 
 @dataclass
 class InitConfig:
-    run: str | None = key(None, "start from a checkpoint of this run folder")
+    run: str | None = key(None, "start from a checkpoint of this run folder", place=True)
     step: int | None = key(None, "its step; default the newest", low=0)
     optimizer: bool = key(False, "take over the optimiser's state, the step and the data order too: the run branches")
-    hf: str | None = key(None, "start from the weights of a Hugging Face folder or hub name, GPT-2 or Llama")
+    hf: str | None = key(None, "start from the weights of a Hugging Face folder or hub name, GPT-2 or Llama", place=True)
 
 
 @dataclass

@@ -4,10 +4,12 @@ Whatever is read from a disk may be cut, emptied, of another kind, or made to ha
 are the only ways in: they take regular files of a bounded size and depth, and check the types of what they find.
 """
 
+import io
 import json
 import os
+import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,26 +60,36 @@ def parse_yaml(text: str | bytes) -> Any:
             raise ValueError(f"it has an alias, *{event.anchor}")
         if depth > DEEPEST:
             raise ValueError(f"it is nested deeper than {DEEPEST}")
-    return yaml.load(text, yaml.CSafeLoader)
+    return yaml.CSafeLoader(text).get_single_data()
 
 
 def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
     """Reads a regular file. Raises DamagedFile where it is another kind of file, too large or unreadable, and FileNotFoundError
     where there is none."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > largest:
+            raise DamagedFile(f"{path} is damaged ({size:,} bytes, where {largest:,} are the most)")
+        try:
+            return file.read()
+        except OSError as error:
+            raise DamagedFile(f"{path} cannot be read ({error.strerror})") from None
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """Opens a regular file for reading. Raises DamagedFile where it is another kind of file or unreadable, and FileNotFoundError where
+    there is none."""
     try:
         # A pipe without a writer would wait for one.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise DamagedFile(f"{path} is no regular file; remove it")
-            if status.st_size > largest:
-                raise DamagedFile(f"{path} is damaged ({status.st_size:,} bytes, where {largest:,} are the most)")
-            return file.read()
     except FileNotFoundError:
         raise
     except OSError as error:
         raise DamagedFile(f"{path} cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DamagedFile(f"{path} is no regular file; remove it")
+    return open(descriptor, "rb")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -98,6 +110,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def remove_temporary(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Removes what killed writers of `write_atomically` left in a folder, of all files or of those with some names. The caller is the only
+    one that writes them: it holds the folder's lock."""
+    for path in folder.glob("*.tmp"):
+        name, _, process = path.name.removesuffix(".tmp").rpartition(".")
+        if re.fullmatch(r"\d+", process) and (names is None or name in names):
+            path.unlink(missing_ok=True)
+
+
 def _read(path: Path, parse: Callable[[bytes], Any], kind: type[T], absent: T | None, largest: int) -> T:
     try:
         content = read_bytes(path, largest)
@@ -108,16 +129,30 @@ def _read(path: Path, parse: Callable[[bytes], Any], kind: type[T], absent: T | 
     return _parse(content, parse, kind, path)
 
 
-def _parse(content: str | bytes, parse: Callable[..., Any], kind: type[T], source: str | Path) -> T:
+def check(value: Any, kind: type[T], source: str | Path) -> T:
+    """Returns a plain value as the `kind` that it must be; `source` names it in the error. Raises DamagedFile."""
     try:
-        return msgspec.convert(parse(content), kind, strict=True)
+        return msgspec.convert(value, kind, strict=True, dec_hook=_of_text)
     except msgspec.ValidationError as error:
         reason, _, field = str(error).partition(" - at ")
         named = field.strip("`").removeprefix("$").removeprefix(".")
         said = f"{named}: {reason}" if named else reason
         raise DamagedFile(f"{source} is damaged ({said.replace('`', '')})") from None
+
+
+def _of_text(kind: type[Any], value: Any) -> Any:
+    """Makes what JSON has no type for, and msgspec asks for: a path."""
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise ValueError(f"Expected {kind.__name__}")
+
+
+def _parse(content: str | bytes, parse: Callable[..., Any], kind: type[T], source: str | Path) -> T:
+    try:
+        plain = parse(content)
     except RecursionError:
         raise DamagedFile(f"{source} is damaged (it is nested deeper than a parser goes)") from None
     except (ValueError, yaml.YAMLError) as error:
         # UnicodeDecodeError and JSONDecodeError among them
         raise DamagedFile(f"{source} is damaged ({' '.join(str(error).split())})") from None
+    return check(plain, kind, source)

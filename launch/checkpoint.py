@@ -8,46 +8,36 @@
         tokenizer.json          the tokenizer
         state.json              counters, shape, identity, and size and sha256 of every file above; written last
 
-Several processes write model-00001-of-00004.safetensors and so on, each its own shards (model/stored.py). Any number of them reads what
-any number has written, each no more than its own part.
+Several processes write model-00001-of-00004.safetensors and so on, each its own shards. Any number of them reads what any number has
+written, each no more than its own part (model/checkpoint.py).
 
 A checkpoint is written beside its final name and renamed once every file of every process is on disk: it exists whole or not at all.
 """
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
+from data.files import DamagedFile
+from model.checkpoint import (
+    Checkpoint,
+    OtherRun,
+    Part,
+    checkpoints,
+    checksum,
+    describe,
+    file_of,
+    open_checkpoint,
+    save_parts,
+)
 from model.sharding import Layout
-from model.stored import Part, checkpoints, describe, file_of, files_of, open_tensors, save_parts
 
 T = TypeVar("T")
-TENSORS = ("model", "optimizer", "random", "rule")
-
-
-class DamagedCheckpoint(Exception):
-    """A checkpoint that cannot be used, and why."""
-
-
-@dataclass
-class Checkpoint:
-    """The content of a checkpoint: tensors by file and name, not read yet (`Stored`), and plain values."""
-
-    tensors: dict[str, dict[str, Any]]
-    state: dict[str, Any]
-    path: Path
-
-    @property
-    def step(self) -> int:
-        """Optimiser steps done when it was made."""
-        return self.state["step"]
 
 
 def save(
@@ -84,13 +74,14 @@ def attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
     """What an action returns, or what the disk said where it refused."""
     try:
         return action(), None
-    except (OSError, SafetensorError) as error:
+    except (OSError, DamagedFile, SafetensorError) as error:
         return None, str(error) or type(error).__name__
 
 
-def write(partial: Path, tensors: Mapping[str, Mapping[str, Part]], layout: Layout) -> dict[str, list]:
-    """Writes this process's files; [size, sha256] of each by name."""
-    partial.mkdir(parents=True, exist_ok=True)
+def write(partial: Path, tensors: Mapping[str, Mapping[str, Part]], layout: Layout) -> dict[str, tuple[int, str]]:
+    """Writes this process's files; (size, sha256) of each by name. A run folder that is gone is not made again."""
+    partial.parent.mkdir(exist_ok=True)
+    partial.mkdir(exist_ok=True)
     paths = {partial / file_of(group, layout.rank, layout.world): parts for group, parts in tensors.items() if parts}
     for path, parts in paths.items():
         save_parts(path, parts)
@@ -98,7 +89,7 @@ def write(partial: Path, tensors: Mapping[str, Mapping[str, Part]], layout: Layo
     return {path.name: describe(path) for path in paths}
 
 
-def commit(partial: Path, final: Path, files: dict[str, list], state: dict[str, Any], tokenizer: Any) -> None:
+def commit(partial: Path, final: Path, files: dict[str, tuple[int, str]], state: dict[str, Any], tokenizer: Any) -> None:
     """Adds what the main process writes alone, and makes the partial folder the checkpoint."""
     if unseen := [name for name, (size, _) in files.items() if not (partial / name).exists() or (partial / name).stat().st_size != size]:
         raise OSError(f"the main process does not see {unseen[0]} of another; the run folder must be one that all nodes share")
@@ -120,43 +111,32 @@ def remove_old(run: Path, step: int, keep: int, milestones: list[int]) -> None:
         shutil.rmtree(old)
 
 
-def load(path: Path, only: tuple[str, ...] = TENSORS, layout: Layout | None = None) -> Checkpoint:
-    """Verifies a checkpoint, each process some of its files, and opens it. Raises DamagedCheckpoint on all processes where a file is missing,
-    cut or changed."""
-    layout, error = layout or Layout(), None
-    try:
-        state = json.loads((path / "state.json").read_text())
-        if state.pop("checksum") != checksum(state):
-            raise DamagedCheckpoint("state.json does not match its checksum")
-        files = state.pop("files")
-        for name in sorted(files)[layout.rank :: layout.world]:
-            if files[name] != describe(path / name):
-                raise DamagedCheckpoint(f"{name} does not match its size or checksum")
-        tensors = {group: open_tensors(path / name for name in files_of(group, files)) for group in only}
-    except DamagedCheckpoint as damage:
-        error = str(damage)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as damage:
-        error = f"{type(damage).__name__}: {damage}"
-    if error := layout.agreed(error):
-        raise DamagedCheckpoint(error)
-    return Checkpoint(tensors, state, path)
+def use_newest(run: Path, use: Callable[[Checkpoint], T], layout: Layout | None = None, warn: Callable[[str], Any] = print) -> T | None:
+    """What `use` makes of the newest usable checkpoint of a run, None where it has none yet; a damaged one is reported and the one before it
+    used, by all processes together.
 
+    Args:
+        run: the run folder
+        use: raises DamagedFile, on all processes, for a checkpoint that it cannot use
+        layout: of the processes
+        warn: takes a line about each damaged one
 
-def load_newest(run: Path, layout: Layout | None = None, warn: Callable[[str], Any] = print) -> Checkpoint | None:
-    """The newest usable checkpoint of a run, None where it has none yet; a damaged one is reported and the one before it used, by all
-    processes together.
-
-    Raises ValueError where there are checkpoints and all of them are damaged."""
+    Raises:
+        ValueError: there are checkpoints and all of them are damaged, or another run's
+    """
     layout = layout or Layout()
-    found = layout.agreed(list(checkpoints(run).values()))
-    for path in reversed(found):
+    refusals: list[DamagedFile] = []
+    for path in reversed(layout.agreed(list(checkpoints(run).values()))):
         try:
-            return load(path, layout=layout)
-        except DamagedCheckpoint as error:
+            return use(open_checkpoint(path, layout=layout))
+        except DamagedFile as error:
+            refusals.append(error)
             if layout.main:
                 warn(f"checkpoint {path} is damaged ({error}); trying the one before it")
-    if found:
-        raise ValueError(f"dir={run}: all {len(found)} checkpoints are damaged; move the folder away to start again")
+    if refusals and all(isinstance(error, OtherRun) for error in refusals):
+        raise ValueError(f"dir={run} holds the checkpoints of another run ({refusals[0]}); choose another dir")
+    if refusals:
+        raise ValueError(f"dir={run}: all {len(refusals)} checkpoints are damaged; move the folder away to start again")
     return None
 
 
@@ -164,11 +144,6 @@ def remove_partial(run: Path) -> None:
     """Removes what a killed save left."""
     for path in (run / "checkpoints").glob(".step_*.partial"):
         shutil.rmtree(path)
-
-
-def checksum(state: dict[str, Any]) -> str:
-    """sha256 of plain values, as JSON holds them."""
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path: Path, content: Any) -> None:

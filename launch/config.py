@@ -5,6 +5,7 @@ key, the value and the remedy.
 """
 
 import difflib
+import errno
 import json
 import os
 import re
@@ -50,9 +51,21 @@ def user_errors() -> Iterator[None]:
         if os.environ.get("FLATGPT_TRACEBACK"):
             raise
         fail(" ".join(str(error).split()))
+    except OSError as error:
+        if os.environ.get("FLATGPT_TRACEBACK"):
+            raise
+        fail(refused(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def refused(error: OSError) -> str:
+    """What to say where the system refuses: the file, why, and the remedy."""
+    full, forbidden = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EACCES, errno.EPERM, errno.EROFS)
+    remedy = "make room there" if error.errno in full else "name a place that can be written" if error.errno in forbidden else "mend that"
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror or error}; {remedy}, and give the same command again"
 
 
 def fail(line: str) -> None:

@@ -82,7 +82,7 @@ class Trained(NamedTuple):
 def open_trained(folder: Path, step: int | None) -> Trained:
     """What a run's checkpoint or a Hugging Face folder holds. Raises ValueError for a folder that is neither, or cannot be used."""
     if not (folder / "config.json").exists():
-        from launch.identity import load_config
+        from launch.folder import load_config
 
         path, own = checkpoint_path(folder, step), load_config(folder)
         return Trained(path, load(folder, step), Tokenizer.load(path), own.batch.length, own.data)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from omegaconf import OmegaConf
 
 from conf.schema import KEYS, Config, lookup
 from data.files import write_atomically
-from launch.config import is_read, name_files
+from launch.config import is_read
+from launch.folder import load_config
+from model.checkpoint import PLACES, checkpoints, without_places
 
 
 def canonical(config: Config) -> dict[str, Any]:
@@ -48,13 +51,23 @@ def run_name(config: Config) -> str:
 
 
 def refuse_another(run: Path, config: Config) -> None:
-    """Raises ValueError, with a diff of keys, where the folder holds a run of another identity."""
+    """Raises ValueError, with a diff of keys, where the folder holds a run of another identity.
+
+    The name of a run is made of paths too, but what it resumes on is known by checksums. So another path passes here where there is a
+    checkpoint that will tell whether the same thing lies there (`launch.state.resume`)."""
     if (run / "config.yaml").exists():
         theirs, ours = canonical(load_config(run)), canonical(config)
-        changed = [name for name in KEYS if theirs.get(name) != ours.get(name)]
+        passing = PLACES if checkpoints(run) and not (run / "summary.json").exists() else ()
+        changed = [name for name in KEYS if compared(name, theirs, passing) != compared(name, ours, passing)]
         if changed:
             diff = ", ".join(f"{name} {theirs.get(name, 'unread')} -> {ours.get(name, 'unread')}" for name in changed)
             raise ValueError(f"dir={run} holds another run ({diff}); choose another dir, or leave dir out to have one named")
+
+
+def compared(name: str, identity: dict[str, Any], passing: Collection[str]) -> Any:
+    """The value of a key, without the paths in it where they pass."""
+    value = identity.get(name)
+    return without_places(value) if name in passing else value
 
 
 def claim(run: Path, config: Config) -> None:
@@ -62,13 +75,3 @@ def claim(run: Path, config: Config) -> None:
     refuse_another(run, config)
     run.mkdir(parents=True, exist_ok=True)
     write_atomically(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
-
-
-def load_config(run: Path) -> Config:
-    """The configuration of a run folder. Raises ValueError where it holds none."""
-    file = run / "config.yaml"
-    if not file.exists():
-        raise ValueError(f"run={run} holds no config.yaml; name the folder of a run")
-    config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(file)))  # type: ignore[assignment]
-    name_files(config.data)
-    return config

@@ -15,16 +15,19 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from conf.schema import LauncherConfig
-from data.files import write_atomically
+from data.files import DamagedFile, read_bytes, read_json, write_atomically
+from launch.folder import read_summary
 from launch.lock import is_in_use
 from launch.preemption import EXIT_PREEMPTED
 from launch.snapshot import ROOT
+
+LARGEST_LOG = 2**30  # bytes
 
 
 @dataclass
@@ -73,7 +76,10 @@ class Job:
     @property
     def stopped(self) -> bool:
         """Whether the last start ended in order before the run was done: it saved."""
-        return self.exit_code.exists() and self.exit_code.read_text() == f"{EXIT_PREEMPTED}\n"
+        try:
+            return read_bytes(self.exit_code) == f"{EXIT_PREEMPTED}\n".encode()
+        except (FileNotFoundError, DamagedFile):
+            return False
 
 
 def quoted(key: str, value: str) -> str:
@@ -82,10 +88,9 @@ def quoted(key: str, value: str) -> str:
 
 
 def read_jobs(folder: Path) -> list[Job]:
-    """The jobs of a sweep's folder, none where there is no jobs.json."""
-    file = folder / "jobs.json"
-    entries = json.loads(file.read_text()) if file.exists() else []
-    return [Job(**entry | {"run": folder / entry["run"], "launcher": LauncherConfig(**entry["launcher"])}) for entry in entries]
+    """The jobs of a sweep's folder, none where there is no jobs.json. Raises DamagedFile."""
+    jobs = read_json(folder / "jobs.json", list[Job], absent=[])
+    return [replace(job, run=folder / job.run) for job in jobs]
 
 
 def write_jobs(folder: Path, jobs: Iterable[Job]) -> None:
@@ -107,8 +112,11 @@ def queue(jobs: Iterable[Job]) -> set[str]:
 def state(job: Job, queued: set[str], sweeping: bool = False) -> str:
     """done, running, waiting, or, with nothing left that would start it again, stopped or failed. `sweeping` says that a process is at work
     on the local jobs."""
-    if (job.run / "summary.json").exists():
-        return "done"
+    try:
+        if read_summary(job.run) is not None:
+            return "done"
+    except DamagedFile:
+        return "failed"
     if is_in_use(job.run):
         return "running"
     if job.job_id in queued or (sweeping and job.launcher.scheduler == "local" and not job.exit_code.exists()):
@@ -117,7 +125,11 @@ def state(job: Job, queued: set[str], sweeping: bool = False) -> str:
 
 
 def reason(job: Job) -> tuple[str, Path]:
-    """Why a run ended: the last line that says so since it was last started, and the log that has it."""
+    """Why a run ended: the last line that says so since it was last started, and the log that has it; or that its summary is damaged."""
+    try:
+        read_summary(job.run)
+    except DamagedFile as error:
+        return str(error), job.run / "summary.json"
     logs = [*sorted(job.log().parent.glob("rank_*.log")), *([Path(job.scheduler_log)] if job.scheduler_log else [])]
     found = [(last_start(log), log) for log in logs if log.exists()]
     for pattern in (r"(slurmstepd: )?error: ", r"\w.*: saved step \d" if job.stopped else r"[\w.]+(Error|Exception|Interrupt)\b", r""):
@@ -130,6 +142,10 @@ def reason(job: Job) -> tuple[str, Path]:
 
 def last_start(log: Path) -> list[str]:
     """The lines of a log since the last start, a run's or its task's on Slurm, but for empty ones."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    try:
+        text = read_bytes(log, LARGEST_LOG).decode(errors="replace")
+    except DamagedFile as error:
+        text = f"error: {error}"
+    lines = [line.strip() for line in text.splitlines()]
     first = max((number for number, line in enumerate(lines) if line.startswith("$ ") or "Starting with JobEnvironment(" in line), default=-1)
     return [line for line in lines[first + 1 :] if line]

@@ -1,25 +1,40 @@
 """What run folders tell afterwards: their configuration, their curves, and how each run ended."""
 
-import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml  # type: ignore[import-untyped]
 
-from conf.schema import KEYS, Config, lookup
-from launch.config import is_read
-from launch.identity import is_mutable
-from launch.jobs import read_jobs, reason
-from launch.lock import is_in_use
+from data.files import DamagedFile, read_bytes, read_json
+from launch.folder import Row, lines_of, load_config, parse_row, read_summary
+from launch.identity import canonical
+from launch.jobs import Job, read_jobs, reason
+from launch.lock import is_in_use, owner_in
+from launch.watchdog import Failure
+from model.checkpoint import checkpoints
 
-KEPT = ('"val/loss"', '"sharpness/delta_func"')  # rows with one of these are always read: they are few
-FIGURES = {"step", "tokens", "flops", "seconds", "val/loss"}  # of every summary
+KEPT = (b'"val/loss"', b'"sharpness/delta_func"')  # rows with one of these are always read: they are few
 SAMPLED = 400  # rows that are read of the others
 FILES = {"metrics.jsonl", "summary.json", "lock"}  # beside config.yaml, what tells a run's folder from others
+
+
+@dataclass
+class Start:
+    """What environment.json tells of a start."""
+
+    devices: list[str] = field(default_factory=list)
+    cpu: str = ""
+
+
+@dataclass
+class Measured:
+    """What the state of a checkpoint tells of the data."""
+
+    data: str | None = None
 
 
 @dataclass
@@ -72,95 +87,72 @@ def find_runs(folders: Iterable[Path]) -> Iterator[Path]:
         for root, below, files in os.walk(given, followlinks=True):
             found = [Path(root)] if "config.yaml" in files and not FILES.isdisjoint(files) else []
             below[:] = [] if found or os.path.realpath(root) in seen else sorted(name for name in below if not name.startswith("."))
-            for run in found or [job.run for job in read_jobs(Path(root)) if not (job.run / "config.yaml").exists()]:
+            for run in found or [job.run for job in jobs_of(Path(root), warn=True) if not (job.run / "config.yaml").exists()]:
                 if (real := os.path.realpath(run)) not in seen:
                     yield run
                 seen.add(real)
             seen.add(os.path.realpath(root))
 
 
+def jobs_of(folder: Path, warn: bool = False) -> list[Job]:
+    """The jobs of a sweep's folder; none where its list is damaged, which takes no run with it."""
+    try:
+        return read_jobs(folder)
+    except DamagedFile as error:
+        if warn:
+            print(f"note: {error}; the sweep's own command writes it anew once it is removed", file=sys.stderr)
+        return []
+
+
 def read_run(folder: Path) -> Record:
     """The record of a run folder; where a file of it is damaged, its state and reason say so."""
     record = Record(folder)
     try:
-        record.settings, evaluated = read_settings(folder / "config.yaml")
+        record.settings, evaluated = read_settings(folder)
         record.measured_on["evaluation.tokens"] = evaluated
         rows = read_sampled(folder / "metrics.jsonl")
-        record.columns = columns(rows, folder / "metrics.jsonl")
-        record.summary = read_json(folder / "summary.json")
-        if record.summary and (lacking := FIGURES - record.summary.keys()):
-            raise ValueError(f"{folder}/summary.json is damaged (it lacks {', '.join(sorted(lacking))})")
+        record.columns = columns(rows)
+        record.summary = read_summary(folder) or {}
         record.state, record.reason = ending(folder, record.summary, rows)
-        last_start = [{}, *read_json(folder / "code" / "environment.json", [])][-1]
-        record.hardware = ", ".join(last_start.get("devices") or [str(last_start.get("cpu", ""))])
-        newest = max((folder / "checkpoints").glob("step_*/state.json"), default=folder / "no checkpoint")
-        record.measured_on |= {"data": data} if (data := read_json(newest).get("data")) else {}
-    except ValueError as error:
+        last_start = [Start(), *read_json(folder / "code" / "environment.json", list[Start], absent=[])][-1]
+        record.hardware = ", ".join(last_start.devices) or last_start.cpu
+        if newest := list(checkpoints(folder).values())[-1:]:
+            data = read_json(newest[0] / "state.json", Measured).data
+            record.measured_on |= {"data": data} if data else {}
+    except (OSError, ValueError) as error:
         record.state, record.reason = "damaged", " ".join(str(error).split())
     return record
 
 
-def read_settings(file: Path) -> tuple[dict[str, Any], int | None]:
-    """(settings of a run, the tokens it evaluated on) from its config.yaml. Hydra and OmegaConf would take 20 times as long.
-
-    Raises ValueError for a file that is damaged; a key that it lacks is newer than the run, and has its default. A run that never began has
-    no settings."""
-    if not file.exists():
+def read_settings(folder: Path) -> tuple[dict[str, Any], int | None]:
+    """(settings of a run, the tokens it evaluated on) from its config.yaml. A run that never began has no settings. Raises ValueError for
+    a file that is damaged."""
+    if not (folder / "config.yaml").exists():
         return {}, None
-    try:
-        given = yaml.CSafeLoader(file.read_bytes()).get_single_data()
-        plain: Any = merged(asdict(Config()), given)
-        settings = {name: lookup(plain, name) for name in KEYS if not is_mutable(plain, name) and is_read(plain, name)}
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error})") from None
-    return settings, plain["evaluation"]["tokens"]
+    config = load_config(folder)
+    return canonical(config), config.evaluation.tokens
 
 
-def merged(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The given values, section by section, over the defaults."""
-    inner = {name: merged(value, given[name]) for name, value in defaults.items() if isinstance(value, dict) and name in given}
-    return defaults | given | inner
-
-
-def read_sampled(file: Path) -> list[dict[str, Any]]:
+def read_sampled(file: Path) -> list[Row]:
     """The rows of a metrics.jsonl with an evaluation, and of the others at most SAMPLED, evenly spread, with the last; none where there is
-    no file. A last line that a crash cut short is left out.
+    no file.
 
-    Raises ValueError where a line is damaged."""
-    *lines, _torn = file.read_text(errors="replace").split("\n") if file.exists() else [""]
+    Raises DamagedFile where a line is damaged."""
+    lines = lines_of(file)
     stride = -(-len(lines) // SAMPLED)
     rows = []
     for number, line in enumerate(lines, 1):
-        wanted = number % stride == 0 or number == len(lines) or any(key in line for key in KEPT)
-        try:
-            if not (line.startswith('{"step": ') and line.endswith("}")):
-                raise ValueError("it is no row")
-            if wanted:
-                rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{file} is damaged in line {number} ({error})") from None
+        if not (line.startswith(b'{"step": ') and line.endswith(b"}")):
+            raise DamagedFile(f"{file}, line {number}, is damaged (it is no row)")
+        if number % stride == 0 or number == len(lines) or any(key in line for key in KEPT):
+            rows.append(parse_row(line, number, file))
     return rows
 
 
-def columns(rows: list[dict[str, Any]], file: Path) -> dict[str, np.ndarray]:
-    """The rows as an array for every figure. Raises ValueError for a value that is no number."""
+def columns(rows: list[Row]) -> dict[str, np.ndarray]:
+    """The rows as an array for every figure."""
     names = {name for row in rows for name in row}
-    try:
-        return {name: np.array([row.get(name) for row in rows], dtype=float) for name in names}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error})") from None
-
-
-def read_json(file: Path, absent: Any = None) -> Any:
-    """The content of a file; `absent`, by default an empty object, where there is none. Raises ValueError for content of another kind."""
-    absent = {} if absent is None else absent
-    try:
-        found = json.loads(file.read_text()) if file.exists() else absent
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error})") from None
-    if not isinstance(found, type(absent)):
-        raise ValueError(f"{file} is damaged (it holds no {type(absent).__name__})")
-    return found
+    return {name: np.array([row.get(name) for row in rows], dtype=float) for name in names}
 
 
 def ending(folder: Path, summary: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[str, str]:
@@ -170,16 +162,20 @@ def ending(folder: Path, summary: dict[str, Any], rows: list[dict[str, Any]]) ->
         return ("finished", "") if summary["val/loss"] is not None else ("diverged", "its final validation loss is not finite")
     if is_in_use(folder):
         return "running", ""
-    job = next((job for job in read_jobs(folder.parent) if job.run == folder), None)
-    line = reason(job)[0] if job and job.log().exists() else read_json(folder / "heartbeat" / "failure.json").get("line", "")
+    job = next((job for job in jobs_of(folder.parent) if job.run == folder), None)
+    line = reason(job)[0] if job and job.log().exists() else read_failure(folder)
     if "grad/norm" in last and last["grad/norm"] is None:
-        return "diverged", line or f"its last step was not finite; {last['skipped']} steps were skipped in all"
+        return "diverged", line or f"its last step was not finite; {last.get('skipped', '?')} steps were skipped in all"
     if line:
         return "stopped" if job and job.stopped else "crashed", line
     if job and not rows:
         return "waiting", ""
-    lock = folder / "lock"
-    if lock.exists() and lock.stat().st_size:
-        owner = read_json(lock)
-        return "stopped", f"killed: process {owner.get('pid')} on {owner.get('host')} had it; the same command goes on"
+    if content := read_bytes(lock) if (lock := folder / "lock").exists() else b"":
+        return "stopped", f"killed: {owner_in(content, lock)} had it; the same command goes on"
     return "stopped", "ended in order before its end; the same command goes on"
+
+
+def read_failure(folder: Path) -> str:
+    """What a process of a run said when it ended it, empty where none did."""
+    nothing: Failure = {"by": 0, "code": 0, "line": ""}
+    return read_json(folder / "heartbeat" / "failure.json", Failure, absent=nothing)["line"]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from launch import checkpoint
+from model.checkpoint import Part
 from model.sharding import Layout, local, region_of
-from model.stored import Part
 
 
 class Saver:

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from data.files import write_atomically
+from data.files import read_json, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository
 FOLDERS = ("conf", "data", "launch", "model", "optim")
@@ -43,7 +43,7 @@ def snapshot_code(dir: Path, root: Path = ROOT) -> None:
         except (OSError, subprocess.SubprocessError):
             revision, files = "not a git checkout", _sources(root)
         environments = code / "environment.json"
-        starts = json.loads(environments.read_text()) if environments.exists() else []
+        starts = read_json(environments, list[dict[str, Any]], absent=[])
         folder = _keep(code, f"start_{len(starts) + 1}", files | {"revision.txt": f"{revision}\n".encode()})
         entry = {"code": folder, "revision": revision, **_environment()}
         write_atomically(environments, json.dumps([*starts, entry], indent=1) + "\n")

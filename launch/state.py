@@ -1,9 +1,12 @@
 """The state of a run: what its checkpoints hold, and how a run takes it over from one, its own or another's."""
 
+import hashlib
+import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +15,28 @@ from torch.optim import Optimizer
 
 from conf.schema import Config
 from data import Corpus
-from launch import checkpoint, identity
+from data.files import check
+from data.hf_tokenizer import find_folder
+from launch import identity
+from launch.checkpoint import use_newest
+from launch.folder import Counted, counted_lines
 from launch.plan import Plan
 from launch.process import peak_flops
-from model import GPT, checkpoint_path
+from model import GPT
+from model.checkpoint import (
+    PLACES,
+    TENSORS,
+    Checkpoint,
+    DamagedCheckpoint,
+    checkpoints,
+    describe,
+    differing,
+    open_run,
+    read_state,
+    refuse_other_run,
+    together,
+)
+from model.hf import WEIGHTS
 from model.sharding import Layout, load_weights, reshard
 from optim import Gradient, Schedule
 from optim.adamw import load_state_tensors, state_tensors
@@ -42,6 +63,21 @@ class Progress:
     validation: dict[str, float] = field(default_factory=dict)  # what it found
     measured: dict[str, float] = field(default_factory=dict)  # what the rule found in the step that the next row tells of
     row: dict[str, Any] = field(default_factory=dict)  # of this step, not logged yet: it waits for the step's evaluation
+
+
+@dataclass
+class State:
+    """The plain values of a checkpoint, which state.json holds."""
+
+    step: int
+    progress: Progress
+    model: dict[str, Any]  # a GPTConfig
+    tokenizer: str  # its hash
+    data: str  # the fingerprint of the corpus
+    identity: dict[str, Any]
+    wandb_id: str | None = None
+    rows: Counted | None = None  # of metrics.jsonl; None in checkpoints that are older than this
+    origin: str | None = None  # checksum of what the run began from: a checkpoint of init.run, or the weights of init.hf
 
 
 class Interval:
@@ -88,22 +124,104 @@ def own(layout: Layout) -> str:
     return f"/{layout.rank}" if layout.rank else ""
 
 
-def restore(saved: checkpoint.Checkpoint, model: GPT, optimizer: Optimizer, rule: Gradient, corpus: Corpus, layout: Layout) -> Progress:
-    """Takes over everything that the next step depends on. Raises ValueError where the data are others by now."""
-    if saved.state["data"] != corpus.fingerprint:
+def resume(
+    folder: Path,
+    settings: Config,
+    model: GPT,
+    optimizer: Optimizer,
+    rule: Gradient,
+    corpus: Corpus,
+    layout: Layout,
+    warn: Callable[[str], Any] = print,
+) -> tuple[Path, State] | None:
+    """Takes over the newest usable checkpoint of a run, and returns its folder and state; None where there is none yet.
+
+    Raises ValueError where the data are others by now, where all checkpoints are damaged or another run's, and where metrics.jsonl lacks
+    rows that the checkpoint counts."""
+
+    def take(saved: Checkpoint) -> tuple[Path, State]:
+        found = found_elsewhere(saved, settings, corpus, layout)
+        refuse_other_run(saved, asdict(settings), found)
+        return saved.path, restore(saved, model, optimizer, rule, corpus, layout)
+
+    resumed = use_newest(folder, take, layout, warn)
+    if resumed:
+        state = resumed[1]
+        layout.on_main(lambda: counted_lines(folder / "metrics.jsonl", state.progress.logged, state.rows))
+    return resumed
+
+
+def found_elsewhere(saved: Checkpoint, settings: Config, corpus: Corpus, layout: Layout) -> set[str]:
+    """The keys of PLACES whose paths may differ from those in a checkpoint: what lies there now is what it was made with."""
+    found = set()
+    if saved.state.get("data") == corpus.fingerprint:
+        found |= {name for name in PLACES if name.startswith("data.")}
+    if saved.state.get("tokenizer") == corpus.tokenizer.hash:
+        found.add("tokenizer.path")
+    theirs, origin = saved.state.get("identity", {}), saved.state.get("origin")
+    for name, ours in (("init.run", settings.init.run), ("init.hf", settings.init.hf)):
+        moved = ours is not None and theirs.get(name) not in (None, ours)
+        # Looked at by the main process alone: it may be much to read.
+        if moved and origin and layout.agreed(layout.main and origin in origins(name, ours)):
+            found.add(name)
+    return found
+
+
+def origins(name: str, place: str | None) -> Collection[str]:
+    """The checksums of what a run can begin from at a place: of all checkpoints of an init.run, or of the weights of an init.hf."""
+    if name == "init.hf":
+        return {checksum_of_weights(str(place))}
+    found = set()
+    for path in checkpoints(Path(str(place))).values():
+        with suppress(OSError, ValueError):
+            found.add(read_state(path)["checksum"])
+    return found
+
+
+def checksum_of_weights(name_or_dir: str) -> str:
+    """sha256 of the weights of a Hugging Face folder or hub name."""
+    files = sorted(find_folder(name_or_dir, WEIGHTS).glob("*.safetensors"))
+    return hashlib.sha256(json.dumps([(file.name, *describe(file)) for file in files]).encode()).hexdigest()
+
+
+def restore(saved: Checkpoint, model: GPT, optimizer: Optimizer, rule: Gradient, corpus: Corpus, layout: Layout) -> State:
+    """Takes over everything that the next step depends on. Raises DamagedFile, on all processes, for a checkpoint that does not fit,
+    and ValueError where the data are others by now."""
+    state = check(saved.state, State, saved.path / "state.json")
+    if state.data != corpus.fingerprint:
         raise ValueError(f"the data have changed since {saved.path} was made; bring them back, or choose another dir")
-    load_weights(model, saved.tensors["model"])
-    load_state_tensors(model, optimizer, saved.tensors["optimizer"])
-    random = saved.tensors["random"]
-    state = {name: random[name + own(layout)][...] for name in ("cpu", "cuda") if name + own(layout) in random}
-    if state:  # with more processes than there were, the new ones' streams begin anew
-        set_random_state(state)
-    if saved.tensors["rule"]:
-        rule.load_state_dict(saved.tensors["rule"])
-    return Progress(**saved.state["progress"])
+    refuse_other_shapes(saved, model)
+
+    def load() -> None:
+        load_weights(model, saved.tensors["model"])
+        load_state_tensors(model, optimizer, saved.tensors["optimizer"])
+        random = saved.tensors["random"]
+        mine = {name: random[name + own(layout)][...] for name in ("cpu", "cuda") if name + own(layout) in random}
+        if mine:  # with more processes than there were, the new ones' streams begin anew
+            set_random_state(mine)
+        if saved.tensors["rule"]:
+            rule.load_state_dict(saved.tensors["rule"])
+
+    together(layout, load)
+    return state
 
 
-def branch(settings: Config, model: GPT, optimizer: Optimizer, rule: Gradient, corpus: Corpus, layout: Layout, schedule: Schedule) -> Progress:
+def refuse_other_shapes(saved: Checkpoint, model: GPT) -> None:
+    """Raises DamagedCheckpoint where tensors are not those of this model, before any of its own is touched."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for name in shapes.keys() ^ saved.tensors["model"].keys():
+        raise DamagedCheckpoint(f"its weights are of another model, by {name}")
+    named = [(name, name, value) for name, value in saved.tensors["model"].items()]
+    named += [(name, name.rpartition(".")[0], value) for name, value in saved.tensors["optimizer"].items() if value.shape]
+    named += [(name, name.partition("/")[2], value) for name, value in saved.tensors["rule"].items() if value.shape]
+    for name, parameter, value in named:
+        if value.shape != shapes.get(parameter):
+            raise DamagedCheckpoint(f"{name} has the shape {list(value.shape)}, not that of the model")
+
+
+def branch(
+    settings: Config, model: GPT, optimizer: Optimizer, rule: Gradient, corpus: Corpus, layout: Layout, schedule: Schedule
+) -> tuple[Checkpoint, Progress]:
     """Starts from a checkpoint of another run: from its weights, and with init.optimizer from its optimiser, step and place in the data too.
     The rule, which may be another, starts without memory at that step.
 
@@ -111,27 +229,26 @@ def branch(settings: Config, model: GPT, optimizer: Optimizer, rule: Gradient, c
     or past the beginning of what counts from there."""
     init, ours = settings.init, identity.canonical(settings)
     try:
-        path = layout.agreed(checkpoint_path(init.run or "", init.step))  # that run may be under way
+        saved = open_run(init.run or "", init.step, TENSORS, layout, "init.step")
     except ValueError as error:
-        raise ValueError(f"init.{error}") from None
-    try:
-        saved = checkpoint.load(path, layout=layout)
-    except checkpoint.DamagedCheckpoint as error:
-        raise ValueError(f"init.run={init.run}: {path} is damaged ({error}); choose another of its checkpoints with init.step") from None
-    if saved.state["tokenizer"] != corpus.tokenizer.hash or saved.state["model"] != asdict(model.config):
+        raise ValueError(f"init.run={init.run}: {error}") from None
+    state = check(saved.state, State, saved.path / "state.json")
+    if state.tokenizer != corpus.tokenizer.hash or state.model != asdict(model.config):
         raise ValueError(f"init.run={init.run} has another shape or tokenizer; choose its model, tokenizer and data")
     if not init.optimizer:
-        load_weights(model, saved.tensors["model"])
-        return Progress()
-    theirs = saved.state["identity"]
+        refuse_other_shapes(saved, model)
+        together(layout, lambda: load_weights(model, saved.tensors["model"]))
+        return saved, Progress()
+    theirs = state.identity
     if ours["optim.base"] != theirs.get("optim.base"):
         raise ValueError(f"optim.base={ours['optim.base']} differs from {theirs.get('optim.base')} in init.run, whose state it cannot take over; "
                          "keep it, or leave init.optimizer out")  # fmt: skip
-    order = [key for key in ours if key == "seed" or key.startswith(("data.", "batch.sequences", "batch.length"))]
-    if changed := [key for key in order if ours[key] != theirs.get(key)]:
-        raise ValueError(f"{changed[0]}={ours[changed[0]]} differs from {theirs.get(changed[0])} in init.run; to go on in its data order, keep it")
+    order = {key: value for key, value in theirs.items() if key == "seed" or key.startswith(("data.", "batch.sequences", "batch.length"))}
+    if changed := differing(order, asdict(settings), found_elsewhere(saved, settings, corpus, layout)):
+        key, (before, now) = next(iter(changed.items()))
+        raise ValueError(f"{key}={now} differs from {before} in init.run; to go on in its data order, keep it")
     saved.tensors["rule"].clear()
-    done = restore(saved, model, optimizer, rule, corpus, layout)
+    done = restore(saved, model, optimizer, rule, corpus, layout).progress
     rule.step = done.step
     optim = settings.optim
     unlike = theirs.get("optim.path") == "none" and schedule.first < min(done.step, schedule.stop)
@@ -141,4 +258,4 @@ def branch(settings: Config, model: GPT, optimizer: Optimizer, rule: Gradient, c
                          f"set optim.start={done.step}")  # fmt: skip
     if done.step >= schedule.steps:
         raise ValueError(f"schedule.steps={schedule.steps} ends before step {done.step} of init.run; lengthen the run")
-    return Progress(done.step, done.tokens, done.flops, done.forwards, done.backwards, done.seconds, done.perturbed, done.skipped)
+    return saved, Progress(done.step, done.tokens, done.flops, done.forwards, done.backwards, done.seconds, done.perturbed, done.skipped)

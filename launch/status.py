@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.schema import key
+from data.files import DamagedFile
 from launch.config import parse, user_errors
+from launch.folder import read_rows
 from launch.jobs import Job, queue, read_jobs, reason, state
 from launch.lock import RunLock, is_in_use
-from launch.tracking import read_rows
 
 STATES = ("done", "running", "waiting", "stopped", "failed")
 
@@ -65,7 +66,10 @@ def details(job: Job, kind: str) -> str:
 def progress(job: Job) -> str:
     """How far a run is by its last row, and how long it will take at the speed of its last rows."""
     metrics = job.run / "metrics.jsonl"
-    rows = read_rows(metrics)[-20:] if metrics.exists() else []
+    try:
+        rows = read_rows(metrics)[-20:]
+    except DamagedFile as error:
+        return f"  {error}"
     if not rows:
         return "  starting"
     first, last = rows[0], rows[-1]

@@ -14,6 +14,7 @@ from pathlib import Path
 from omegaconf import DictConfig, flag_override
 
 from conf.schema import Config, LauncherConfig, check_value
+from data.files import remove_temporary
 from launch.config import EXIT_USER_ERROR, check
 from launch.identity import run_name
 from launch.jobs import Job, queue, quoted, read_jobs, reason, state, write_jobs
@@ -51,6 +52,7 @@ def sweep(combinations: list[Combination], launcher: LauncherConfig, folder: Pat
         print(describe(runs, combinations, states(runs, folder, is_in_use(folder)), folder))
         return 0
     with RunLock(folder):
+        remove_temporary(folder, ["jobs.json"])
         found = states(runs, folder)
         print(describe(runs, combinations, found, folder), flush=True)
         return start([planned.job for planned in runs if found[planned.job.run] in ("new", "to resume")], folder)

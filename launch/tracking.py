@@ -6,7 +6,6 @@ console and W&B are views of it that may fail without harm.
 
 import json
 import math
-import os
 import secrets
 import shutil
 import sys
@@ -19,31 +18,12 @@ import numpy as np
 
 from conf.schema import TrackingConfig
 from data.files import write_atomically
+from launch.folder import Counted, Row, RowFile, read_rows, read_summary
 from launch.wandb_run import Wandb, recorded_id, unsent, wandb_mode
 
 REDRAW = 0.2  # seconds between redraws of the live line
 PLAIN = 10.0  # seconds between plain lines where stdout is no terminal
 NEAR = 0.05  # a run that ends within this share of a budget is read at its end
-
-Row = dict[str, Any]
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a metrics.jsonl, oldest first; a last line that a crash cut short is left out.
-
-    Raises ValueError where any other line is damaged.
-    """
-    *lines, _torn = path.read_text(errors="replace").split("\n")
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); remove the line that is not JSON") from None
-
-
-def cut_metrics(path: Path, step: int) -> None:
-    """Drops the rows after `step` (all of them for -1), which a resumed run will log again."""
-    rows = read_rows(path) if path.exists() else []
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
 
 
 def loss_at_flops(rows: list[Row], budget: float) -> float | None:
@@ -64,6 +44,7 @@ class Tracker:
     wandb_id         the id of an earlier start of this run, where its checkpoint knows one
     total_steps      the horizon, for the progress bar
     last_logged      step of the last row that the checkpoint knows, -1 from scratch; later ones are dropped
+    counted          the rows that it counts, where it tells
     """
 
     def __init__(
@@ -75,11 +56,11 @@ class Tracker:
         wandb_id: str | None,
         total_steps: int,
         last_logged: int = -1,
+        counted: Counted | None = None,
     ) -> None:
         self._dir = dir
         self._console = Console(total_steps)
-        cut_metrics(dir / "metrics.jsonl", last_logged)
-        self._file = (dir / "metrics.jsonl").open("a")
+        self._file = RowFile(dir / "metrics.jsonl", last_logged, counted)
         self._wandb: Wandb | None = None
         self.wandb_id = wandb_id
         mode, notice = wandb_mode(config.mode)
@@ -93,8 +74,7 @@ class Tracker:
     def log(self, row: Row) -> None:
         """Appends a row, which has a "step", to metrics.jsonl; numbers that JSON lacks (nan, inf) become null there."""
         row = _strict(row)
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.append(row)
         if self._wandb:
             self._wandb.log(row)
         self._console.row(row)
@@ -105,7 +85,12 @@ class Tracker:
 
     def sync(self) -> None:
         """Puts the rows so far on disk, so that a checkpoint never knows more than the metrics."""
-        os.fsync(self._file.fileno())
+        self._file.sync()
+
+    @property
+    def counted(self) -> Counted | None:
+        """The rows so far, for a checkpoint."""
+        return self._file.counted
 
     def summary(self, values: dict[str, Any]) -> None:
         """Writes summary.json, whose presence means that the run is done."""
@@ -145,7 +130,7 @@ def send_rest(dir: Path, config: TrackingConfig, run_name: str, plain_config: di
     or the run is not tracked online, nobody is asked."""
     wandb_id = recorded_id(dir)
     if wandb_id and unsent(dir) and wandb_mode(config.mode)[0] == "online":
-        summary = json.loads((dir / "summary.json").read_text())
+        summary = read_summary(dir) or {}
         arguments = wandb_arguments(dir, config, run_name, plain_config, wandb_id)
         wandb = Wandb("online", config.timeout, arguments, lambda: read_rows(dir / "metrics.jsonl"), print, fall_back=False)
         wandb.send(lambda run: run.summary.update(summary))
@@ -156,6 +141,7 @@ class Silent:
     """The tracker of a process that is not the main one: it tracks nothing."""
 
     wandb_id: str | None = None
+    counted: Counted | None = None
 
     def log(self, row: Row) -> None: ...
 

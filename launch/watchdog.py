@@ -23,10 +23,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self, TypedDict
 
+import msgspec
 import torch
 
+from data.files import read_json
 from launch.config import EXIT_USER_ERROR
 from model.sharding import AgreedError, Layout
 
@@ -37,6 +39,26 @@ NEAR = 4  # beats without a heartbeat after which a process that is gone from th
 FAR = 60  # the same for a process of another host: NFS may show a file as it was a minute ago
 GO_ON = "the same command goes on from the last checkpoint"
 Beat = dict[str, Any]  # a heartbeat, as the file holds it
+
+
+class Heartbeat(TypedDict):
+    """What a heartbeat must hold where it is read."""
+
+    host: str
+    pid: Annotated[int, msgspec.Meta(gt=0, lt=2**31)]
+    phase: str
+    step: int
+    overdue: bool
+    marks: int
+    time: float
+
+
+class Failure(TypedDict):
+    """What ends a run, as failure.json holds it."""
+
+    by: int
+    code: int
+    line: str
 
 
 class Watchdog:
@@ -155,7 +177,7 @@ class Watchdog:
         """What a process has said to end the run."""
         if self.failure is None and self.shown:
             with contextlib.suppress(OSError, ValueError):  # it may not be whole yet
-                self.failure = json.loads((self.heartbeat / "failure.json").read_text())
+                self.failure = dict(read_json(self.heartbeat / "failure.json", Failure))
         return self.failure
 
     def _await_the_others(self) -> None:
@@ -275,7 +297,7 @@ class Watchdog:
         found = {}
         for rank in ranks or range(self.layout.world):
             with contextlib.suppress(OSError, ValueError):
-                found[rank] = json.loads((self.heartbeat / f"rank_{rank}.json").read_text())
+                found[rank] = dict(read_json(self.heartbeat / f"rank_{rank}.json", Heartbeat))
         return found
 
 

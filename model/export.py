@@ -1,19 +1,23 @@
 """A run as a Hugging Face folder: python -m model.export run=DIR out=DIR [step=S] [format=auto|gpt2|llama|plain]"""
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from conf.schema import key
 from data import Tokenizer
 from data.hf_tokenizer import to_files
-from model.gpt import GPT, checkpoint_path, load
+from model.checkpoint import checkpoint_path
+from model.gpt import GPT, load
 from model.hf import FORMATS, choose_format, to_config, to_tensors
 
 PLAIN = "plain"  # for shapes that no other format expresses: our own names
@@ -26,27 +30,41 @@ def to_hf(model: GPT, tokenizer: Tokenizer, out: str | Path, format: str = "auto
     loads the tokenizer, gpt.json holds a GPTConfig and model.safetensors the weights of its GPT. It appears whole or not at all, in the
     place of an earlier export. Raises ValueError where the format (gpt2, llama; auto: whichever can) does not express the model, and where
     the folder holds anything else."""
-    config, out = model.config, Path(out)
+    config, given = model.config, out
+    # A link stays, and leads to the export.
+    out = Path(os.path.realpath(out))
     format = format if format == PLAIN else choose_format(config, format)
-    if out.exists() and not is_replaceable(out):
-        raise ValueError(f"out={out} exists and is no earlier export; name a new or an empty folder")
+    if os.path.lexists(out) and not is_replaceable(out):
+        raise ValueError(f"out={given} exists and is no earlier export; name a new or an empty folder")
     files = to_files(tokenizer, config.max_length)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tensors = {name: p.detach() for name, p in model.named_parameters()} if format == PLAIN else to_tensors(model, FORMATS[format])
-    save_file(tensors, partial / "model.safetensors", metadata=MARK)
     special = {"bos_token_id": tokenizer.prompt("")[0], "eos_token_id": tokenizer.eot}  # a document begins where another ends, or by itself
     if format == PLAIN:
         files["gpt.json"] = asdict(config)
     else:
         files |= {"config.json": to_config(config, format) | special, "generation_config.json": special | {"pad_token_id": tokenizer.eot}}
-    for name, content in files.items():
-        (partial / name).write_text(json.dumps(content, indent=None if name == "tokenizer.json" else 2, ensure_ascii=False) + "\n")
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
+    tensors = {name: p.detach() for name, p in model.named_parameters()} if format == PLAIN else to_tensors(model, FORMATS[format])
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        # That of an export which was killed may lie there.
+        shutil.rmtree(partial, ignore_errors=True)
+        write(partial, tensors, files)
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"out={given} cannot be written ({reason}); make room there, or name another folder") from None
     return format
+
+
+def write(folder: Path, tensors: dict[str, Tensor], files: dict[str, Any]) -> None:
+    """Writes the weights and the JSON files of an export. Raises OSError or SafetensorError where the disk refuses."""
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", metadata=MARK)
+    for name, content in files.items():
+        indent = None if name == "tokenizer.json" else 2
+        (folder / name).write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def is_replaceable(out: Path) -> bool:

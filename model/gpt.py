@@ -6,7 +6,6 @@ logits = Norm(x) U^T                                             U = E where the
 """
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from data.files import check
+from model.checkpoint import open_run
 from model.logits import LazyLogits
 from model.sharding import Layout, local, shard_of
-from model.stored import checkpoints, describe, files_of, open_tensors
 
 CHOICES = {"norm": ("layernorm", "rmsnorm"), "positions": ("learned", "rope"), "rope_scaling": ("none", "linear", "llama3"),
            "activation": ("gelu", "swiglu", "relu2"), "init": ("nanodo", "gpt2")}  # fmt: skip
@@ -356,29 +356,14 @@ def named_generator(seed: int, name: str, device: torch.device | str = "cpu") ->
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def checkpoint_path(run: str | Path, step: int | None = None) -> Path:
-    """The folder of a run's checkpoint; `step=None` means the newest. Raises ValueError where there is none."""
-    found = checkpoints(Path(run))
-    if not found:
-        raise ValueError(f"run={run} has no checkpoints; name the folder of a run that was trained")
-    if step is not None and step not in found:
-        raise ValueError(f"step={step} is not among the checkpoints of {run}; it has {', '.join(map(str, found))}")
-    return found[max(found) if step is None else step]
-
-
 def load(run: str | Path, step: int | None = None) -> GPT:
     """The GPT of a run, from its newest checkpoint or that of a step. Raises ValueError where there is none, or it is damaged."""
-    path = checkpoint_path(run, step)
+    saved = open_run(run, step, ("model",))
     try:
-        state = json.loads((path / "state.json").read_text())
-        config = GPTConfig(**state["model"])
-        for name in (names := files_of("model", state["files"])):
-            if describe(path / name) != state["files"][name]:
-                raise ValueError(f"{name} does not match its checksum")
-        weights = {name: stored[...] for name, stored in open_tensors(path / name for name in names).items()}
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged ({error}); choose another step of the run") from None
-    with torch.device("meta"):
-        model = GPT(config)
-    model.load_state_dict(weights, assign=True)
+        config = check(saved.state.get("model"), GPTConfig, saved.path / "state.json")
+        with torch.device("meta"):
+            model = GPT(config)
+        model.load_state_dict({name: stored[...] for name, stored in saved.tensors["model"].items()}, assign=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{saved.path} is damaged ({' '.join(str(error).split())}); choose another step of the run") from None
     return model

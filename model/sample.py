@@ -11,7 +11,8 @@ from torch import Tensor
 
 from conf.schema import key
 from data import Tokenizer
-from model.gpt import GPT, KeyValueCache, checkpoint_path, load
+from model.checkpoint import checkpoint_path
+from model.gpt import GPT, KeyValueCache, load
 
 
 @torch.no_grad()

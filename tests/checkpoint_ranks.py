@@ -25,12 +25,13 @@ from conf.schema import OptimConfig
 from data.shards import Corpus
 from data.tokenizer import bytes_tokenizer
 from launch import checkpoint
+from launch.checkpoint import use_newest
 from launch.saver import Saver
-from launch.state import Progress, restore, tensors_of
+from launch.state import Progress, State, restore, tensors_of
 from model import GPT, GPTConfig
+from model.checkpoint import Part, open_checkpoint
 from model.parallelize import shard
 from model.sharding import Layout, local, region_of, shard_of
-from model.stored import Part
 from optim import SharpnessAware, build_optimizer
 from optim.adamw import state_tensors
 
@@ -73,14 +74,15 @@ class Trained:
 
     def take(self, run: Path, said: Callable[[str], Any] = print) -> Progress:
         """What a run takes over from its newest checkpoint."""
-        saved = checkpoint.load_newest(run, self.layout, said)
-        assert saved
-        return restore(saved, self.model, self.optimizer, self.rule, CORPUS, self.layout)
+        state = use_newest(run, lambda saved: restore(saved, self.model, self.optimizer, self.rule, CORPUS, self.layout), self.layout, said)
+        assert state
+        return state.progress
 
     def begin_save(self, saver: Saver, step: int) -> None:
         """As a run does."""
-        state = {"step": step, "progress": asdict(Progress(step=step)), "model": asdict(SHAPE), "data": CORPUS.fingerprint}
-        saver.begin(tensors_of(self.model, self.optimizer, self.rule, self.layout), state, TOKENIZER, 9, [])
+        state = State(step, Progress(step=step), asdict(SHAPE), TOKENIZER.hash, CORPUS.fingerprint, {})
+        saver.run.mkdir(exist_ok=True)
+        saver.begin(tensors_of(self.model, self.optimizer, self.rule, self.layout), asdict(state), TOKENIZER, 9, [])
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -139,7 +141,7 @@ def all_kinds(folder: Path, layouts: dict[str, Layout]) -> list[str]:
     parts = {name: Part(local(tensor).contiguous(), tuple(side.start for side in region_of(tensor)))
              for name, tensor in tensors.items() if layout.saves(tensor)}  # fmt: skip
     path = checkpoint.save(folder / "kinds", {"model": parts}, {"step": 1}, TOKENIZER, 1, [], layout)
-    stored = checkpoint.load(path, ("model",), other).tensors["model"]
+    stored = open_checkpoint(path, ("model",), other).tensors["model"]
     missed = wholes.keys() ^ stored.keys()
     for name, whole in wholes.items():
         across = distribute_tensor(whole, other.mesh, [Shard(whole.ndim - 1 - int(name[-1]))]) if whole.ndim else whole

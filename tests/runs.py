@@ -34,8 +34,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 def tensors(run: Path, step: int = STEPS) -> dict[str, Any]:
     """Every tensor of a checkpoint, however many processes wrote it, by "<group>/<name>": weights, optimiser state, random state."""
-    from launch.checkpoint import TENSORS
-    from model.stored import files_of, open_tensors
+    from model.checkpoint import TENSORS, files_of, open_tensors
 
     path = run / "checkpoints" / f"step_{step:08d}"
     groups = {group: open_tensors(path / name for name in files_of(group, os.listdir(path))) for group in TENSORS}

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 
 from data.tokenizer import bytes_tokenizer
 from launch import checkpoint
-from launch.checkpoint import DamagedCheckpoint, load, load_newest, remove_partial, save
+from launch.checkpoint import remove_partial, save, use_newest
 from model import checkpoint_path
-from model.stored import Part, checkpoints, describe
+from model.checkpoint import Checkpoint, DamagedCheckpoint, Part, checkpoints, checksum, describe, open_checkpoint
 from tests.runs import ROOT, assert_same_tensors, content
 
 FILES = ["model.safetensors", "optimizer.safetensors", "random.safetensors", "tokenizer.json", "state.json"]
@@ -40,7 +40,12 @@ def tensors(step: int) -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
+def as_it_is(found: Checkpoint) -> Checkpoint:
+    return found
+
+
 def saved(run: Path, *at: int, keep: int = 9, milestones: tuple[int, ...] = ()) -> Path:
+    run.mkdir(exist_ok=True)
     for step in at:
         parts = {file: {name: Part(value.contiguous(), (0,) * value.ndim) for name, value in group.items()} for file, group in tensors(step).items()}
         path = save(run, parts, {"step": step, "loss": 1 / 3, "nan": float("nan")}, bytes_tokenizer(), keep, list(milestones))
@@ -51,7 +56,7 @@ def kept(run: Path) -> list[int]:
     return list(checkpoints(run))
 
 
-def assert_is(found: checkpoint.Checkpoint | None, step: int) -> None:
+def assert_is(found: Checkpoint | None, step: int) -> None:
     assert found and found.step == found.state["step"] == step
     assert found.state["loss"] == 1 / 3 and found.state["nan"] != found.state["nan"]
     for name, group in tensors(step).items():
@@ -82,13 +87,13 @@ DAMAGES = {
 def test_what_is_saved_is_loaded(tmp_path):
     path = saved(tmp_path, 7)
     assert path == tmp_path / "checkpoints/step_00000007"
-    assert_is(load(path), 7)
-    assert_is(load_newest(tmp_path), 7)
+    assert_is(open_checkpoint(path), 7)
+    assert_is(use_newest(tmp_path, as_it_is), 7)
     assert sorted(file.name for file in path.iterdir()) == sorted(FILES)
 
 
 def test_no_checkpoint_is_none(tmp_path):
-    assert load_newest(tmp_path) is None
+    assert use_newest(tmp_path, as_it_is) is None
 
 
 def test_newest_and_milestones_are_kept(tmp_path):
@@ -105,9 +110,9 @@ def test_damaged_later_ones_push_nothing_out(tmp_path, keep):
     for step in (12, 16):
         flip(tmp_path / f"checkpoints/step_{step:08d}/model.safetensors")
     saved(tmp_path, 9, 10, keep=keep)
-    assert_is(load_newest(tmp_path, warn=lambda _: None), 10)
+    assert_is(use_newest(tmp_path, as_it_is, warn=lambda _: None), 10)
     saved(tmp_path, 12, keep=keep)
-    assert_is(load_newest(tmp_path, warn=lambda _: None), 12)
+    assert_is(use_newest(tmp_path, as_it_is, warn=lambda _: None), 12)
     saved(tmp_path, 16, 20, keep=keep)
     assert kept(tmp_path) == [16, 20][-keep:]
 
@@ -160,7 +165,7 @@ def test_crash_anywhere_in_a_save_leaves_the_old_or_the_new_checkpoint(tmp_path,
         run = tmp_path / f"crash{call}"
         shutil.copytree(template, run)
         assert crashed_save(run, call, 12, keep) == calls[:call]
-        found = load_newest(run, warn=pytest.fail)  # the newest is never a damaged one
+        found = use_newest(run, as_it_is, warn=pytest.fail)  # the newest is never a damaged one
         assert found
         assert_is(found, found.step)
         outcomes.append(found.step)
@@ -188,7 +193,7 @@ def test_what_else_lies_among_them_is_no_checkpoint(tmp_path):
 def test_partial_ones_are_ignored_and_removed(tmp_path):
     saved(tmp_path, 4)
     shutil.copytree(tmp_path / "checkpoints/step_00000004", tmp_path / "checkpoints/.step_00000008.partial")
-    assert_is(load_newest(tmp_path), 4)
+    assert_is(use_newest(tmp_path, as_it_is), 4)
     remove_partial(tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000004"]
     remove_partial(tmp_path / "nowhere")
@@ -219,9 +224,9 @@ def test_damage_is_known_and_the_one_before_is_used(tmp_path, name, damage):
     newest = saved(tmp_path, 4, 8)
     DAMAGES[damage](newest / name)
     with pytest.raises(DamagedCheckpoint):
-        load(newest)
+        open_checkpoint(newest)
     said: list[str] = []
-    assert_is(load_newest(tmp_path, warn=said.append), 4)
+    assert_is(use_newest(tmp_path, as_it_is, warn=said.append), 4)
     assert len(said) == 1 and f"checkpoint {newest} is damaged" in said[0] and "trying the one before it" in said[0]
 
 
@@ -230,7 +235,7 @@ def test_state_that_is_none_is_damage(tmp_path, text):
     newest = saved(tmp_path, 4, 8)
     (newest / "state.json").write_text(text, errors="surrogatepass")
     with pytest.raises(DamagedCheckpoint):
-        load(newest)
+        open_checkpoint(newest)
 
 
 def test_every_value_of_the_state_counts(tmp_path):
@@ -239,9 +244,9 @@ def test_every_value_of_the_state_counts(tmp_path):
     for key, value in {"step": 9, "loss": 1 / 3 + 1e-16, "extra": 1, "files": {}}.items():
         (newest / "state.json").write_text(json.dumps(state | {key: value}))
         with pytest.raises(DamagedCheckpoint, match=r"state\.json does not match its checksum"):
-            load(newest)
+            open_checkpoint(newest)
     (newest / "state.json").write_text(json.dumps(state))
-    assert_is(load(newest), 8)
+    assert_is(open_checkpoint(newest), 8)
 
 
 def test_all_damaged_is_one_error_and_removes_nothing(tmp_path):
@@ -249,7 +254,7 @@ def test_all_damaged_is_one_error_and_removes_nothing(tmp_path):
         flip(saved(tmp_path, step) / "model.safetensors")
     before, said = content(tmp_path), []
     with pytest.raises(ValueError, match=f"dir={tmp_path}: all 2 checkpoints are damaged; move the folder away to start again"):
-        load_newest(tmp_path, warn=said.append)
+        use_newest(tmp_path, as_it_is, warn=said.append)
     assert len(said) == 2
     assert content(tmp_path) == before
 
@@ -270,7 +275,7 @@ class Bomb:
 def test_a_file_that_was_not_saved_is_not_read(tmp_path):
     path = saved(tmp_path, 4)
     (path / "rule.safetensors").write_bytes(pickle.dumps(Bomb(tmp_path / "marker")))
-    assert_is(load(path), 4)
+    assert_is(open_checkpoint(path), 4)
     assert not (tmp_path / "marker").exists()
 
 
@@ -282,9 +287,9 @@ def test_pickle_with_a_right_checksum_is_damage(tmp_path, make):
     state = json.loads((path / "state.json").read_text())
     del state["checksum"]
     state["files"]["model.safetensors"] = describe(path / "model.safetensors")
-    (path / "state.json").write_text(json.dumps(state | {"checksum": checkpoint.checksum(state)}))
+    (path / "state.json").write_text(json.dumps(state | {"checksum": checksum(state)}))
     with pytest.raises(DamagedCheckpoint, match="SafetensorError"):
-        load(path)
+        open_checkpoint(path)
     assert not (tmp_path / "marker").exists()
 
 

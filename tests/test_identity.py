@@ -11,7 +11,8 @@ import pytest
 
 from conf.schema import KEYS, Config, SourceConfig, lookup
 from launch.config import compose, is_read
-from launch.identity import as_read, canonical, claim, load_config, run_name
+from launch.folder import load_config
+from launch.identity import as_read, canonical, claim, run_name
 
 MUTABLE = [name for name, entry in KEYS.items() if entry.metadata.get("mutable")]
 CONDITIONAL = [name for name in KEYS if "read_when" in KEYS[name].metadata]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from launch import checkpoint
 from launch.saver import Saver
 from model import load
+from model.checkpoint import TENSORS, open_checkpoint
 from model.export import to_hf
 from model.sharding import Layout
 from tests.checkpoint_ranks import SHAPE, TOKENIZER, Trained
@@ -94,7 +95,7 @@ def test_every_process_writes_its_own_shards_once(folder, kind):
     """In safetensors and JSON, and of what is sharded no file holds all; what each writes is what it holds."""
     path, sizes, numbers = at(folder / kind, 5), Counter(), Counter()
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
-    shapes = {f"{group}/{name}": value.shape for group in checkpoint.TENSORS for name, value in checkpoint.load(path).tensors[group].items()}
+    shapes = {f"{group}/{name}": value.shape for group in TENSORS for name, value in open_checkpoint(path).tensors[group].items()}
     for file in path.glob("*.safetensors"):
         group, process = file.name.split("-")[:2]
         with safe_open(file, "pt") as opened:
@@ -116,7 +117,7 @@ def test_every_type_and_cut_is_found_again(outcome):
 def test_torch_reads_the_files(folder):
     """Whoever has torch can read a checkpoint without us."""
     path = at(folder / "fsdp", 5)
-    ours = {name: value[...] for group in ("model", "optimizer") for name, value in checkpoint.load(path).tensors[group].items() if value.shape}
+    ours = {name: value[...] for group in ("model", "optimizer") for name, value in open_checkpoint(path).tensors[group].items() if value.shape}
     theirs = {name: torch.zeros_like(value) for name, value in ours.items()}
     dcp.load(theirs, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
     assert_same_tensors(theirs, ours)

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conf.schema import TrackingConfig
 from data.files import write_atomically
-from launch.tracking import Tracker, cut_metrics, loss_at_flops, read_rows
+from launch.folder import Counted, RowFile, read_rows
+from launch.tracking import Tracker, loss_at_flops
 
 CONFIG = {"model": {"name": "tiny"}, "optim": {"name": "sam", "rho": 0.05}, "data": {"name": "stdlib"}, "seed": 3}
 
@@ -44,19 +46,63 @@ def test_rows_leave_out_a_torn_last_line(tmp_path):
         read_rows(path)
 
 
-@pytest.mark.parametrize(("step", "kept"), [(-1, []), (0, [0]), (4, [0, 2, 4]), (5, [0, 2, 4]), (99, [0, 2, 4, 6])])
-def test_cut_keeps_rows_up_to_a_step(tmp_path, step, kept):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": s, "train/loss": s / 7}) + "\n" for s in (0, 2, 4, 6)) + '{"step": 8, "tr')
-    cut_metrics(path, step)
-    assert read_rows(path) == [{"step": s, "train/loss": s / 7} for s in kept]
-    assert path.read_text().count("\n") == len(kept)
+ROWS = [{"step": step, "train/loss": step / 7} for step in (0, 2, 4, 6)]
+
+
+def write_rows(file: Path, rows: list[dict[str, Any]], torn: str = "") -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + torn)
+    return file
+
+
+def counted(tmp_path: Path, rows: list[dict[str, Any]]) -> Counted:
+    """What a checkpoint that was made after these rows counts."""
+    file = RowFile(tmp_path / "counted.jsonl", -1, None)
+    for row in rows:
+        file.append(row)
+    file.close()
+    (tmp_path / "counted.jsonl").unlink()
+    return file.counted
+
+
+@pytest.mark.parametrize("number", [0, 1, 3, 4])
+@pytest.mark.parametrize("tells", [True, False])
+def test_a_resume_keeps_the_rows_that_the_checkpoint_counts(tmp_path, number, tells):
+    """One made before checkpoints counted rows knows the step of the last one."""
+    path = write_rows(tmp_path / "metrics.jsonl", ROWS, '{"step": 8, "tr')
+    kept, more = ROWS[:number], {"step": 99}
+    file = RowFile(path, kept[-1]["step"] if kept else -1, counted(tmp_path, kept) if tells else None)
+    assert read_rows(path) == kept and path.read_text().count("\n") == number
+    file.append(more)
+    file.close()
+    assert read_rows(path) == [*kept, more] and file.counted == counted(tmp_path, [*kept, more])
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
-def test_cut_of_no_file_makes_an_empty_one(tmp_path):
-    cut_metrics(tmp_path / "metrics.jsonl", 5)
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
+@pytest.mark.parametrize("tells", [True, False])
+@pytest.mark.parametrize(
+    "content", [None, "", '{"step": 0}\n', "[0]\n[1]\n[2]\n", '{"step": 0}\n{"step": "2"}\n{"step": 4}\n', '{"step": 0}\n{"step": 3}\n{"step": 6}\n']
+)
+def test_rows_that_a_checkpoint_counts_and_are_gone_are_missed(tmp_path, tells, content):
+    path = tmp_path / "metrics.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl") as error:
+        RowFile(path, 4, counted(tmp_path, ROWS[:3]) if tells else None)
+    assert "\n" not in str(error.value)
+    assert (path.read_text() if path.exists() else None) == content
+
+
+def test_a_row_that_the_disk_refuses_is_one_line(tmp_path):
+    file = RowFile(tmp_path / "metrics.jsonl", -1, None)
+    file.append(ROWS[0])
+    kept = os.dup(file.descriptor)
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, file.descriptor)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: No space left on device; make room on its disk and start the same command again"):
+        file.append(ROWS[1])
+    os.dup2(kept, file.descriptor)
+    assert file.counted.rows == 1
+    file.close()
 
 
 @pytest.mark.parametrize(("budget", "loss"), [(250, 3.5), (400, 2.0), (390, 2.0), (1e9, 2.0), (50, 5.0)])

@@ -14,10 +14,10 @@ import torch
 import launch.evaluate
 import model.sample
 import train as training
-from launch import checkpoint, config
+from launch import config
 from launch.preemption import EXIT_PREEMPTED
 from model import load
-from model.stored import checkpoints
+from model.checkpoint import checkpoints, open_checkpoint
 from optim import Gradient
 from optim.adamw import state_tensors
 from tests.runs import STEPS, assert_same_run, assert_same_tensors, content, rows, tensors
@@ -321,7 +321,7 @@ def test_branch_with_another_schedule_sees_the_same_data(branch, run, reference)
 
 def test_branch_without_the_optimiser_starts_anew_with_its_weights(branch, run, reference):
     assert branch("seed=3", "batch.sequences=2", "optim.lr=0.01", "minutes=1e-6") == EXIT_PREEMPTED
-    saved, parent = checkpoint.load(step_folder(run, 0)), checkpoint.load(step_folder(reference, 10))
+    saved, parent = open_checkpoint(step_folder(run, 0)), open_checkpoint(step_folder(reference, 10))
     ours, theirs = ({name: stored[...] for name, stored in found.tensors["model"].items()} for found in (saved, parent))
     assert_same_tensors(ours, theirs)
     assert saved.tensors["optimizer"] == {} and saved.state["progress"]["tokens"] == saved.state["progress"]["step"] == 0
@@ -420,7 +420,7 @@ def test_too_many_in_a_row_end_the_run_with_the_last_checkpoint_intact(start, ru
         said = capsys.readouterr().out
         assert "error: 4 steps in a row were not finite (max_skipped), up to batch 13; the last checkpoint is intact" in said
         before = content(run / "checkpoints")
-        assert kept(run) == [8, 12] and checkpoint.load(step_folder(run, 12)).state["progress"]["skipped_in_a_row"] == 2
+        assert kept(run) == [8, 12] and open_checkpoint(step_folder(run, 12)).state["progress"]["skipped_in_a_row"] == 2
         assert start("max_skipped=4") == 3  # the count goes on: no endless row of restarts
         assert content(run / "checkpoints") == before
     assert not (run / "summary.json").exists()
@@ -474,5 +474,5 @@ def test_weights_with_a_flipped_byte_are_not_loaded(reference, tmp_path):
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(ValueError, match="does not match its checksum"):
+    with pytest.raises(ValueError, match="does not match its size or checksum"):
         load(run)

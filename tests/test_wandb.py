@@ -16,7 +16,8 @@ import pytest
 
 from conf.schema import TrackingConfig
 from launch import wandb_run
-from launch.tracking import Tracker, read_rows
+from launch.folder import read_rows
+from launch.tracking import Tracker
 from launch.wandb_run import last_step, read_records, records_of, wandb_mode
 from tests.wandb_server import Server
 
@@ -28,7 +29,8 @@ import os, signal, subprocess, sys, time
 from pathlib import Path
 from conf.schema import TrackingConfig
 from launch import wandb_run
-from launch.tracking import Tracker, read_rows, send_rest
+from launch.folder import read_rows
+from launch.tracking import Tracker, send_rest
 dir = Path(sys.argv[1])
 def tracker(mode, wandb_id=None, last_logged=-1, **keys):
     return Tracker(dir, TrackingConfig(mode=mode, tags=["mine"], **{{"timeout": 30.0, **keys}}), "my-run", {CONFIG!r}, wandb_id, 100, last_logged)

@@ -215,7 +215,7 @@ def profile(step: Step) -> None:
 
 def shakespeare(data: str) -> None:
     """The best and the last evaluation of nanoGPT's GPU settings."""
-    from launch.tracking import read_rows
+    from launch.folder import read_rows
 
     with tempfile.TemporaryDirectory() as folder:
         overrides = ["experiment=shakespeare_char", f"data.path={data}", f"data.cache={folder}/cache", f"dir={folder}/run", "tracking=none"]

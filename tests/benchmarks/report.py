@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from launch.tracking import read_rows
+from launch.folder import read_rows
 
 METHODS = ("adamw", "sam", "functional_sam", "preconditioned_sam", "asam", "momentum_sam", "look_sam", "gsam")
 RATES = (1e-3, 2e-3, 3e-3, 5e-3, 1e-2)

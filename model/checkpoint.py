@@ -1,0 +1,291 @@
+"""Checkpoints as they lie on a disk: their names, the tensors in them, and the one way to open one, which verifies it.
+
+Tensors are in safetensors files, each whole in one file, or in parts over the files of several processes. The header of a file of parts says
+where in the full tensors they begin, in the words of torch.distributed.checkpoint, whose HuggingFaceStorageReader reads these folders too:
+
+    DCP_SHARDING_INFO = {"<name>": {"saved_offsets": [first row, first column, ...]}, ...}
+
+Its writer builds a whole file in memory before it writes and names files by no group, and planning a load costs more than the few lines here.
+
+state.json says what else a checkpoint is: counters, shape, the identity of its run, size and sha256 of every other file, and its own
+checksum. `launch.checkpoint` writes them.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import EllipsisType
+from typing import Any, NamedTuple, TypedDict, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from conf.schema import KEYS, Config, lookup
+from data.files import DamagedFile, check, open_regular, parse_json, read_json, read_yaml
+from model.sharding import Layout
+
+T = TypeVar("T")
+SHARDING = "DCP_SHARDING_INFO"
+TENSORS = ("model", "optimizer", "random", "rule")
+PLACES = {name for name, entry in KEYS.items() if entry.metadata.get("place")}  # keys that say where something lies, not what it is
+SECTIONS = {"model", "tokenizer", "data", "batch", "optim", "schedule", "seed"}  # of every config.yaml, of whatever version
+
+
+class DamagedCheckpoint(DamagedFile):
+    """A checkpoint that cannot be used, and why."""
+
+
+class OtherRun(DamagedCheckpoint):
+    """A checkpoint of another run than the one in whose folder it lies."""
+
+
+class Part(NamedTuple):
+    """A part of a tensor, and the indices of its first number in the full one."""
+
+    values: Tensor
+    offset: tuple[int, ...]
+
+
+class StoredPart(NamedTuple):
+    """The same on disk."""
+
+    file: Any
+    offset: list[int]
+    shape: list[int]
+
+
+class Stored:
+    """A tensor on disk. `stored[region]`, a slice with both bounds for every dimension, reads that part of it and nothing else;
+    `stored[...]` reads all. What was opened stays readable though its files be removed."""
+
+    def __init__(self, name: str, parts: list[StoredPart]) -> None:
+        self.name, self.parts = name, parts
+        ends = [[first + size for first, size in zip(part.offset, part.shape, strict=True)] for part in parts]
+        self.shape = torch.Size(map(max, zip(*ends, strict=True)))
+
+    def __getitem__(self, region: tuple[slice, ...] | EllipsisType) -> Tensor:
+        wanted = tuple(slice(0, size) for size in self.shape) if isinstance(region, EllipsisType) else region
+        found = self.parts[0].file.get_slice(self.name)[:0].new_empty([side.stop - side.start for side in wanted])
+        filled = 0
+        for file, offset, shape in self.parts:
+            common = [slice(max(side.start, first), min(side.stop, first + size)) for side, first, size in zip(wanted, offset, shape, strict=True)]
+            if all(side.start < side.stop for side in common):
+                values = file.get_slice(self.name)[tuple(within(side, first) for side, first in zip(common, offset, strict=True))]
+                found[tuple(within(side, other.start) for side, other in zip(common, wanted, strict=True))] = values
+                filled += values.numel()
+        if filled != found.numel():
+            raise DamagedCheckpoint(f"the parts of {self.name} are not all there")
+        return found
+
+
+def within(side: slice, first: int) -> slice:
+    """A slice counted from `first`."""
+    return slice(side.start - first, side.stop - first)
+
+
+def save_parts(path: Path, parts: Mapping[str, Part]) -> None:
+    """Writes contiguous tensors of the CPU to one file. Raises OSError or SafetensorError where the disk refuses."""
+    offsets = {name: {"saved_offsets": part.offset} for name, part in parts.items()}
+    partial = any(any(part.offset) for part in parts.values())  # else they begin where whole tensors do
+    save_file({name: part.values for name, part in parts.items()}, path, {SHARDING: json.dumps(offsets)} if partial else None)
+
+
+class Beginning(TypedDict):
+    """Where a part begins in its full tensor."""
+
+    saved_offsets: list[int]
+
+
+def open_tensors(files: Iterable[Path]) -> dict[str, Any]:
+    """The tensors of some files by name: a number as a tensor, any other as `Stored`. Raises OSError, SafetensorError, KeyError or
+    ValueError where a file is missing or is not what `save_parts` wrote."""
+    parts: dict[str, list[StoredPart]] = {}
+    for path in files:
+        file = safe_open(path, "pt")
+        offsets = parse_json((file.metadata() or {}).get(SHARDING, "{}"), dict[str, Beginning], f"{path}'s header")
+        for name in file.keys():  # noqa: SIM118 - no mapping
+            shape = file.get_slice(name).get_shape()
+            parts.setdefault(name, []).append(StoredPart(file, offsets[name]["saved_offsets"] if offsets else [0] * len(shape), shape))
+    return {name: Stored(name, found) if found[0].shape else found[0].file.get_tensor(name).clone() for name, found in parts.items()}
+
+
+def file_of(group: str, rank: int, world: int) -> str:
+    """The name of a process's file of a group of tensors."""
+    return f"{group}.safetensors" if world == 1 else f"{group}-{rank + 1:05d}-of-{world:05d}.safetensors"
+
+
+def files_of(group: str, names: Iterable[str]) -> list[str]:
+    """Those of some names that are files of a group."""
+    return sorted(name for name in names if re.fullmatch(rf"{group}(-\d+-of-\d+)?\.safetensors", name))
+
+
+def checkpoints(run: Path) -> dict[int, Path]:
+    """The checkpoints of a run by their steps, oldest first; partial ones, and what else lies there, are none. Raises OSError for a folder
+    that cannot be read."""
+    folder = run / "checkpoints"
+    names = os.listdir(folder) if folder.exists() else []
+    steps = {name.removeprefix("step_"): name for name in names if name.startswith("step_")}
+    return {int(step): folder / steps[step] for step in sorted(filter(str.isdecimal, steps), key=int)}
+
+
+def checkpoint_path(run: str | Path, step: int | None = None) -> Path:
+    """The folder of a run's checkpoint; `step=None` means the newest. Raises ValueError where there is none."""
+    found = checkpoints(Path(run))
+    if not found:
+        raise ValueError(f"run={run} has no checkpoints; name the folder of a run that was trained")
+    if step is not None and step not in found:
+        raise ValueError(f"step={step} is not among the checkpoints of {run}; it has {', '.join(map(str, found))}")
+    return found[max(found) if step is None else step]
+
+
+def describe(file: Path) -> tuple[int, str]:
+    """(size in bytes, sha256) of a file. Raises OSError or DamagedFile where it cannot be read."""
+    with open_regular(file) as stream:
+        return os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def checksum(state: Mapping[str, Any]) -> str:
+    """sha256 of plain values, as JSON holds them."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass
+class Checkpoint:
+    """The content of a checkpoint: tensors by file and name, not read yet (`Stored`), and plain values."""
+
+    tensors: dict[str, dict[str, Any]]
+    state: dict[str, Any]
+    path: Path
+    checksum: str  # of the state, and so of every file
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done when it was made."""
+        return self.state["step"]
+
+
+def open_checkpoint(path: Path, only: Collection[str] = TENSORS, layout: Layout | None = None) -> Checkpoint:
+    """Opens a checkpoint whose files are verified: those of the groups of tensors that are asked for, each process some of them, and all
+    that hold no tensors, as the tokenizer's do.
+
+    Raises DamagedCheckpoint on all processes where a file is missing, cut, changed or of another kind."""
+    layout = layout or Layout()
+
+    def verify() -> dict[str, Any]:
+        state = read_state(path)
+        files = check(state.get("files"), dict[str, tuple[int, str]], path / "state.json")
+        wanted = {name for group in only for name in files_of(group, files)} | {name for name in files if not name.endswith(".safetensors")}
+        for name in sorted(wanted)[layout.rank :: layout.world]:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise DamagedCheckpoint(f"{name} lies outside it")
+            if files[name] != describe(path / name):
+                raise DamagedCheckpoint(f"{name} does not match its size or checksum")
+        return state
+
+    state = together(layout, verify)
+    tensors = together(layout, lambda: {group: open_tensors(path / name for name in files_of(group, state["files"])) for group in only})
+    del state["files"]
+    return Checkpoint(tensors, state, path, state.pop("checksum"))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint, its checksum included. Raises ValueError or OSError where it is damaged."""
+    state = read_json(path / "state.json", dict[str, Any])
+    if state.get("checksum") != checksum({key: value for key, value in state.items() if key != "checksum"}):
+        raise DamagedCheckpoint("state.json does not match its checksum")
+    if state.get("step") != int(path.name.removeprefix("step_")):
+        raise DamagedCheckpoint(f"it is of step {state.get('step')}")
+    return state
+
+
+def together(layout: Layout, action: Callable[[], T]) -> T:
+    """Returns what an action comes to on this process. Raises DamagedCheckpoint on all processes where one of them finds damage."""
+    result, error = None, None
+    try:
+        result = action()
+    except FileNotFoundError as missing:
+        error = f"{Path(str(missing.filename)).name} is missing"
+    except ValueError as damage:
+        error = str(damage)
+    except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as damage:
+        # RecursionError is a RuntimeError, and so is what torch says of tensors that it cannot take.
+        error = f"{type(damage).__name__}: {damage}"
+    if error := layout.agreed(error):
+        raise DamagedCheckpoint(error)
+    return result  # type: ignore[return-value]
+
+
+def open_run(run: str | Path, step: int | None, only: Collection[str], layout: Layout | None = None, key: str = "step") -> Checkpoint:
+    """Opens a checkpoint of a run that is not this process's own, by default the newest.
+
+    Args:
+        run: the run folder
+        step: the checkpoint's; None means the newest
+        only: groups of tensors
+        layout: of the processes that open it together
+        key: what the user gives the step by
+
+    Raises:
+        ValueError: there is none, or it is damaged or another run's; the message names the others
+    """
+    layout = layout or Layout()
+    # The run may be under way, and the newest of one process may not be that of another.
+    path = layout.agreed(checkpoint_path(run, step))
+    config = read_config(Path(run))
+    try:
+        saved = open_checkpoint(path, only, layout)
+        if config:
+            refuse_other_run(saved, asdict(config), PLACES)
+        return saved
+    except DamagedFile as error:
+        others = [str(other) for other, place in checkpoints(Path(run)).items() if place != path]
+        remedy = f"choose another with {key}={' or '.join(others)}" if others else "it is the only one of the run"
+        raise ValueError(f"{path} is damaged ({error}); {remedy}") from None
+
+
+def refuse_other_run(saved: Checkpoint, settings: Mapping[str, Any], found: Collection[str]) -> None:
+    """Raises OtherRun, with the keys that differ, where a checkpoint was made by a run of another identity than that of the settings. What
+    the keys in `found` name may lie at another place."""
+    theirs = check(saved.state.get("identity", {}), dict[str, Any], saved.path / "state.json")
+    if changed := differing(theirs, settings, found):
+        raise OtherRun("it is of another run: " + ", ".join(f"{name} {before} -> {now}" for name, (before, now) in changed.items()))
+
+
+def differing(identity: Mapping[str, Any], settings: Mapping[str, Any], found: Collection[str]) -> dict[str, tuple[Any, Any]]:
+    """(value there, value here) of each key in which settings differ from the identity of a checkpoint; of the keys in `found` paths do not
+    count. A key that the identity lacks is newer than it, or read by neither."""
+    changed = {}
+    for name, theirs in identity.items():
+        if name not in KEYS or KEYS[name].metadata.get("mutable") is True:  # a key of another version
+            continue
+        ours = lookup(settings, name)
+        compared = (without_places(theirs), without_places(ours)) if name in found else (theirs, ours)
+        if compared[0] != compared[1]:
+            changed[name] = (theirs, ours)
+    return changed
+
+
+def without_places(value: Any) -> Any:
+    """What is left of a key of PLACES without the paths: whether it is given, the names in it, their order and their weights."""
+    if isinstance(value, Mapping):
+        return [(name, entry.get("weight") if isinstance(entry, Mapping) else None) for name, entry in value.items()]
+    return value is not None
+
+
+def read_config(run: Path) -> Config | None:
+    """The configuration in a run's folder, None where there is no config.yaml; a key that it lacks is newer than the run, and has its
+    default. Raises DamagedFile."""
+    file = run / "config.yaml"
+    try:
+        plain = read_yaml(file, dict[str, Any])
+    except FileNotFoundError:
+        return None
+    if missing := SECTIONS - plain.keys():
+        raise DamagedFile(f"{file} is damaged (it lacks {', '.join(sorted(missing))})")
+    return check(plain, Config, file)
