@@ -79,9 +79,8 @@ def attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
 
 
 def write(partial: Path, tensors: Mapping[str, Mapping[str, Part]], layout: Layout) -> dict[str, tuple[int, str]]:
-    """Writes this process's files; (size, sha256) of each by name. A run folder that is gone is not made again."""
-    partial.parent.mkdir(exist_ok=True)
-    partial.mkdir(exist_ok=True)
+    """Writes this process's files; (size, sha256) of each by name."""
+    partial.mkdir(parents=True, exist_ok=True)
     paths = {partial / file_of(group, layout.rank, layout.world): parts for group, parts in tensors.items() if parts}
     for path, parts in paths.items():
         save_parts(path, parts)

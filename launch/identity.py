@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
@@ -55,7 +56,7 @@ def refuse_another(run: Path, config: Config) -> None:
 
     The name of a run is made of paths too, but what it resumes on is known by checksums. So another path passes here where there is a
     checkpoint that will tell whether the same thing lies there (`launch.state.resume`)."""
-    if (run / "config.yaml").exists():
+    if os.path.lexists(run / "config.yaml"):
         theirs, ours = canonical(load_config(run)), canonical(config)
         passing = PLACES if checkpoints(run) and not (run / "summary.json").exists() else ()
         changed = [name for name in KEYS if compared(name, theirs, passing) != compared(name, ours, passing)]

@@ -85,7 +85,8 @@ def find_runs(folders: Iterable[Path]) -> Iterator[Path]:
         if not given.is_dir():
             raise ValueError(f"{given} is no folder; name run folders, or folders that hold some")
         for root, below, files in os.walk(given, followlinks=True):
-            found = [Path(root)] if "config.yaml" in files and not FILES.isdisjoint(files) else []
+            here = {*below, *files}
+            found = [Path(root)] if "config.yaml" in here and not FILES.isdisjoint(here) else []
             below[:] = [] if found or os.path.realpath(root) in seen else sorted(name for name in below if not name.startswith("."))
             for run in found or [job.run for job in jobs_of(Path(root), warn=True) if not (job.run / "config.yaml").exists()]:
                 if (real := os.path.realpath(run)) not in seen:
@@ -127,7 +128,7 @@ def read_run(folder: Path) -> Record:
 def read_settings(folder: Path) -> tuple[dict[str, Any], int | None]:
     """(settings of a run, the tokens it evaluated on) from its config.yaml. A run that never began has no settings. Raises ValueError for
     a file that is damaged."""
-    if not (folder / "config.yaml").exists():
+    if not os.path.lexists(folder / "config.yaml"):
         return {}, None
     config = load_config(folder)
     return canonical(config), config.evaluation.tokens

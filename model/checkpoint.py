@@ -129,7 +129,7 @@ def checkpoints(run: Path) -> dict[int, Path]:
     """The checkpoints of a run by their steps, oldest first; partial ones, and what else lies there, are none. Raises OSError for a folder
     that cannot be read."""
     folder = run / "checkpoints"
-    names = os.listdir(folder) if folder.exists() else []
+    names = os.listdir(folder) if os.path.lexists(folder) else []
     steps = {name.removeprefix("step_"): name for name in names if name.startswith("step_")}
     return {int(step): folder / steps[step] for step in sorted(filter(str.isdecimal, steps), key=int)}
 
@@ -189,6 +189,8 @@ def open_checkpoint(path: Path, only: Collection[str] = TENSORS, layout: Layout 
         return state
 
     state = together(layout, verify)
+    if path.name != f"step_{state.get('step')!s:0>8}":
+        raise DamagedCheckpoint(f"it is of step {state.get('step')}")
     tensors = together(layout, lambda: {group: open_tensors(path / name for name in files_of(group, state["files"])) for group in only})
     del state["files"]
     return Checkpoint(tensors, state, path, state.pop("checksum"))
@@ -199,8 +201,6 @@ def read_state(path: Path) -> dict[str, Any]:
     state = read_json(path / "state.json", dict[str, Any])
     if state.get("checksum") != checksum({key: value for key, value in state.items() if key != "checksum"}):
         raise DamagedCheckpoint("state.json does not match its checksum")
-    if state.get("step") != int(path.name.removeprefix("step_")):
-        raise DamagedCheckpoint(f"it is of step {state.get('step')}")
     return state
 
 

@@ -81,7 +81,6 @@ class Trained:
     def begin_save(self, saver: Saver, step: int) -> None:
         """As a run does."""
         state = State(step, Progress(step=step), asdict(SHAPE), TOKENIZER.hash, CORPUS.fingerprint, {})
-        saver.run.mkdir(exist_ok=True)
         saver.begin(tensors_of(self.model, self.optimizer, self.rule, self.layout), asdict(state), TOKENIZER, 9, [])
 
 

@@ -45,7 +45,6 @@ def as_it_is(found: Checkpoint) -> Checkpoint:
 
 
 def saved(run: Path, *at: int, keep: int = 9, milestones: tuple[int, ...] = ()) -> Path:
-    run.mkdir(exist_ok=True)
     for step in at:
         parts = {file: {name: Part(value.contiguous(), (0,) * value.ndim) for name, value in group.items()} for file, group in tensors(step).items()}
         path = save(run, parts, {"step": step, "loss": 1 / 3, "nan": float("nan")}, bytes_tokenizer(), keep, list(milestones))

@@ -244,3 +244,41 @@ def test_a_suspended_owner_that_was_taken_over_ends_at_once(tmp_path, start_owne
         assert owner.returncode == lock.EXIT_TAKEN_OVER
         assert said.count("\n") == 1 and said.startswith("error: ") and f"in use by process {os.getpid()} on elsewhere since" in said
         assert (tmp_path / "lock").read_bytes() == taken
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EACCES, errno.EIO, errno.EINVAL])
+def test_a_file_system_whose_locks_fail_has_the_heartbeat(tmp_path, start_owner, monkeypatch, number):
+    def lockf(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    monkeypatch.setattr(lock, "SETTLE", 0.01)
+    with RunLock(tmp_path / "run"):
+        assert lock.is_in_use(tmp_path / "run")
+    owner = start_owner(heartbeat=0.05)
+    with pytest.raises(ValueError, match=f"in use by process {owner.pid}"):
+        RunLock(tmp_path).__enter__()
+
+
+def test_a_dead_owner_of_the_future_is_not_at_work(left_behind, tmp_path):
+    """Its clock was two hours ahead."""
+    os.utime(left_behind, (time.time() + 7200,) * 2)
+    assert not lock.is_in_use(tmp_path)
+    os.utime(left_behind)
+    assert lock.is_in_use(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["7", "[]", '{"pid": "x"}', '{"pid": -1}', '{"pid": 99999999999999999999}', "[" * 4000])
+def test_a_damaged_lock_is_nobodys(tmp_path, monkeypatch, capsys, content):
+    monkeypatch.setattr(lock, "WATCH", 0.1)
+    (tmp_path / "lock").write_text(content)
+    assert not lock.is_in_use(tmp_path)
+    with RunLock(tmp_path):
+        pass
+    assert "taking over from process ? on ?" in capsys.readouterr().err
+
+
+def test_an_empty_folder_of_the_users_stays(tmp_path):
+    with RunLock(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []

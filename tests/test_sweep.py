@@ -170,7 +170,7 @@ def test_a_run_ends_its_wait_or_fails(tmp_path):
     assert state(job, set(), sweeping=True) == "failed"
     job.ended(75)
     assert state(job, set(), sweeping=True) == "stopped"
-    (job.run / "summary.json").write_text("{}")
+    (job.run / "summary.json").write_text('{"step": 1, "tokens": 1, "flops": 1, "seconds": 1.0, "val/loss": null}')
     assert state(job, {"7_1"}) == "done"
 
 
