@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from conf.schema import Config
+from conf.schema import KEYS, Config, check_value, lookup
 from data.files import DamagedFile, check, parse_json, read_bytes, read_json
 from launch.config import name_files
 from model.checkpoint import read_config
@@ -33,11 +33,16 @@ class Counted:
 
 
 def load_config(run: Path) -> Config:
-    """The configuration of a run folder. Raises ValueError where it holds none."""
+    """The configuration of a run folder. Raises ValueError where it holds none, and DamagedFile."""
     config = read_config(run)
     if config is None:
         raise ValueError(f"run={run} holds no config.yaml; name the folder of a run")
-    name_files(config.data)
+    try:
+        name_files(config.data)
+        for name, entry in KEYS.items():
+            check_value(name, lookup(config, name), entry.metadata)
+    except ValueError as error:
+        raise DamagedFile(f"{run / 'config.yaml'} is damaged ({error})") from None
     return config
 
 

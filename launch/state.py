@@ -140,7 +140,7 @@ def resume(
     rows that the checkpoint counts."""
 
     def take(saved: Checkpoint) -> tuple[Path, State]:
-        found = found_elsewhere(saved, settings, corpus, layout)
+        found = found_elsewhere(state_of(saved), settings, corpus, layout)
         refuse_other_run(saved, asdict(settings), found)
         return saved.path, restore(saved, model, optimizer, rule, corpus, layout)
 
@@ -151,18 +151,22 @@ def resume(
     return resumed
 
 
-def found_elsewhere(saved: Checkpoint, settings: Config, corpus: Corpus, layout: Layout) -> set[str]:
+def state_of(saved: Checkpoint) -> State:
+    """The plain values of a checkpoint. Raises DamagedFile where they are of other types."""
+    return check(saved.state, State, saved.path / "state.json")
+
+
+def found_elsewhere(state: State, settings: Config, corpus: Corpus, layout: Layout) -> set[str]:
     """The keys of PLACES whose paths may differ from those in a checkpoint: what lies there now is what it was made with."""
     found = set()
-    if saved.state.get("data") == corpus.fingerprint:
+    if state.data == corpus.fingerprint:
         found |= {name for name in PLACES if name.startswith("data.")}
-    if saved.state.get("tokenizer") == corpus.tokenizer.hash:
+    if state.tokenizer == corpus.tokenizer.hash:
         found.add("tokenizer.path")
-    theirs, origin = saved.state.get("identity", {}), saved.state.get("origin")
     for name, ours in (("init.run", settings.init.run), ("init.hf", settings.init.hf)):
-        moved = ours is not None and theirs.get(name) not in (None, ours)
+        moved = ours is not None and state.identity.get(name) not in (None, ours)
         # Looked at by the main process alone: it may be much to read.
-        if moved and origin and layout.agreed(layout.main and origin in origins(name, ours)):
+        if moved and state.origin and layout.agreed(layout.main and state.origin in origins(name, ours)):
             found.add(name)
     return found
 
@@ -186,10 +190,12 @@ def checksum_of_weights(name_or_dir: str) -> str:
 
 def restore(saved: Checkpoint, model: GPT, optimizer: Optimizer, rule: Gradient, corpus: Corpus, layout: Layout) -> State:
     """Takes over everything that the next step depends on. Raises DamagedFile, on all processes, for a checkpoint that does not fit,
-    and ValueError where the data are others by now."""
-    state = check(saved.state, State, saved.path / "state.json")
+    and ValueError where the data or the tokenizer are others by now."""
+    state = state_of(saved)
     if state.data != corpus.fingerprint:
         raise ValueError(f"the data have changed since {saved.path} was made; bring them back, or choose another dir")
+    if state.tokenizer != corpus.tokenizer.hash:
+        raise ValueError(f"the tokenizer has changed since {saved.path} was made; bring it back, or choose another dir")
     refuse_other_shapes(saved, model)
 
     def load() -> None:
@@ -232,7 +238,7 @@ def branch(
         saved = open_run(init.run or "", init.step, TENSORS, layout, "init.step")
     except ValueError as error:
         raise ValueError(f"init.run={init.run}: {error}") from None
-    state = check(saved.state, State, saved.path / "state.json")
+    state = state_of(saved)
     if state.tokenizer != corpus.tokenizer.hash or state.model != asdict(model.config):
         raise ValueError(f"init.run={init.run} has another shape or tokenizer; choose its model, tokenizer and data")
     if not init.optimizer:
@@ -244,7 +250,7 @@ def branch(
         raise ValueError(f"optim.base={ours['optim.base']} differs from {theirs.get('optim.base')} in init.run, whose state it cannot take over; "
                          "keep it, or leave init.optimizer out")  # fmt: skip
     order = {key: value for key, value in theirs.items() if key == "seed" or key.startswith(("data.", "batch.sequences", "batch.length"))}
-    if changed := differing(order, asdict(settings), found_elsewhere(saved, settings, corpus, layout)):
+    if changed := differing(order, asdict(settings), found_elsewhere(state, settings, corpus, layout)):
         key, (before, now) = next(iter(changed.items()))
         raise ValueError(f"{key}={now} differs from {before} in init.run; to go on in its data order, keep it")
     saved.tensors["rule"].clear()

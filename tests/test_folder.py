@@ -1,5 +1,6 @@
 """What a run folder holds is verified by every command: one line says what is wrong, and nothing that is damaged is believed."""
 
+import errno
 import json
 import os
 import resource
@@ -203,6 +204,26 @@ def rows_and_weights(run: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return kept, {name: value.tolist() for name, value in load_file(step_folder(run, 6) / "model.safetensors").items()}
 
 
+VALUES = [
+    ("seed: 0", "seed: zero"),
+    ("  length: 32", "  length: -5"),
+    ("model:\n", "model: 3\nothers:\n"),
+    ("  sources: {}", "  sources: [1]"),
+    ("  width: 32", "  width: 32.5"),
+    ("batch:\n", "others:\n"),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), VALUES)
+def test_a_value_that_a_configuration_cannot_have_is_named(run, call, old, new):
+    text = (run / "config.yaml").read_text()
+    assert old in text
+    (run / "config.yaml").write_text(text.replace(old, new, 1))
+    for command in ("train", "evaluate"):
+        code, said = call(command)
+        assert code == 2 and f"{run}/config.yaml is damaged (" in said
+
+
 # Checkpoints that are whole, and wrong
 
 
@@ -229,7 +250,7 @@ WRONG: dict[str, Callable[[Path], Any]] = {
     "a list of counters": lambda path: reseal(path, lambda state: state.update(progress=[])),
     "no files": lambda path: reseal(path, lambda state: state.pop("files")),
     "files of another kind": lambda path: reseal(path, lambda state: state.update(files=["model.safetensors"])),
-    "a file outside": lambda path: reseal(path, lambda state: state["files"].update({"../step_00000004/model.safetensors": [1, "x"]})),
+    "a file outside": lambda path: reseal(path, lambda state: state["files"].update({"../step_00000004/state.json": [1, "x"]})),
     "no weights": lambda path: reseal(path, lambda state: state["files"].pop("model.safetensors")),
     "an identity of text": lambda path: reseal(path, lambda state: state.update(identity="seed")),
     "another step": lambda path: reseal(path, lambda state: state.update(step=4)),
@@ -288,7 +309,7 @@ def test_rows_that_are_cut_or_replaced_are_missed(run, call, change):
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in ROWS_CHANGED[change](lines)))
     code, said = call("train")
-    assert code == 2 and "does not hold the 5 rows that the checkpoint counts" in said and "init.optimizer=true" in said
+    assert code == 2 and "does not hold the 6 rows that the checkpoint counts" in said and "init.optimizer=true" in said
 
 
 def test_a_checkpoint_that_counts_no_rows_goes_on(run, call, whole):
@@ -421,6 +442,25 @@ def test_an_export_that_the_disk_refuses_is_one_line_and_leaves_nothing(call, tm
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "runs"]
 
 
+def test_a_row_that_the_disk_refuses_ends_the_run_and_loses_nothing(run, call, whole, monkeypatch):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    shutil.rmtree(step_folder(run, 5))
+
+    def fill() -> None:
+        size = (run / "metrics.jsonl").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))
+
+    try:
+        with monkeypatch.context() as patch:
+            after_step(patch, 5, fill)
+            code, said = call("train")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and f"{run}/metrics.jsonl: File too large; make room on its disk and start the same command again" in said
+    assert call("train")[0] == 0
+    assert rows_and_weights(run) == rows_and_weights(whole)
+
+
 def test_temporary_files_of_killed_writers_are_cleared(run, call):
     ours = [run / "config.yaml.123.tmp", run / "summary.json.4194304.tmp", run / "code/environment.json.7.tmp"]
     others = [run / "report.html.123.tmp", run / "config.yaml.mine.tmp"]
@@ -428,6 +468,20 @@ def test_temporary_files_of_killed_writers_are_cleared(run, call):
         file.write_text("half")
     assert call("train", STOP)[0] == EXIT_PREEMPTED
     assert [file.exists() for file in (*ours, *others)] == [False] * 3 + [True] * 2
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, "error: x/y: No space left on device; make room there, and give the same command again"),
+        (errno.EROFS, "error: x/y: Read-only file system; name a place that can be written, and give the same command again"),
+        (errno.EIO, "error: x/y: Input/output error; mend that, and give the same command again"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(capsys, number, said):
+    with pytest.raises(SystemExit) as end, config.user_errors():
+        raise OSError(number, os.strerror(number), "x/y")
+    assert end.value.code == 2 and capsys.readouterr().err == f"{said}\n"
 
 
 def test_an_old_list_of_jobs_is_read(tmp_path):
