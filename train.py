@@ -99,7 +99,8 @@ class Run:
 
     def __init__(self, settings: Config, plan: Plan, name: str, folder: Path, lock: RunLock, layout: Layout) -> None:
         self.settings, self.plan, self.name, self.layout = settings, plan, name, layout
-        self.folder, self.lock = folder, lock
+        self.folder = folder
+        self.lock = lock
         self.device = choose_device(settings.device)
         self.dtype = choose_precision(settings.precision, self.device)
         seed_everything(settings.seed, layout.rank, settings.deterministic)
@@ -138,11 +139,13 @@ class Run:
         self.saver = Saver(folder, layout)
         if found := resume(folder, settings, self.model, self.optimizer, self.rule, self.corpus, layout):
             path, self.resumed = found
-            self.progress, self.began_from = self.resumed.progress, self.resumed.origin
+            self.progress = self.resumed.progress
+            self.began_from = self.resumed.origin
             self.said = f"resumed from {path}"
         elif settings.init.run:
             parent, self.progress = branch(settings, self.model, self.optimizer, self.rule, self.corpus, layout, plan.schedule)
-            self.said, self.began_from = f"branched from {parent.path}", parent.checksum
+            self.said = f"branched from {parent.path}"
+            self.began_from = parent.checksum
         elif settings.init.hf:
             start_from(self.model, settings.init.hf, self.corpus.tokenizer)
             self.said = f"started from the weights of {settings.init.hf}"
@@ -151,9 +154,10 @@ class Run:
 
     def announce(self) -> None:
         """Opens the logs and says what will be trained."""
-        plan, settings, resumed = self.plan, self.settings, self.resumed
-        wandb_id, counted = (resumed.wandb_id, resumed.rows) if resumed else (None, None)
+        plan, settings = self.plan, self.settings
         steps, logged = plan.schedule.steps, self.progress.logged
+        wandb_id = self.resumed.wandb_id if self.resumed else None
+        counted = self.resumed.rows if self.resumed else None
         self.tracker: Tracker | Silent = Silent()
         if self.layout.main:
             self.tracker = Tracker(self.folder, settings.tracking, self.name, identity.as_read(settings), wandb_id, steps, logged, counted)

@@ -1,7 +1,7 @@
-"""A run folder as it is read: its configuration, its rows and its summary. Its checkpoints are opened by `model.checkpoint`.
+"""A run folder as it is read: its configuration, its rows and its summary. `model.checkpoint` opens its checkpoints.
 
-What lies in a folder may have been cut, emptied or exchanged since it was written. Every command reads it here, and says in one line what is
-wrong.
+What lies in a folder may have been cut, emptied or exchanged since it was written. Every command reads it here, and
+says in one line what is wrong.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ class Counted:
 
 
 def load_config(run: Path) -> Config:
-    """The configuration of a run folder. Raises ValueError where it holds none, and DamagedFile."""
+    """Returns the configuration of a run folder. Raises ValueError where it holds none, and DamagedFile."""
     config = read_config(run)
     if config is None:
         raise ValueError(f"run={run} holds no config.yaml; name the folder of a run")
@@ -47,7 +47,7 @@ def load_config(run: Path) -> Config:
 
 
 def read_summary(run: Path) -> dict[str, Any] | None:
-    """The final figures of a run, None where it is not done. Raises DamagedFile."""
+    """Returns the final figures of a run, None where it is not done. Raises DamagedFile."""
     file = run / "summary.json"
     try:
         summary = read_json(file, dict[str, Any])
@@ -60,8 +60,8 @@ def read_summary(run: Path) -> dict[str, Any] | None:
 
 
 def lines_of(file: Path) -> list[bytes]:
-    """The lines of a metrics.jsonl, oldest first, none where there is no file; a last one that a crash cut short is left out. Raises
-    DamagedFile."""
+    """Returns the lines of a metrics.jsonl, oldest first, none where there is no file. A last one that a crash cut
+    short is left out. Raises DamagedFile."""
     try:
         return read_bytes(file, MOST).split(b"\n")[:-1]
     except FileNotFoundError:
@@ -69,7 +69,7 @@ def lines_of(file: Path) -> list[bytes]:
 
 
 def parse_row(line: bytes, number: int, file: Path) -> Row:
-    """The row in a line of a metrics.jsonl, counted from 1. Raises DamagedFile."""
+    """Returns the row in a line of a metrics.jsonl, whose number counts from 1. Raises DamagedFile."""
     source = f"{file}, line {number},"
     row = parse_json(line, dict[str, Number], source)
     if not isinstance(row.get("step"), int):
@@ -78,12 +78,12 @@ def parse_row(line: bytes, number: int, file: Path) -> Row:
 
 
 def read_rows(file: Path) -> list[Row]:
-    """The rows of a metrics.jsonl, oldest first. Raises DamagedFile for a line that is none."""
+    """Returns the rows of a metrics.jsonl, oldest first. Raises DamagedFile for a line that is none."""
     return [parse_row(line, number, file) for number, line in enumerate(lines_of(file), 1)]
 
 
 def counted_lines(file: Path, logged: int, counted: Counted | None) -> list[bytes]:
-    """The lines of the rows that a checkpoint counts, with their ends. Later ones, however damaged, are left out.
+    """Returns the lines of the rows that a checkpoint counts. Later ones, however damaged, are left out.
 
     Args:
         file: the metrics.jsonl of the run
@@ -110,12 +110,13 @@ def counted_lines(file: Path, logged: int, counted: Counted | None) -> list[byte
 
 
 def digest(lines: list[bytes]) -> Any:
-    """The running sha256 of some rows."""
+    """Returns the running sha256 of some rows."""
     return hashlib.sha256(b"".join(line + b"\n" for line in lines))
 
 
 class RowFile:
-    """The metrics.jsonl of a run under way, which begins with the rows that the checkpoint counts: those after them are logged again.
+    """The metrics.jsonl of a run under way. It begins with the rows that the checkpoint counts: later ones are logged
+    again.
 
     Raises ValueError as `counted_lines` does, and where the disk refuses a row."""
 

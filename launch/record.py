@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from launch.identity import canonical
 from launch.jobs import Job, read_jobs, reason
 from launch.lock import is_in_use, owner_in
 from launch.watchdog import Failure
-from model.checkpoint import checkpoints
+from model.checkpoint import checkpoints, read_state
 
 KEPT = (b'"val/loss"', b'"sharpness/delta_func"')  # rows with one of these are always read: they are few
 SAMPLED = 400  # rows that are read of the others
@@ -28,13 +29,6 @@ class Start:
 
     devices: list[str] = field(default_factory=list)
     cpu: str = ""
-
-
-@dataclass
-class Measured:
-    """What the state of a checkpoint tells of the data."""
-
-    data: str | None = None
 
 
 @dataclass
@@ -117,9 +111,7 @@ def read_run(folder: Path) -> Record:
         record.state, record.reason = ending(folder, record.summary, rows)
         last_start = [Start(), *read_json(folder / "code" / "environment.json", list[Start], absent=[])][-1]
         record.hardware = ", ".join(last_start.devices) or last_start.cpu
-        if newest := list(checkpoints(folder).values())[-1:]:
-            data = read_json(newest[0] / "state.json", Measured).data
-            record.measured_on |= {"data": data} if data else {}
+        record.measured_on |= {"data": data} if (data := data_of(folder)) else {}
     except (OSError, ValueError) as error:
         record.state, record.reason = "damaged", " ".join(str(error).split())
     return record
@@ -174,6 +166,14 @@ def ending(folder: Path, summary: dict[str, Any], rows: list[dict[str, Any]]) ->
     if content := read_bytes(lock) if (lock := folder / "lock").exists() else b"":
         return "stopped", f"killed: {owner_in(content, lock)} had it; the same command goes on"
     return "stopped", "ended in order before its end; the same command goes on"
+
+
+def data_of(folder: Path) -> str | None:
+    """The fingerprint of a run's data, as its newest sound checkpoint tells it; None where none does."""
+    for path in reversed(checkpoints(folder).values()):
+        with suppress(OSError, ValueError):
+            return read_state(path).get("data")
+    return None
 
 
 def read_failure(folder: Path) -> str:
