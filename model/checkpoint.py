@@ -215,7 +215,7 @@ def together(layout: Layout, action: Callable[[], T]) -> T:
         error = str(damage)
     except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as damage:
         # RecursionError is a RuntimeError, and so is what torch says of tensors that it cannot take.
-        error = f"{type(damage).__name__}: {damage}"
+        error = " ".join(f"{type(damage).__name__}: {damage}".split())
     if error := layout.agreed(error):
         raise DamagedCheckpoint(error)
     return result  # type: ignore[return-value]
