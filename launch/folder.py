@@ -20,7 +20,6 @@ MOST = 2**34  # bytes of metrics.jsonl
 REMEDY = "bring it back, or go on from the checkpoint in another folder, dir=NEW init.run=THIS init.optimizer=true"
 FILES = ("config.yaml", "metrics.jsonl", "summary.json")  # what a run writes beside its folders
 Row = dict[str, Any]
-Number = int | float | None
 Figures = TypedDict("Figures", {"step": int, "tokens": int, "flops": int, "seconds": float, "val/loss": float | None})  # of every summary
 
 
@@ -71,7 +70,10 @@ def lines_of(file: Path) -> list[bytes]:
 def parse_row(line: bytes, number: int, file: Path) -> Row:
     """Returns the row in a line of a metrics.jsonl, whose number counts from 1. Raises DamagedFile."""
     source = f"{file}, line {number},"
-    row = parse_json(line, dict[str, Number], source)
+    row = parse_json(line, dict[str, Any], source)
+    for name, value in row.items():
+        if not isinstance(value, int | float | None) or isinstance(value, bool):
+            raise DamagedFile(f"{source} is damaged ({name} is no number)")
     if not isinstance(row.get("step"), int):
         raise DamagedFile(f"{source} is damaged (it has no step)")
     return row

@@ -20,6 +20,7 @@ from launch.lock import RunLock
 from launch.record import SAMPLED, find_runs, read_run
 from launch.report import main
 from tests.runs import Server
+from tests.test_folder import reseal
 
 SEEDS = (0, 1, 2)
 RUNS = {  # name: overrides
@@ -177,8 +178,7 @@ def test_only_like_is_compared_with_like(copied, tmp_path):
     copied("adamw-0", "repeated")
     environment = tmp_path / "runs/sam/code/environment.json"
     environment.write_text(json.dumps([json.loads(environment.read_text())[-1] | {"devices": ["NVIDIA H200"]}]))
-    (state,) = list((tmp_path / "runs/sam/checkpoints").glob("step_00000040/state.json"))
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"data": "0123456789abcdef"}))
+    reseal(tmp_path / "runs/sam/checkpoints/step_00000040", lambda state: state.update(data="0123456789abcdef"))
     section = section_of(tmp_path)
     assert list(section.methods) == ["adamw", "sam", "sam weight_decay=0.2"]
     notes = "\n".join(section.notes)
@@ -228,7 +228,7 @@ def test_long_files_are_sampled(copied, tmp_path):
 DAMAGES = [
     ("metrics.jsonl", '{"step": 20,', '{"step": 20, \0', "metrics.jsonl, line 6, is damaged"),
     ("metrics.jsonl", '{"step": 20,', '{"st', "metrics.jsonl, line 6, is damaged"),
-    ("metrics.jsonl", '"tokens": 2560,', '"tokens": "many",', "metrics.jsonl, line 6, is damaged (tokens"),
+    ("metrics.jsonl", '"tokens": 2560,', '"tokens": "many",', "metrics.jsonl, line 6, is damaged (tokens is no number)"),
     ("summary.json", "{", "", "summary.json is damaged"),
     ("summary.json", '"flops"', '"flop"', "summary.json is damaged (Object missing required field flops)"),
     ("config.yaml", "seed: 0", "seed: [", "config.yaml is damaged"),
