@@ -76,7 +76,7 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
             raise DamagedFile(f"{path} cannot be read ({error.strerror})") from None
 
 
-def open_regular(path: Path) -> io.BufferedReader:
+def open_regular(path: str | Path) -> io.BufferedReader:
     """Opens a regular file for reading. Raises DamagedFile where it is another kind of file or unreadable, and FileNotFoundError where
     there is none."""
     try:
@@ -90,6 +90,16 @@ def open_regular(path: Path) -> io.BufferedReader:
         os.close(descriptor)
         raise DamagedFile(f"{path} is no regular file; remove it")
     return open(descriptor, "rb")
+
+
+def expand(key: str, path: str) -> str:
+    """Returns a path with the home folder in place of a leading ~. Raises ValueError, naming the key, where there is none."""
+    if not path.startswith("~"):
+        return path
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~") or (os.environ.get("HOME") == "" and path.partition("/")[0] == "~"):
+        raise ValueError(f"{key}={path}: {path.partition('/')[0]} stands for no folder here (HOME is not set); write the path out")
+    return expanded
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -4,10 +4,11 @@ Those of Hugging Face that are something else are in data/hf_tokenizer.py, behin
 """
 
 import base64
-import binascii
 import hashlib
 import json
 import os
+import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.files import write_atomically
+from data.files import DamagedFile, expand, read_bytes, read_json, write_atomically
 
 if TYPE_CHECKING:
     import tiktoken
@@ -28,6 +29,16 @@ SIZES = {"bytes": 257, "gpt2": 50257}  # vocabularies that are known without the
 BYTES_PATTERN = r"(?s:.{1,64})"  # there are no merges, so any split gives the same ids; this one is fast
 # How GPT-2 splits text into words before it merges, in the words of tiktoken (what tokenizers' ByteLevel does by itself).
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# Unicode's white space, which the pattern's \s is; Python's own is a little more.
+WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+LONG_SPACE = re.compile(f"(?<![{WHITE_SPACE}])[{WHITE_SPACE}]{{100000,}}")
+# Training takes the square of a word's length, so it sees longer words in stretches of so many characters: base64, a padded field and the
+# like. Encoding knows of no such limit.
+LONGEST_WORD = 256
+LONG_STRETCH = re.compile(rf"[{WHITE_SPACE}]{{{LONGEST_WORD + 1}}}|[^{WHITE_SPACE}]{{{LONGEST_WORD + 1}}}")
+LONG_WORD = re.compile(
+    "|".join(f"(?<!{kind}){kind}{{{LONGEST_WORD + 1},}}" for kind in (rf"[{WHITE_SPACE}]", r"[^\W_]", rf"(?:[^\w{WHITE_SPACE}]|_)"))
+)
 
 # GPT-2's ranks: where OpenAI keeps them, what the file may be called on a disk (the last name is tiktoken's own, in its cache), and
 # the `Tokenizer.hash` that they must have.
@@ -107,11 +118,13 @@ class Tokenizer(ABC):
 
         path = Path(folder) / FILE
         try:
-            content = json.loads(path.read_text())
+            content = read_json(path, dict[str, Any])
             return HFTokenizer.from_content(content) if "huggingface" in content else RankedTokenizer.from_content(content)
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file; give a folder that holds a {FILE}") from None
-        except (ValueError, KeyError, TypeError, binascii.Error):
+        except DamagedFile as error:
+            raise ValueError(f"{error}; delete it, it is rebuilt") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{path} is damaged; delete it, it is rebuilt") from None
 
 
@@ -146,12 +159,36 @@ class RankedTokenizer(Tokenizer):
         return tiktoken.Encoding(self.name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.eot})
 
     @cached_property
+    def _undivided(self) -> "tiktoken.Encoding":
+        """The encoding of a text that is one word."""
+        import tiktoken
+
+        ranks = {token: rank for rank, token in enumerate(self.ranks)}
+        return tiktoken.Encoding(f"{self.name}-word", pat_str="(?s:.+)", mergeable_ranks=ranks, special_tokens={})
+
+    @cached_property
     def hash(self) -> str:
         content = [self.pattern, [base64.b64encode(token).decode() for token in self.ranks], {END_OF_TEXT: self.eot}]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def encode(self, text: str, opens: bool = True) -> np.ndarray:
-        return self.encoding.encode_to_numpy(text, disallowed_special=())
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:
+            # The matcher of split patterns gives up on a million white-space characters in a row.
+            if self.pattern != GPT2_PATTERN or not LONG_SPACE.search(text):
+                raise
+            return self._encode_long_spaces(text)
+
+    def _encode_long_spaces(self, text: str) -> np.ndarray:
+        """Encodes a text around its long runs of white space. The pattern makes one word of such a run, up to the last character before
+        other text, which goes with that: the words, and so the ids, are those of the whole text."""
+        parts, begin = [], 0
+        for run in LONG_SPACE.finditer(text):
+            end = run.end() - (run.end() < len(text))
+            parts += [self.encode(text[begin : run.start()]), self._undivided.encode_to_numpy(text[run.start() : end])]
+            begin = end
+        return np.concatenate([*parts, self.encode(text[begin:])])
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         return self.encoding.decode_bytes([int(i) for i in ids])
@@ -167,9 +204,12 @@ class RankedTokenizer(Tokenizer):
     def from_content(cls, content: dict[str, Any]) -> "RankedTokenizer":
         """The inverse of `content`. Raises ValueError, KeyError or TypeError for what is not one."""
         ranks = tuple(base64.b64decode(token, validate=True) for token in content["ranks"])
-        tokenizer = cls(content["name"], content["pattern"], ranks)
+        tokenizer = cls(str(content["name"]), str(content["pattern"]), ranks)
         if content["special_tokens"] != {END_OF_TEXT: tokenizer.eot} or len(set(ranks)) != len(ranks):
             raise ValueError("not one id for each string of bytes")
+        if tokenizer.pattern not in (BYTES_PATTERN, GPT2_PATTERN):
+            # tiktoken raises ValueError for a pattern that is none.
+            assert tokenizer.encoding
         return tokenizer
 
 
@@ -182,7 +222,7 @@ def gpt2_tokenizer(path: str | None, cache: Path) -> RankedTokenizer:
     """GPT-2's tokenizer, with tiktoken's ids. Its ranks are read from `path`, a file or the folder of one; without it from
     $TIKTOKEN_CACHE_DIR, from <cache>/gpt2, or from the network, once. Raises ValueError where they cannot be had or are not GPT-2's."""
     if path is not None:
-        file = find_gpt2(Path(path).expanduser())
+        file = find_gpt2(Path(expand("tokenizer.path", path)))
         if file is None:
             raise ValueError(f"tokenizer.path={path} holds no ranks of GPT-2; name a {' or '.join(GPT2_FILES[:3])}, or the folder of one")
         return read_gpt2(file)
@@ -215,7 +255,7 @@ def download_gpt2(folder: Path) -> Path:
 def read_gpt2(file: Path) -> RankedTokenizer:
     """The tokenizer of a file of ranks: lines "<base64> <rank>" (tiktoken's), or a version and then the pairs that are merged."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = read_bytes(file).decode().splitlines()
         if lines and lines[0].startswith("#version"):
             byte_of = byte_alphabet()
             merged = (bytes(byte_of[character] for character in line.replace(" ", "")) for line in lines[1:])
@@ -233,24 +273,37 @@ def read_gpt2(file: Path) -> RankedTokenizer:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> RankedTokenizer:
     """Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909; over bytes as GPT-2) of the texts, end of text as last id.
 
-    The pairs that are merged, and so the ids, are those of Hugging Face's `tokenizers`; training twice gives the same.
+    The pairs that are merged, and so the ids, are those of Hugging Face's `tokenizers`, but for words of more than LONGEST_WORD characters,
+    which are seen in parts; training twice gives the same.
     Raises ValueError if the texts hold too few repeated pairs for that many merges.
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
+    # The library's own bar, on stderr, where that is a terminal.
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=alphabet, show_progress=sys.stderr.isatty())
     model = tokenizers.Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
-    model.train_from_iterator(texts, trainer)
+    model.train_from_iterator((part for text in texts for part in part_long_words(text)), trainer)
     vocab = model.get_vocab()
     if len(vocab) < vocab_size - 1:
         raise ValueError(f"tokenizer.vocab_size={vocab_size} is too large for this text, which gives {len(vocab) + 1}; choose that or less")
     byte_of = byte_alphabet()
     ranks = tuple(bytes(byte_of[character] for character in token) for token in sorted(vocab, key=vocab.__getitem__))
     return RankedTokenizer("bpe", GPT2_PATTERN, ranks)
+
+
+def part_long_words(text: str) -> Iterator[str]:
+    """Yields a text whole, or in parts that hold no word of more than LONGEST_WORD characters."""
+    begin = 0
+    if LONG_STRETCH.search(text):
+        for word in LONG_WORD.finditer(text):
+            for end in range(word.start() + LONGEST_WORD, word.end(), LONGEST_WORD):
+                yield text[begin:end]
+                begin = end
+    yield text[begin:]
 
 
 def byte_alphabet() -> dict[str, int]:

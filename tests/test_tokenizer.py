@@ -2,6 +2,9 @@ import functools
 import hashlib
 import http.server
 import json
+import os
+import random
+import re
 import shutil
 import sysconfig
 import threading
@@ -13,6 +16,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 import data.tokenizer
+from data import tokenizer as module
 from data.tokenizer import GPT2_HASH, GPT2_PATTERN, Tokenizer, bytes_tokenizer, gpt2_tokenizer, head, train_bpe
 from launch.config import compose
 from launch.plan import make_plan
@@ -99,10 +103,10 @@ def test_saved_and_loaded(bpe, tmp_path):
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     for damage in ({"ranks": content["ranks"][:-1]}, {"ranks": ["!"]}, {"special_tokens": {}}, {"ranks": [*content["ranks"][:-1], "YQ=="]}):
         (tmp_path / "tokenizer.json").write_text(json.dumps(content | damage))
-        with pytest.raises(ValueError, match=r"tokenizer.json is damaged; delete it"):
+        with pytest.raises(ValueError, match=r"tokenizer.json is damaged.*; delete it, it is rebuilt"):
             Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer.json is damaged; delete it"):
+    with pytest.raises(ValueError, match=r"tokenizer.json is damaged.*; delete it, it is rebuilt"):
         Tokenizer.load(tmp_path)
     with pytest.raises(ValueError, match="no such file"):
         Tokenizer.load(tmp_path / "none")
@@ -189,3 +193,47 @@ def test_ranks_that_are_missing_or_others_are_named(ranks, tmp_path, no_network)
             gpt2_tokenizer(str(ranks), tmp_path)
     with pytest.raises(ValueError, match=r"encoder.json is no file of GPT-2's ranks; give gpt2.tiktoken or vocab.bpe"):
         gpt2_tokenizer(str(ranks / "encoder.json"), tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["[1]", "3", '"ranks"', '{"huggingface": 3}', "[" * 200_000, '{"name": "x", "pattern": "(", "ranks": []}'])
+def test_a_tokenizer_that_is_something_else_is_named(tmp_path, damage):
+    (tmp_path / "tokenizer.json").write_text(damage)
+    with pytest.raises(ValueError, match=r"tokenizer.json is damaged.*; delete it, it is rebuilt") as caught:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"tokenizer.json is no regular file"):
+        Tokenizer.load(tmp_path)
+
+
+def test_around_long_white_space_ids_are_those_of_the_whole_text(bpe, monkeypatch):
+    """Runs of three are long here, so that the library can tell the ids of the whole."""
+    space = module.WHITE_SPACE
+    monkeypatch.setattr(module, "LONG_SPACE", re.compile(f"(?<![{space}])[{space}]{{3,}}"))
+    generator = random.Random(0)
+    kinds = [" ", "\n", "\t", "\r\n", "\u3000", "\x85", "\xa0", "\u2028", "\x1c"] * 3 + ["a", "é", "12", "!", "'s", "日本", "_"]
+    for _ in range(1000):
+        text = "".join(generator.choices(kinds, k=generator.randint(1, 40)))
+        assert bpe._encode_long_spaces(text).tolist() == bpe.encode(text).tolist(), text
+
+
+@pytest.mark.parametrize("text", ["s" + " " * 1_000_010 + "e", "\n" * 1_200_000, " " * 1_000_100 + "a" + "\t" * 1_000_100])
+def test_a_million_white_space_characters_are_encoded(bpe, text):
+    assert bpe.decode(bpe.encode(text)) == text
+
+
+@pytest.mark.parametrize("word", [" " * 400_000, "\n \t" * 100_000, "a1" * 200_000, "-_" * 200_000, "ก" * 300_000])
+def test_training_is_quick_on_words_without_end(word):
+    """Beside it, one word of a tenth of that length took minutes."""
+    bpe = train_bpe(["word and word " * 50, f"x{word}y"], 262)
+    assert max(map(len, bpe.ranks)) <= 4 * module.LONGEST_WORD
+    parts = [*module.part_long_words(f"some x{word}y words")]
+    assert "".join(parts) == f"some x{word}y words" and max(map(len, parts)) < module.LONGEST_WORD + 10
+
+
+def test_words_of_languages_are_not_parted():
+    texts = ["one two\n" * 1000, "{};=" * 60 + "a" * 250, "日本語。" * 1000, "-" * 256 + "\n" + " " * 255 + "x"]
+    assert [[*module.part_long_words(text)] for text in texts] == [[text] for text in texts]
