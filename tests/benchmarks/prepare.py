@@ -4,8 +4,10 @@
 
 Three tokenizers' worth of work on the same text: GPT-2's (skipped without --ranks) and a bpe of 4096 trained on its head, from .txt
 files (data=text) and, with GPT-2's, from gzipped JSON and from parquet (data=hub, streamed by `datasets`). Preparing counts all of
-it: reading, splitting, encoding, checksums, writing, verifying. The loop encodes the same documents, already in memory, and throws
-the ids away. The two take turns in one process, so that the ratio of medians holds while the machine's speed drifts.
+it: reading, splitting, encoding, checksums, writing, verifying, looking for leaks. The last two, done again by themselves, are given as
+shares of its time: what data.verify_days costs, and what noticing the same text in training and validation does. The loop encodes the
+same documents, already in memory, and throws the ids away. The two take turns in one process, so that the ratio of medians holds while
+the machine's speed drifts.
 """
 
 import argparse
@@ -29,6 +31,7 @@ from conf.schema import DataConfig
 from data import prepare
 from data.cache import num_cores
 from data.corpora import TextCorpus
+from data.overlap import overlap
 from data.tokenizer import RankedTokenizer, gpt2_tokenizer, head, train_bpe
 
 
@@ -36,13 +39,21 @@ def config(source: str, path: str, cache: str, separator: str | None) -> DataCon
     return DataConfig(name=source, source=source, path=path, cache=cache, separator=separator, validation_fraction=0.05)
 
 
-def seconds_of_preparing(data: DataConfig, tokenizer: RankedTokenizer) -> float:
-    """Into a cache that is empty, with a tokenizer that was not used before."""
+def seconds_of_preparing(data: DataConfig, tokenizer: RankedTokenizer) -> tuple[float, float, float]:
+    """Returns the seconds of preparing into a cache that is empty with a tokenizer that was not used before, of verifying the shards
+    again, and of looking for the text of validation in that of training."""
     fresh = RankedTokenizer(tokenizer.name, tokenizer.pattern, tokenizer.ranks)
     with tempfile.TemporaryDirectory(dir=data.cache) as cache:
         began = time.perf_counter()
-        prepare(DataConfig(**{**vars(data), "cache": cache}), fresh)
-        return time.perf_counter() - began
+        corpus = prepare(DataConfig(**{**vars(data), "cache": cache}), fresh)
+        prepared = time.perf_counter()
+        for tokens in [*corpus.train.values(), *corpus.validation.values()]:
+            for shard in tokens.shards:
+                shard.verify()
+        verified = time.perf_counter()
+        for tokens in corpus.validation.values():
+            overlap(list(corpus.train.values()), tokens)
+        return prepared - began, verified - prepared, time.perf_counter() - verified
 
 
 def seconds_of_loop(texts: list[str], tokenizer: RankedTokenizer) -> float:
@@ -76,15 +87,20 @@ def paragraphs(texts: list[str], size: int = 2000) -> list[str]:
 def compare(label: str, data: DataConfig, tokenizer: RankedTokenizer, texts: list[str], rounds: int) -> str:
     """A row of the table."""
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    ours, loop = [], []
+    ours, loop, verifying, looking = [], [], [], []
     seconds_of_loop(texts[: len(texts) // 20 + 1], tokenizer)  # warms up
     for _ in range(rounds):
-        ours.append(megabytes / seconds_of_preparing(data, tokenizer))
+        prepared, verified, looked = seconds_of_preparing(data, tokenizer)
+        ours.append(megabytes / prepared)
+        verifying.append(verified / prepared)
+        looking.append(looked / prepared)
         loop.append(megabytes / seconds_of_loop(texts, tokenizer))
     name = f"{tokenizer.name}-{tokenizer.vocab_size}"
     speeds = [statistics.median(ours), statistics.median(loop)]
     spread = f"{min(ours):.1f} to {max(ours):.1f}"
-    return f"| {label} | {name} | {len(texts):,} | {megabytes:.1f} | {speeds[0]:.1f} ({spread}) | {speeds[1]:.1f} | {speeds[0] / speeds[1]:.2f} x |"
+    again = f"{statistics.median(verifying):.1%} | {statistics.median(looking):.1%}"
+    ratio = f"{speeds[0] / speeds[1]:.2f} x"
+    return f"| {label} | {name} | {len(texts):,} | {megabytes:.1f} | {speeds[0]:.1f} ({spread}) | {speeds[1]:.1f} | {ratio} | {again} |"
 
 
 def main() -> None:
@@ -116,8 +132,8 @@ def main() -> None:
     report = [
         f"{date.today()}; {num_cores()} cores ({platform.machine()}), Python {platform.python_version()}, {used}",
         "",
-        "| source | tokenizer | documents | MB | prepared, MB/s (lowest to highest) | plain loop, MB/s | ratio |",
-        "|---|---|---|---|---|---|---|",
+        "| source | tokenizer | documents | MB | prepared, MB/s (lowest to highest) | plain loop, MB/s | ratio | verifying again | leaks |",
+        "|---|---|---|---|---|---|---|---|---|",
         *rows,
     ]
     print("\n".join(["", *report]))
