@@ -19,6 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from conf.schema import Config
 from data import Loader, Prefetcher, Validation, prepare, training_sample, unigram_bigram
+from data.cache import check as check_data
 from data.files import remove_temporary
 from launch import checkpoint, config, identity
 from launch.evaluate import evaluate
@@ -62,6 +63,7 @@ def main(settings: Config) -> int:
     plan = make_plan(settings)
     name = identity.run_name(settings)
     if settings.plan_only:
+        check_data(settings.data, settings.tokenizer, settings.batch.length)
         print(describe(settings, plan, name))
         return 0
     folder = Path(settings.dir or f"runs/{name}")

@@ -102,7 +102,7 @@ class DataConfig:
 
     name: str = key("stdlib", "name of the corpus, used in the run's name")
     source: str = key("stdlib", "where text comes from", choices=("stdlib", "text", "tokens", "hub"))
-    path: Any = key(None, "file, glob or list of .txt, .jsonl, .parquet; tokens: of .bin, or a folder; hub: a dataset's name, or a folder",
+    path: Any = key(None, "file, folder, glob or list of .txt, .jsonl, .parquet; tokens: of .bin; hub: a dataset's name, or a folder",
                     place=True, read_when=("data.source", ("text", "tokens", "hub")))  # fmt: skip
     sources: Any = key(None, "several weighted sources, name: {path, weight}; instead of data.path",
                        place=True, read_when=("data.source", ("text", "tokens")))  # fmt: skip
@@ -120,6 +120,9 @@ class DataConfig:
                                 choices=("documents", "tail"), read_when=("data.source", ("stdlib", "text")))  # fmt: skip
     cache: str = key("~/.cache/flatgpt", "folder of prepared shards and trained tokenizers", mutable=True)
     workers: int | None = key(None, "processes that prepare text; default one per core", low=1, mutable=True)
+    bad_rows: str = key("error", "rows that cannot be read (null, no UTF-8, no JSON): stop and name the row, or skip and count them",
+                        choices=("error", "skip"), mutable=True, read_when=("data.source", ("text", "hub")))  # fmt: skip
+    verify_days: float = key(7.0, "days after which the content of shards is verified again, at a start; 0: at every start", low=0.0, mutable=True)
 
 
 @dataclass

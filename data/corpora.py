@@ -12,16 +12,19 @@ import mmap
 import os
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from conf.schema import DataConfig
+from data.files import expand, open_regular
 
 PIECE_BYTES = 2**24  # large enough that a shard is worth a file, small enough that a process holds its text and tokens easily
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 NOT_IN_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings"}
+
+BOM = "\ufeff"  # what some programs put at the beginning of a text in UTF-8
 
 # The newline before a character that is not white space begins a token of its own whatever stands before it, so text may be
 # cut there. Lead bytes c2, e1, e2 and e3 are left out: some of the characters that they begin are white space.
@@ -45,11 +48,26 @@ class Span(NamedTuple):
     closes: bool = True
 
 
+class NoText(ValueError):
+    """There is no text where a key says it is."""
+
+
+class EmptySplit(ValueError):
+    """Holding out documents leaves a part without any."""
+
+
 class Layout(NamedTuple):
     """How documents lie in files: DataConfig's `field` and `separator`."""
 
     field: str
     separator: str | None
+
+
+class BadRow(NamedTuple):
+    """A row, or a document between separators, that cannot be read: its file, place and problem, and what a user can do."""
+
+    problem: str
+    remedy: str = "mend or remove it"
 
 
 class Text(NamedTuple):
@@ -59,6 +77,13 @@ class Text(NamedTuple):
     text: str
     opens: bool
     closes: bool
+    file: str  # where it was read
+    position: int  # byte (.parquet and streams: row) of that file
+
+    @property
+    def place(self) -> str:
+        """The file and line, or row, where the text begins."""
+        return f"{self.file}: {name_position(self.file, self.position)}"
 
 
 @dataclass(frozen=True)
@@ -72,17 +97,23 @@ class Piece:
     held_out: str | None
     fraction: float
     num_bytes: int  # of text, about
+    bad_rows: str  # as in DataConfig
 
     @property
     def parts(self) -> tuple[str, ...]:
         return (self.part,) if self.held_out is None else (self.part, self.held_out)
 
-    def texts(self) -> Iterator[Text]:
-        """Everything in the piece, in order. Raises ValueError that names the file and the line for what cannot be read."""
+    def texts(self, skipped: list[str] | None = None) -> Iterator[Text]:
+        """Everything in the piece, in order. Raises ValueError that names the file and the line for what cannot be read; with
+        bad_rows=skip, rows that cannot are appended to `skipped`."""
         for span in self.spans:
             for position, text in documents(span, self.layout):
+                if isinstance(text, BadRow):
+                    skip(text, self.bad_rows, skipped)
+                    continue
                 held_out = self.held_out is not None and is_held_out(span.file.name, position, self.fraction)
-                yield Text(self.held_out if held_out else self.part, text, span.opens, span.closes)  # type: ignore[arg-type]
+                part = self.held_out if held_out and self.held_out else self.part
+                yield Text(part, text, span.opens, span.closes, span.file.path, span.start if position == 0 else position)
 
 
 class TextCorpus:
@@ -91,17 +122,22 @@ class TextCorpus:
     A part is "train/<source>" or "validation/<set>". Without named validation sets each source gives up a share of its
     own text, as the set "validation", or under the source's name if there are several.
 
-    Raises ValueError for files that are missing or of another kind, and for a split that can be seen to come out empty.
+    Where each document is a whole file and chance would hold out none of them, the tail is held out; `warnings` says so.
+
+    Raises ValueError for files of another kind, and NoText where there are none.
     """
 
     def __init__(self, data: DataConfig) -> None:
         self.data = data
+        self.split = data.validation_split
+        self.warnings: list[str] = []
         self.layout = Layout(data.field, data.separator if data.source == "text" else None)
         self.named: dict[str, list[File]] = {}
         self.weights: dict[str, float] | None = None
+        self.stdlib_hash: str | None = None
         if data.source == "stdlib":
             self.sources = {"stdlib": stdlib_files()}
-            content: Any = content_hash(self.sources["stdlib"])
+            self.stdlib_hash = content_hash(self.sources["stdlib"])
         else:
             sources, validation = data.sources or {}, data.validation or {}
             if (data.path is None) == (not sources):
@@ -113,14 +149,35 @@ class TextCorpus:
             self.sources = {name: find_files(key, path) for name, (key, path) in paths.items()}
             self.named = {name: find_files(f"data.validation.{name}", path) for name, path in validation.items()}
             self.weights = {name: source.weight for name, source in sources.items()} or None
-            content = [{name: [file[1:] for file in files] for name, files in group.items()} for group in (self.sources, self.named)]
         for name in [*self.sources, *self.named]:
             if not re.fullmatch(r"[\w.+-]+", name):
                 raise ValueError(f"{name!r} in data.sources or data.validation names a folder; use letters, digits and _ . + - only")
-        split = None if self.named else [data.validation_fraction, data.validation_split]
-        self.identity = {"source": data.source, "content": content, "layout": list(self.layout), "split": split}
-        if split and data.validation_split == "documents":
+        if not self.named and self.split == "documents":
             self._check_whole_files()
+
+    @property
+    def files(self) -> list[File]:
+        """Every file of the corpus, those of validation sets last; none where the content is known without."""
+        groups = (self.sources, self.named) if self.stdlib_hash is None else ()
+        return [file for group in groups for files in group.values() for file in files]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the corpus is, by the names, sizes and times of its files."""
+        return self.identify(lambda file: file[1:])
+
+    def identify(self, describe: Callable[[File], Any]) -> dict[str, Any]:
+        """Returns what the corpus is, each file as it is described; two of one identity have the same shards."""
+        content: Any = self.stdlib_hash
+        if content is None:
+            content = [{name: [describe(file) for file in files] for name, files in group.items()} for group in (self.sources, self.named)]
+        split = None if self.named else [self.data.validation_fraction, self.split]
+        return {"source": self.data.source, "content": content, "layout": list(self.layout), "split": split}
+
+    def hold_out_the_tail(self, reason: str) -> None:
+        """Holds out the end of the text instead of random documents."""
+        self.split = "tail"
+        self.warnings.append(f"{reason}, so the tail of the text is held out, as data.validation_split=tail does")
 
     def held_out(self, source: str) -> str:
         """The part that gets the held-out text of a source."""
@@ -133,7 +190,7 @@ class TextCorpus:
             part, held_out, whole = f"train/{name}", self.held_out(name), [(file, 0, extent(file)) for file in files]
             if self.named:
                 pieces += self._pack(part, whole)
-            elif data.validation_split == "documents":
+            elif self.split == "documents":
                 pieces += self._pack(part, whole, held_out)
             else:
                 before, after = cut_tail(whole, data.validation_fraction, self.layout)
@@ -146,11 +203,15 @@ class TextCorpus:
         part = f"train/{source}"
         return (text.text for piece in self.pieces() if piece.part == part for text in piece.texts() if text.part == part)
 
-    def notes(self) -> list[str]:
-        """What a user should know before the text is used: files that are trained and validated on."""
-        trained_on = {file.path for files in self.sources.values() for file in files}
-        shared = [(file.path, name) for name, files in self.named.items() for file in files if file.path in trained_on]
-        return [f"{path} is both in the training text and in data.validation.{name}" for path, name in shared]
+    def leaks(self, digests: dict[str, str]) -> dict[str, str]:
+        """Returns a line for each validation part with a file that holds the bytes of a training file, given the digests of files by path."""
+        found = {}
+        trained_on = {digests[file.path]: file.path for files in self.sources.values() for file in files if file.size} if self.named else {}
+        for name, files in self.named.items():
+            for file in files:
+                if other := trained_on.get(digests[file.path]):
+                    found[f"validation/{name}"] = f"{file.path} of data.validation.{name} holds the same bytes as {other}, which is trained on"
+        return found
 
     def _pack(self, part: str, stretches: Iterable[tuple[File, int, int]], held_out: str | None = None) -> list[Piece]:
         """The pieces of (file, start, stop): spans are put together as long as they stay within PIECE_BYTES."""
@@ -163,23 +224,31 @@ class TextCorpus:
             packs[-1].append(span)
             sizes[-1] += size
         fraction = self.data.validation_fraction
-        return [Piece(part, i, tuple(pack), self.layout, held_out, fraction, sizes[i]) for i, pack in enumerate(packs)]
+        bad_rows = self.data.bad_rows
+        return [Piece(part, i, tuple(pack), self.layout, held_out, fraction, sizes[i], bad_rows) for i, pack in enumerate(packs)]
 
     def _check_whole_files(self) -> None:
-        """Raises ValueError where each document is a whole file and chance holds out none of them, or all."""
+        """Holds out the tail where each document is a whole file and chance holds out none of them, or all."""
         for name, files in self.sources.items():
             if self.layout.separator is None and all(file.path.endswith(".txt") for file in files):
                 num_held_out = sum(is_held_out(file.name, 0, self.data.validation_fraction) for file in files)
                 if num_held_out in (0, len(files)):
-                    raise ValueError(empty_split(self.held_out(name) if num_held_out == 0 else f"train/{name}", len(files), self.data))
+                    part = self.held_out(name) if num_held_out == 0 else f"train/{name}"
+                    return self.hold_out_the_tail(empty_split(part, len(files), self.data))
+        return None
 
 
 def empty_split(part: str, num_documents: int, data: DataConfig) -> str:
-    """What to say when holding out documents leaves a part without any."""
-    return (
-        f"data.validation_fraction={data.validation_fraction} of {num_documents} document{'s' * (num_documents != 1)} leaves {part} empty; "
-        "set data.validation_split=tail, or data.separator if the .txt files hold several documents each, or data.validation"
-    )
+    """Returns what happened where holding out text leaves a part without any."""
+    return f"data.validation_fraction={data.validation_fraction} of {num_documents} document{'s' * (num_documents != 1)} leaves {part} empty"
+
+
+def skip(row: BadRow, bad_rows: str, skipped: list[str] | None) -> None:
+    """Notes a row that cannot be read. Raises ValueError unless such rows are to be skipped."""
+    if bad_rows == "error":
+        raise ValueError(f"{row.problem}; {row.remedy}, or set data.bad_rows=skip to leave such rows out")
+    if skipped is not None:
+        skipped.append(row.problem)
 
 
 def is_held_out(name: str, position: int, fraction: float) -> bool:
@@ -191,22 +260,50 @@ def is_held_out(name: str, position: int, fraction: float) -> bool:
 
 
 def find_files(key: str, paths: Any, suffixes: tuple[str, ...] = SUFFIXES) -> list[File]:
-    """The files of a path, glob or list of them; a glob's in alphabetical order, each file once. Raises ValueError naming the key."""
+    """Returns the files of a path, glob or list of them; those of a glob or below a folder in alphabetical order, each file once.
+
+    Raises ValueError, naming the key, for paths that are no text or of another kind, and NoText where there is nothing."""
     patterns = [paths] if isinstance(paths, str) else paths if isinstance(paths, (list, tuple)) else []
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise ValueError(f"{key}={paths} names no files; give a file, a glob or a list of them")
     found: list[str] = []
     for pattern in patterns:
-        path = os.path.abspath(os.path.expanduser(pattern))
-        matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+        path = os.path.abspath(expand(key, pattern))
+        matches = [path] if os.path.exists(path) else sorted(glob.glob(as_glob(path), recursive=True))
         files = [match for match in matches if os.path.isfile(match)]
         if not files:
-            problem = "is a folder; write" if matches else "matches no file; give a file or a glob like"
-            raise ValueError(f"{key}={pattern} {problem} FOLDER/*{suffixes[0]}")
+            files = sorted(file for match in matches for file in files_below(match, suffixes))
+        if not files:
+            kinds = ", ".join(suffixes)
+            if matches:
+                raise NoText(f"{key}={pattern} holds no {kinds} file; give a file, a folder of such, or a glob like FOLDER/*{suffixes[0]}")
+            brackets = "; [ ] in a name are written [[] and []]" if "[" in path else ""
+            raise NoText(f"{key}={pattern} matches no file; give a file or a glob like FOLDER/*{suffixes[0]}{brackets}")
         found += files
     if wrong := [path for path in found if not path.endswith(suffixes)]:
         raise ValueError(f"{key}={wrong[0]} is of no known kind; give {', '.join(suffixes)} files")
     return list_files(list(dict.fromkeys(found)), os.path.commonpath([os.path.dirname(path) for path in found]))
+
+
+def as_glob(path: str) -> str:
+    """Returns a pattern in which the folders that are there stand for themselves, whatever characters they have in their names."""
+    literal, rest = path, ""
+    while literal and not os.path.exists(literal):
+        literal, _, last = literal.rpartition("/")
+        rest = f"/{last}{rest}"
+    return glob.escape(literal) + rest
+
+
+def files_below(folder: str, suffixes: tuple[str, ...]) -> Iterator[str]:
+    """Yields the files of the kinds below a folder, but hidden ones; links are followed, each folder once."""
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        folders[:] = sorted(name for name in folders if not name.startswith(".")) if real not in seen else []
+        if real not in seen:
+            paths = (os.path.join(root, name) for name in names if name.endswith(suffixes) and not name.startswith("."))
+            yield from (path for path in paths if os.path.isfile(path))
+        seen.add(real)
 
 
 def stdlib_files() -> list[File]:
@@ -230,6 +327,12 @@ def content_hash(files: list[File]) -> str:
     for file in files:
         digest.update(f"{file.name}\0{file.size}\0".encode() + Path(file.path).read_bytes())
     return digest.hexdigest()
+
+
+def digest(file: File) -> str:
+    """Returns the sha256 (hex) of a file's bytes."""
+    with open_regular(file.path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 # Spans
@@ -283,7 +386,31 @@ def cut_tail(whole: list[tuple[File, int, int]], fraction: float, layout: Layout
                 cut = align(view, cut, layout if file.path.endswith(".txt") else None)
         before.append((file, start, cut))
         after.append((file, cut, stop))
+    if all(is_blank(*stretch) for stretch in after):
+        hold_out_the_last_row(before, after)
     return before, after
+
+
+def is_blank(file: File, start: int, stop: int) -> bool:
+    """Returns whether a stretch of a file holds nothing but white space; a long one does not."""
+    if start == stop or stop - start > 2**20 or file.path.endswith(".parquet"):
+        return start == stop
+    with mapped(file.path) as view:
+        return not view[start:stop].strip()
+
+
+def hold_out_the_last_row(before: list[tuple[File, int, int]], after: list[tuple[File, int, int]]) -> None:
+    """Moves the last row of .jsonl files from the stretches before to those after."""
+    for index, (file, start, stop) in reversed([*enumerate(before)]):
+        if start < stop and file.path.endswith(".jsonl"):
+            with mapped(file.path) as view:
+                end = stop
+                while end > start and view[end - 1 : end].isspace():
+                    end -= 1
+                cut = view.rfind(b"\n", 0, end) + 1
+            if cut > start or any(begin < end for _, begin, end in before[:index]):
+                before[index], after[index] = (file, start, cut), (file, cut, stop)
+            return
 
 
 def align(view: mmap.mmap, cut: int, layout: Layout | None) -> int:
@@ -300,7 +427,7 @@ def align(view: mmap.mmap, cut: int, layout: Layout | None) -> int:
 
 def separator_line(layout: Layout) -> re.Pattern[bytes]:
     assert layout.separator is not None
-    return re.compile(rb"(?m)^" + re.escape(layout.separator.encode()) + rb"\r?(?:\n|\Z)")
+    return re.compile(rb"(?m)^(?:\xef\xbb\xbf)?" + re.escape(layout.separator.encode()) + rb"\r?(?:\n|\Z)")
 
 
 def mapped(path: str) -> mmap.mmap:
@@ -311,62 +438,106 @@ def mapped(path: str) -> mmap.mmap:
 # Documents
 
 
-def documents(span: Span, layout: Layout) -> Iterator[tuple[int, str]]:
-    """(byte or row of the file where it begins, text) of the documents that are not empty."""
+def documents(span: Span, layout: Layout) -> Iterator[tuple[int, str | BadRow]]:
+    """Yields (byte or row of the file where it begins, text) of the documents that are not empty, without a byte-order mark."""
     file = span.file
     if file.path.endswith(".parquet"):
-        yield from parquet_documents(span, layout.field)
-        return
-    with open(file.path, "rb") as stream:
-        stream.seek(span.start)
-        data = stream.read(span.stop - span.start)
-    if file.path.endswith(".jsonl"):
-        yield from jsonl_documents(file, span.start, data, layout.field)
-    elif layout.separator is None:
-        yield 0, decode(file, span.start, data)  # all parts of the one document share its position
+        found = parquet_documents(span, layout.field)
     else:
-        begin = 0
-        for match in separator_line(layout).finditer(data):
-            if match.start() > begin:
-                yield span.start + begin, decode(file, span.start + begin, data[begin : match.start()])
-            begin = match.end()
-        if begin < len(data):
-            yield span.start + begin, decode(file, span.start + begin, data[begin:])
+        with open_regular(file.path) as stream:
+            stream.seek(span.start)
+            data = stream.read(span.stop - span.start)
+        if file.path.endswith(".jsonl"):
+            found = jsonl_documents(file, span.start, data, layout.field)
+        elif layout.separator is None:
+            found = whole_document(span, data)
+        else:
+            found = separated_documents(file, span.start, data, layout)
+    for position, text in found:
+        if isinstance(text, str):
+            text = text.removeprefix(BOM)
+        if text:
+            yield position, text
 
 
-def decode(file: File, position: int, data: bytes) -> str:
+def whole_document(span: Span, data: bytes) -> Iterator[tuple[int, str | BadRow]]:
+    """Yields a .txt file, or a part of one: all parts share the position 0. Raises ValueError for a part that is not UTF-8, since the
+    others may be elsewhere by now."""
+    text = decode(span.file, span.start, data)
+    if isinstance(text, BadRow) and not (span.opens and span.closes):
+        raise ValueError(f"{text.problem}; {text.remedy}")
+    # A mark within the file is a character of its text.
+    yield 0, BOM + text if isinstance(text, str) and span.start else text
+
+
+def separated_documents(file: File, start: int, data: bytes, layout: Layout) -> Iterator[tuple[int, str | BadRow]]:
+    """Yields what lies between the separator lines of a part of a .txt file that begins at byte `start`."""
+    begin = 0
+    for match in separator_line(layout).finditer(data):
+        if match.start() > begin:
+            yield start + begin, decode(file, start + begin, data[begin : match.start()])
+        begin = match.end()
+    if begin < len(data):
+        yield start + begin, decode(file, start + begin, data[begin:])
+
+
+def decode(file: File, position: int, data: bytes) -> str | BadRow:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        line = line_number(file, position + error.start)
-        raise ValueError(f"{file.path}: line {line} is not UTF-8 (byte {position + error.start}); convert the file, for example with iconv") from None
+        line = line_number(file.path, position + error.start)
+        problem = f"{file.path}: line {line} is not UTF-8 (byte {position + error.start})"
+        return BadRow(problem, "convert the file, for example with iconv")
 
 
-def jsonl_documents(file: File, start: int, data: bytes, field: str) -> Iterator[tuple[int, str]]:
-    """(byte of its line, text) of each row; `start` is the byte of the file where `data` begins. Raises ValueError for a row without text."""
+def jsonl_documents(file: File, start: int, data: bytes, field: str) -> Iterator[tuple[int, str | BadRow]]:
+    """Yields (byte of its line, text) of each row; `start` is the byte of the file where `data` begins."""
     position = start
     for line in data.split(b"\n"):
         if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                raise ValueError(f"{file.path}: line {line_number(file, position)} is not JSON in UTF-8; mend or remove it") from None
-            text = row.get(field) if isinstance(row, dict) else None
-            if not isinstance(text, str):
-                problem = f"{line_number(file, position)} has no text in field {field!r}"
-                raise ValueError(f"{file.path}: line {problem}; set data.field to the field that holds the text")
-            if text:
-                # JSON can escape half of a surrogate pair, which no UTF-8 text holds: such a half becomes U+FFFD.
-                yield position, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            text = row_text(line, field)
+            if isinstance(text, str):
+                yield position, text
+            else:
+                yield position, BadRow(f"{file.path}: line {line_number(file.path, position)} {text.problem}", text.remedy)
         position += len(line) + 1
 
 
-def parquet_documents(span: Span, field: str) -> Iterator[tuple[int, str]]:
-    """(row, text) of each row of a span. Raises ValueError for a file without the field, or a row without text."""
-    parquet = open_parquet(span.file.path)
+# Python refuses whole numbers of thousands of digits. They are no text in any case.
+ROWS = json.JSONDecoder(parse_int=float)
+
+
+def row_text(line: bytes, field: str) -> str | BadRow:
+    """Returns the text of a line of .jsonl, or what is wrong with it."""
+    try:
+        row = ROWS.decode(line.decode("utf-8", "surrogatepass").removeprefix(BOM))
+    except ValueError:
+        return BadRow("is not JSON in UTF-8")
+    except RecursionError:
+        return BadRow("is nested too deeply to be read")
+    if not isinstance(row, dict):
+        return BadRow("is no object with a text in a field")
+    if field not in row:
+        return BadRow(f"has no text in field {field!r} (its fields are {', '.join(row)[:200]})", SET_FIELD)
+    text = row[field]
+    if text is None:
+        return BadRow(f"has no text in field {field!r}: it is null")
+    if not isinstance(text, str):
+        return BadRow(f"has no text in field {field!r}: it is of another kind", SET_FIELD)
+    # JSON can escape half of a surrogate pair, which no UTF-8 text holds: such a half becomes U+FFFD.
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+SET_FIELD = "set data.field to the field that holds the text"
+
+
+def parquet_documents(span: Span, field: str) -> Iterator[tuple[int, str | BadRow]]:
+    """Yields (row, text) of each row of a span. Raises ValueError for a file whose field is missing or holds no text."""
+    path = span.file.path
+    parquet = open_parquet(path)
     if field not in parquet.schema_arrow.names:
         columns = ", ".join(parquet.schema_arrow.names)
-        raise ValueError(f"{span.file.path}: no field {field!r}; set data.field to the one that holds the text, of {columns}")
+        raise ValueError(f"{path}: no field {field!r}; set data.field to the one that holds the text, of {columns}")
     end = 0
     for group in range(parquet.metadata.num_row_groups):
         begin, end = end, end + parquet.metadata.row_group(group).num_rows
@@ -374,15 +545,39 @@ def parquet_documents(span: Span, field: str) -> Iterator[tuple[int, str]]:
             continue
         row = begin
         for batch in parquet.iter_batches(batch_size=1024, row_groups=[group], columns=[field]):
-            for text in batch.column(0).to_pylist():
+            for text in column_texts(batch.column(0), field, path):
                 if span.start <= row < span.stop:
-                    if not isinstance(text, str):
-                        raise ValueError(
-                            f"{span.file.path}: row {row} has no text in field {field!r}; set data.field to the field that holds the text"
-                        )
-                    if text:
-                        yield row, text
+                    yield row, BadRow(f"{path}: row {row} {text.problem}", text.remedy) if isinstance(text, BadRow) else text
                 row += 1
+
+
+def column_texts(column: Any, field: str, path: str) -> list[str | BadRow]:
+    """Returns the texts of a column of Arrow, or what is wrong with them. Raises ValueError for a column of another type."""
+    import pyarrow
+    import pyarrow.types as types
+
+    if types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    kind = column.type
+    is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    is_bytes = types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+    if not (is_text or is_bytes or types.is_null(kind)):
+        raise ValueError(f"{path}: data.field={field} holds {kind}, not text; {SET_FIELD}")
+    try:
+        values = column.to_pylist()
+    except UnicodeDecodeError:
+        values = column.cast(pyarrow.large_string()).cast(pyarrow.large_binary()).to_pylist()
+    return [value if isinstance(value, str) else text_of(value, field) for value in values]
+
+
+def text_of(value: bytes | None, field: str) -> str | BadRow:
+    """Returns the text that bytes are, or what is wrong with them."""
+    if value is None:
+        return BadRow(f"has no text in field {field!r}: it is null")
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        return BadRow(f"is not UTF-8 in field {field!r} (byte {error.start} of the text)")
 
 
 def open_parquet(path: str) -> Any:
@@ -396,7 +591,14 @@ def open_parquet(path: str) -> Any:
         raise ValueError(f"{path}: not a parquet file ({str(error).splitlines()[0]}); mend or remove it") from None
 
 
-def line_number(file: File, position: int) -> int:
-    """Line, counted from 1, of a byte of a file."""
-    with mapped(file.path) as view:
+def name_position(path: str, position: int) -> str:
+    """Returns what a person calls a place in a file: a row of .parquet and of streams, else a line."""
+    if path.endswith((".txt", ".jsonl", ".py")) and os.path.isfile(path):
+        return f"line {line_number(path, position)}"
+    return f"row {position}"
+
+
+def line_number(path: str, position: int) -> int:
+    """Returns the line, counted from 1, of a byte of a file."""
+    with mapped(path) as view:
         return view[:position].count(b"\n") + 1

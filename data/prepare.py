@@ -23,6 +23,8 @@ def main(overrides: list[str]) -> None:
         for part, entry in parts.items():
             ratio = entry["bytes"] / entry["tokens"]
             print(f"{part}: {entry['tokens']:,} tokens, {entry['documents']:,} documents, {ratio:.3f} bytes per token, {entry['shards']} shards")
+        for part, number in corpus.meta.get("skipped", {}).items():
+            print(f"{part}: {number:,} rows that could not be read were skipped, the first: {corpus.meta.get('first_skipped')}")
         megabytes = sum(entry["bytes"] for entry in parts.values()) / 1e6
         print(f"{megabytes:.1f} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s); vocabulary {corpus.tokenizer.vocab_size}; {corpus.folder}")
 

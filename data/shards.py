@@ -10,15 +10,17 @@ import json
 import os
 import struct
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
+import msgspec
 import numpy as np
 
-from data.files import write_atomically
+from data.files import open_regular, read_json, write_atomically
 from data.tokenizer import Tokenizer
 
 MAGIC = b"FLATGPT\0"
@@ -74,7 +76,7 @@ class Shard:
         def damaged(problem: str) -> ValueError:
             return ValueError(f"{path} {problem}; {remedy}")
 
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
         if len(start) < HEADER.size or start[:8] != MAGIC:
             raise damaged("is not a token shard")
@@ -93,7 +95,7 @@ class Shard:
     def verify(self) -> None:
         """Reads all of it. Raises ValueError unless its contents are what was written."""
         digest = self.header.digest()
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             file.seek(HEADER.size)
             while block := file.read(2**22):
                 digest.update(block)
@@ -125,12 +127,43 @@ class Tokens:
         return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)
 
 
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Part(TypedDict):
+    """What a part of a corpus comes to."""
+
+    shards: Annotated[int, msgspec.Meta(ge=0, le=10_000_000)]
+    tokens: Count
+    documents: Count
+    bytes: Count
+
+
+class TokenizerMeta(TypedDict):
+    name: str
+    vocab_size: int
+    hash: str
+
+
+class Meta(TypedDict):
+    """The meta.json of a prepared corpus."""
+
+    version: NotRequired[int]
+    fingerprint: str
+    corpus: NotRequired[dict[str, Any]]
+    parts: dict[Annotated[str, msgspec.Meta(pattern=r"^(train|validation)/[\w.+-]+$")], Part]
+    tokenizer: NotRequired[TokenizerMeta]
+    notes: NotRequired[list[str]]  # what every user of the corpus should know
+    skipped: NotRequired[dict[str, Count]]  # rows that could not be read, by part
+    first_skipped: NotRequired[str]
+
+
 @dataclass(frozen=True)
 class Corpus:
     """A prepared corpus. `fingerprint` is a hash of all its tokens; `weights` are relative, None where there is one source."""
 
     folder: Path
-    meta: dict[str, Any]
+    meta: Meta
     tokenizer: Tokenizer
     train: dict[str, Tokens]
     validation: dict[str, Tokens]
@@ -167,20 +200,30 @@ def write_shard(path: Path, ids: np.ndarray, starts: Sequence[int], num_bytes: i
 # Reading
 
 
-def verify_once(folder: Path, shards: Sequence[Shard]) -> None:
-    """Verifies the shards that were not found right before, or that were touched since; the folder's verified.json tells."""
+def verify_once(folder: Path, shards: Sequence[Shard], days: float) -> None:
+    """Verifies the shards that were not found right before, that were touched since, or that were found right more than so many days
+    ago, as disks lose bits; the folder's verified.json tells."""
     from tqdm import tqdm
 
     record = folder / "verified.json"
     stats = {os.path.relpath(shard.path, folder).replace(os.sep, "/"): shard.path.stat() for shard in shards}
     current = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     try:
-        known = json.loads(record.read_text())
-    except (FileNotFoundError, ValueError):
+        known = read_json(record, dict[str, list[int | float]], {})
+    except ValueError:
         known = {}
-    doubtful = [shard for shard, name in zip(shards, current, strict=True) if known.get(name) != current[name]]
+    doubtful = [
+        shard for shard, name in zip(shards, current, strict=True) if known.get(name, [])[:2] != current[name] or is_old(known[name][2:], days)
+    ]
     for shard in tqdm(doubtful, desc="verifying", unit="shard", disable=None if len(doubtful) > 1 else True, file=sys.stderr):
         shard.verify()
+        known[os.path.relpath(shard.path, folder).replace(os.sep, "/")] = []
     if doubtful:
+        looked = {name: [*stat, *(known[name][2:] or [time.time()])] for name, stat in current.items()}
         with contextlib.suppress(OSError):  # a cache that others share may be read-only; then every start verifies
-            write_atomically(record, json.dumps(current))
+            write_atomically(record, json.dumps(looked))
+
+
+def is_old(looked: Sequence[float], days: float) -> bool:
+    """Returns whether a time, if there is one, lies more than so many days back, or in the future by the clock of another host."""
+    return not looked or abs(time.time() - looked[0]) >= days * 86400

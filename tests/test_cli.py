@@ -158,7 +158,7 @@ def test_sample_streams_and_repeats_with_its_seed(run, monkeypatch):
         (prepare, ["data.pth=x"], "data.pth=x: no such key; did you mean data.path?"),
         (prepare, ["temprature=1"], "temprature=1: no such key"),
         (prepare, ["data=text", "data.path=nowhere.txt"], "data.path=nowhere.txt matches no file"),
-        (prepare, ["data=text", "data.path=runs"], "data.path=runs is a folder; write"),
+        (prepare, ["data=text", "data.path=runs"], "metrics.jsonl: line 1 has no text in field 'text'"),
         (prepare, ["tokenizer=nope"], "tokenizer=nope: no such choice"),
     ],
 )

@@ -1,16 +1,22 @@
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from conf.schema import DataConfig, SourceConfig
-from data import corpora
+import train
+from conf.schema import DataConfig, SourceConfig, TokenizerConfig
+from data import corpora, prepare
+from data.cache import check
 from data.corpora import TextCorpus, is_held_out
+from data.overlap import print_note
 from data.tokenizer import train_bpe
+from launch.config import compose
 
 SHAKESPEARE = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare" / "input.txt"
 BOOKS = Path(__file__).parents[2] / "shared" / "data" / "books"
@@ -99,11 +105,14 @@ def test_what_is_held_out_depends_on_name_and_place_alone(tmp_path):
 
 
 @pytest.mark.parametrize("num_files", [1, 3])
-def test_one_document_or_an_empty_split_is_refused(tmp_path, num_files):
+def test_whole_files_that_chance_does_not_part_give_their_tail(tmp_path, num_files):
     for index in range(num_files):
-        (tmp_path / f"{index}.txt").write_text("text")
-    with pytest.raises(ValueError, match=r"of \d documents? leaves validation/validation empty; set data.validation_split=tail"):
-        TextCorpus(text_config(str(tmp_path / "*.txt"), validation_fraction=1e-6))
+        (tmp_path / f"{index}.txt").write_text("text" * 10)
+    text = TextCorpus(text_config(str(tmp_path / "*.txt"), validation_fraction=0.1))
+    assert text.warnings == [f"data.validation_fraction=0.1 of {num_files} document{'s' * (num_files > 1)} leaves validation/validation empty, "
+                             "so the tail of the text is held out, as data.validation_split=tail does"]  # fmt: skip
+    config = text_config(str(tmp_path / "*.txt"), validation_fraction=0.1, validation_split="tail")
+    assert text.identity == TextCorpus(config).identity and TextCorpus(config).warnings == []
 
 
 def test_the_tail_is_nanogpts():
@@ -175,7 +184,6 @@ def test_sources_sets_lists_and_globs(tmp_path):
     config.validation, config.validation_fraction = {}, 0.5
     config.sources = {name: SourceConfig(write_rows(tmp_path / f"{name}.jsonl", TEXTS)) for name in ("a", "b")}
     assert set(read(config)) == {"train/a", "train/b", "validation/a", "validation/b"}
-    assert TextCorpus(text_config(str(tmp_path / "*1.txt"), validation={"v": str(tmp_path / "v1.txt")})).notes()
 
 
 def test_identity_follows_files_and_split(tmp_path):
@@ -202,7 +210,8 @@ def test_mistakes_are_named_in_one_line(tmp_path):
     refused("data.path=None", text_config())
     refused("give the files to train on in one of the two", text_config(rows, sources={"a": SourceConfig(rows)}))
     refused(r"data.path=.*nowhere\*.txt matches no file", text_config(str(tmp_path / "nowhere*.txt")))
-    refused("is a folder", text_config(str(tmp_path)))
+    (tmp_path / "empty").mkdir()
+    refused("empty holds no .txt, .jsonl, .parquet file", text_config(str(tmp_path / "empty")))
     refused("data.validation=v.txt has no names; write data.validation='{NAME: FILES}'", text_config(rows, validation="v.txt"))
     refused("data.path=3 names no files", text_config(3))
     refused("data.validation.v=.*none.txt matches no file", text_config(rows, validation={"v": str(tmp_path / "none.txt")}))
@@ -215,11 +224,14 @@ def test_mistakes_are_named_in_one_line(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n\n{"text": \n')
     refused("bad.jsonl: line 3 is not JSON", validated(str(tmp_path / "bad.jsonl")))
     (tmp_path / "null.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
-    refused("null.jsonl: line 2 has no text in field 'text'; set data.field", validated(str(tmp_path / "null.jsonl")))
-    refused("rows.jsonl: line 1 has no text in field 'body'; set data.field", validated(rows, field="body"))
+    refused(
+        "null.jsonl: line 2 has no text in field 'text': it is null; mend or remove it, or set data.bad_rows=skip",
+        validated(str(tmp_path / "null.jsonl")),
+    )
+    refused(r"rows.jsonl: line 1 has no text in field 'body' \(its fields are text\); set data.field", validated(rows, field="body"))
     columns = write_rows(tmp_path / "rows.parquet", TEXTS, "content")
     refused("rows.parquet: no field 'text'; set data.field .* of id, content", validated(columns))
-    refused("rows.parquet: row 0 has no text in field 'id'", validated(columns, field="id"))
+    refused("rows.parquet: data.field=id holds int64, not text; set data.field", validated(columns, field="id"))
     (tmp_path / "bad.parquet").write_bytes(b"no parquet at all")
     refused("bad.parquet: not a parquet file", validated(str(tmp_path / "bad.parquet")))
 
@@ -245,3 +257,189 @@ def test_books_have_documents():
     documents = read(text_config(path, separator="<|endoftext|>", validation={"v": path}))["train/text"]
     assert len(documents) == 35
     assert "".join(text + "<|endoftext|>\n" for text in documents) == (BOOKS / "valid.txt").read_bytes().decode()
+
+
+BAD_LINES = {
+    '{"text": null}': "has no text in field 'text': it is null; mend or remove it, or set data.bad_rows=skip to leave such rows out",
+    '"a line"': "is no object with a text in a field; mend",
+    "[1]": "is no object with a text in a field; mend",
+    '{"id": 3, "body": "x"}': r"has no text in field 'text' \(its fields are id, body\); set data.field to the field that holds the text, or set",
+    '{"text": 3}': "has no text in field 'text': it is of another kind; set data.field",
+    '{"text": ["a"]}': "has no text in field 'text': it is of another kind; set data.field",
+    '{"text": ': "is not JSON in UTF-8; mend",
+    '{"text": "caf\udce9"}': "is not JSON in UTF-8; mend",
+    f'{{"text": "ok", "m": {"[" * 100_000}{"]" * 100_000}}}': "is nested too deeply to be read; mend",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_a_bad_line_is_named_or_skipped(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    good = [json.dumps({"text": f"row {index}"}) for index in range(40)]
+    path.write_text("\n".join([*good[:20], line, *good[20:]]), errors="surrogateescape")
+    config = text_config(str(path), validation={"v": str(path)})
+    with pytest.raises(ValueError, match=rf"rows.jsonl: line 21 {BAD_LINES[line]}") as caught:
+        read(config)
+    assert "\n" not in str(caught.value)
+    config.bad_rows = "skip"
+    assert read(config)["train/text"] == [f"row {index}" for index in range(40)]
+    skipped: list[str] = []
+    assert len([*TextCorpus(config).pieces()[0].texts(skipped)]) == 40
+    assert len(skipped) == 1 and skipped[0].startswith(f"{path}: line 21 ")
+
+
+def test_a_number_of_thousands_of_digits_is_no_mistake(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "ok", "id": ' + "9" * 5000 + "}\n")
+    assert read(text_config(str(tmp_path / "a.jsonl"), validation={"v": str(tmp_path / "a.jsonl")}))["train/text"] == ["ok"]
+
+
+def latin_1(kind: pa.DataType) -> pa.Array:
+    """Texts of which the second is not UTF-8, though the type says so."""
+    values = pa.array([b"ok", b"caf\xe9", b"end"], pa.binary())
+    return pa.Array.from_buffers(pa.string(), 3, values.buffers()).cast(kind) if kind == pa.string() else values.cast(kind)
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.binary(), pa.large_binary(), pa.binary_view()])
+def test_latin_1_in_parquet_is_named_or_skipped(tmp_path, kind):
+    path = str(tmp_path / "rows.parquet")
+    pq.write_table(pa.table({"text": latin_1(kind)}), path)
+    with pytest.raises(
+        ValueError, match=r"rows.parquet: row 1 is not UTF-8 in field 'text' \(byte 3 of the text\); mend or remove it, or set data.bad"
+    ):
+        read(text_config(path, validation={"v": path}))
+    assert read(text_config(path, validation={"v": path}, bad_rows="skip"))["train/text"] == ["ok", "end"]
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.string_view(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_any_column_of_text_is_read(tmp_path, kind):
+    path = str(tmp_path / "rows.parquet")
+    pq.write_table(pa.table({"text": pa.array(["abc", "é", "abc"]).cast(kind)}), path)
+    assert read(text_config(path, validation={"v": path}))["train/text"] == ["abc", "é", "abc"]
+
+
+def test_a_null_in_parquet_is_named_or_skipped(tmp_path):
+    path = write_rows(tmp_path / "rows.parquet", [*["a"] * 20, None, "b"])
+    with pytest.raises(ValueError, match=r"rows.parquet: row 20 has no text in field 'text': it is null; mend"):
+        read(text_config(path, validation={"v": path}))
+    assert read(text_config(path, validation={"v": path}, bad_rows="skip"))["train/text"] == [*["a"] * 20, "b"]
+
+
+def test_text_that_is_not_utf_8_is_skipped_where_it_is_a_document(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_bytes(b"one\n<eos>\ncaf\xe9\n<eos>\ntwo\n")
+    config = text_config(str(tmp_path / "a.txt"), separator="<eos>", bad_rows="skip", validation={"v": str(tmp_path / "a.txt")})
+    assert read(config)["train/text"] == ["one\n", "two\n"]
+    (tmp_path / "b.txt").write_text("fine")
+    whole = text_config(str(tmp_path), bad_rows="skip", validation={"v": str(tmp_path / "b.txt")})
+    assert read(whole)["train/text"] == ["fine"]
+    monkeypatch.setattr(corpora, "PIECE_BYTES", 4)  # the other parts of the document are kept, so it is not skipped
+    with pytest.raises(ValueError, match=r"a.txt: line 3 is not UTF-8 \(byte 13\); convert the file, for example with iconv$"):
+        read(whole)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    mark = "\ufeff"
+    (tmp_path / "b.txt").write_bytes(f"{mark}<|endoftext|>\r\nfirst\r\n{mark}<|endoftext|>\r\n{mark}second {mark}\r\n".encode())
+    path = str(tmp_path / "b.txt")
+    documents = read(text_config(path, separator="<|endoftext|>", validation={"v": path}))["train/text"]
+    assert documents == ["first\r\n", f"second {mark}\r\n"]
+    assert read(text_config(path, validation={"v": path}))["train/text"][0].startswith("<|endoftext|>")
+    for kind in ("jsonl", "parquet"):
+        rows = write_rows(tmp_path / f"rows.{kind}", [f"{mark}a", mark, "b"])
+        if kind == "jsonl":
+            Path(rows).write_bytes(mark.encode() + Path(rows).read_bytes())
+        assert read(text_config(rows, validation={"v": rows}))["train/text"] == ["a", "b"]
+
+
+def test_a_folder_is_all_its_text(tmp_path):
+    folder = tmp_path / "texts"
+    for name in ("b.txt", "deep/er/a.jsonl", ".hidden/x.txt", ".x.txt", "notes.md", "deep/c.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text('{"text": "row"}' if name.endswith("jsonl") else name)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "d.txt").write_text("linked")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "circle").symlink_to(folder)
+    files = TextCorpus(text_config(str(folder), validation={"v": str(folder / "deep")})).sources["text"]
+    assert [file.name for file in files] == ["b.txt", "deep/c.txt", "deep/er/a.jsonl", "link/d.txt"]
+
+
+@pytest.mark.parametrize("name", ["F [v2]", "a*b", "what?", "[!x]", "{a,b}"])
+def test_characters_of_globs_in_a_folders_name(tmp_path, name):
+    (tmp_path / name / "[1]").mkdir(parents=True)
+    for file in ("x.txt", "y.txt", "[1]/z.txt"):
+        (tmp_path / name / file).write_text(file)
+    for path, found in ((f"{name}/*.txt", 2), (f"{name}/[1]/*.txt", 1), (f"{name}/[xz].txt", 1), (f"{name}/**/*.txt", 3), (name, 3)):
+        assert len(TextCorpus(text_config(str(tmp_path / path), validation={"v": str(tmp_path / name / "x.txt")})).sources["text"]) == found
+    with pytest.raises(ValueError, match=r"matches no file; .*; \[ \] in a name are written \[\[\] and \[\]\]"):
+        TextCorpus(text_config(str(tmp_path / "no [v3]" / "*.txt")))
+
+
+def test_the_home_folder_may_be_missing(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert TextCorpus(text_config("~/a.txt", validation={"v": "~/*.txt"})).sources["text"][0].path == str(tmp_path / "a.txt")
+    monkeypatch.setenv("HOME", "")
+    for config, key in ((text_config("~/a.txt", cache=str(tmp_path)), "data.path"), (text_config(str(tmp_path), cache="~/c"), "data.cache")):
+        with pytest.raises(ValueError, match=f"{key}=~/.*: ~ stands for no folder here .HOME is not set.; write the path out"):
+            prepare(config, TokenizerConfig())
+    with pytest.raises(ValueError, match=r"tokenizer.path=~nobody-here/x: ~nobody-here stands for no folder"):
+        prepare(text_config(str(tmp_path), cache=str(tmp_path)), TokenizerConfig(name="gpt2", path="~nobody-here/x"))
+
+
+def test_the_last_row_is_a_tail(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n\n \n')
+    documents = read(text_config(str(tmp_path / "a.jsonl"), validation_split="tail"))
+    assert documents == {"train/text": ["one"], "validation/validation": ["two"]}
+
+
+@pytest.mark.parametrize("copy", ["copy", "symlink", "hard link"])
+def test_a_validation_file_that_holds_a_training_file_is_named(tmp_path, copy, capsys):
+    train, other = tmp_path / "train.txt", tmp_path / "other.txt"
+    train.write_text("".join(f"line {index}\n" for index in range(1000)))
+    if copy == "copy":
+        other.write_bytes(train.read_bytes())
+    elif copy == "symlink":
+        other.symlink_to(train)
+    else:
+        other.hardlink_to(train)
+    config = text_config(str(train), validation={"v": str(other)}, cache=str(tmp_path / "cache"))
+    expected = f"note: {other} of data.validation.v holds the same bytes as {train}, which is trained on\n"
+    for _ in range(2):  # every run is told, once
+        print_note.cache_clear()
+        prepare(config, TokenizerConfig())
+        prepare(config, TokenizerConfig())
+        assert capsys.readouterr().err.count(expected) == 1
+
+
+def test_documents_that_are_in_both_are_noticed(tmp_path, capsys):
+    generator = random.Random(0)
+    texts = [" ".join(generator.choices(["some", "words", "that", "nobody", "wrote", "in", "this", "order"], k=120)) for _ in range(60)]
+    train = write_rows(tmp_path / "train.jsonl", texts)
+    shared = write_rows(tmp_path / "shared.parquet", [*texts[:5], *[text[::-1] for text in texts[5:20]]])
+    new = write_rows(tmp_path / "new.jsonl", [text[::-1] for text in texts[:20]])
+    prepare(text_config(train, validation={"shared": shared, "new": new}, cache=str(tmp_path / "cache")), TokenizerConfig())
+    said = capsys.readouterr().err
+    assert re.search(r"note: about 2\d% of validation/shared is in the training text too, as '.*nobody.*wrote.*'", said)
+    assert "validation/new" not in said
+
+
+def test_what_a_run_would_refuse_a_plan_refuses(tmp_path):
+    def refused(match: str, config: DataConfig) -> None:
+        with pytest.raises(ValueError, match=match):
+            check(config, TokenizerConfig(), 64)
+
+    cache = str(tmp_path / "cache")
+    rows = write_rows(tmp_path / "rows.jsonl", TEXTS)
+    check(text_config(rows, cache=cache), TokenizerConfig(), 64)
+    refused("matches no file", text_config(str(tmp_path / "none.txt"), cache=cache))
+    refused("rows.jsonl: line 1 has no text in field 'body'", text_config(rows, field="body", cache=cache))
+    (tmp_path / "short.txt").write_text("short")
+    refused("batch.length=64 needs 65 tokens but the source text has 7 at most", text_config(str(tmp_path / "short.txt"), cache=cache))
+    (tmp_path / "empty.txt").touch()
+    refused("empty.txt has no text", text_config(rows, validation={"v": str(tmp_path / "empty.txt")}, cache=cache))
+    refused("data.cache=.* cannot be made .*rows.jsonl is no folder", text_config(rows, cache=f"{rows}/cache"))
+    (tmp_path / "train.bin").write_bytes(np.arange(3000, dtype="<u4").tobytes())
+    refused("train.bin holds uint32", DataConfig(source="tokens", path=str(tmp_path / "train.bin"), cache=cache))
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(ValueError, match="matches no file"):
+        train.main(compose(["plan_only=true", "data=text", f"data.path={tmp_path}/none.txt"]))

@@ -20,19 +20,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from conf.schema import DataConfig
-from data import hub, prepare
+from data import cache, hub, prepare
 from data.corpora import is_held_out
 from data.hub import HubCorpus
 from data.tokenizer import bytes_tokenizer
 from launch.config import compose
 from launch.identity import canonical
+from tests.test_corpora import latin_1
 from tests.test_shards import BYTES, ROOT, alive, contents, descendants, finish, wait_until
 
 # Prepares argv[1:] = folder, cache, tokenizer, workers in many small pieces, and prints the fingerprint.
 PREPARE = """
 import sys
 from conf.schema import DataConfig, TokenizerConfig
-from data import hub, prepare
+from data import cache, hub, prepare
 
 path, cache, name, workers = sys.argv[1:]
 hub.PIECE_BYTES, hub.BATCH = 40_000, 16
@@ -83,7 +84,12 @@ def documents(tokens) -> list[str]:
 def test_what_is_prepared_is_the_stream(tmp_path, monkeypatch, kind):
     files = [["one 日本", "", None, "two"], ["three"], [f"text {index}" for index in range(200)]]
     folder = write_dataset(tmp_path / "set", kind, files)
-    corpus = prepare(hub_config(folder, tmp_path / "cache", validation_fraction=0.2), BYTES)
+    config = hub_config(folder, tmp_path / "cache", validation_fraction=0.2)
+    with pytest.raises(ValueError, match=r"train-00000-of-00003\..*: row 2 has no text in field 'text': it is null; mend or remove it, or set"):
+        prepare(config, BYTES)
+    config.bad_rows = "skip"
+    corpus = prepare(config, BYTES)
+    assert corpus.meta["skipped"] == {"train/hub": 1}
     held_out = [text for file, texts in enumerate(files) for row, text in enumerate(texts) if text and is_held_out(str(file), row, 0.2)]
     kept = [text for texts in files for text in texts if text and text not in held_out]
     assert documents(corpus.train["hub"]) == kept and documents(corpus.validation["validation"]) == held_out
@@ -91,7 +97,7 @@ def test_what_is_prepared_is_the_stream(tmp_path, monkeypatch, kind):
     assert corpus.train["hub"].num_bytes == sum(len(text.encode()) for text in kept)
     monkeypatch.setattr(hub, "BATCH", 3)
     monkeypatch.setattr(hub, "PIECE_BYTES", 100)
-    again = prepare(hub_config(folder, tmp_path / "other", validation_fraction=0.2, workers=1), BYTES)
+    again = prepare(hub_config(folder, tmp_path / "other", validation_fraction=0.2, workers=1, bad_rows="skip"), BYTES)
     assert again.meta["parts"]["train/hub"]["shards"] > 10
     assert documents(again.train["hub"]) == kept and documents(again.validation["validation"]) == held_out
 
@@ -156,9 +162,9 @@ def test_files_that_are_done_are_not_read_again(many_rows, tmp_path, monkeypatch
     files = HubCorpus._files
 
     def note(self, split, first):
-        for index, dataset in files(self, split, first):
+        for index, *rest in files(self, split, first):
             opened.append(index)
-            yield index, dataset
+            yield index, *rest
 
     monkeypatch.setattr(HubCorpus, "_files", note)
     last = many_rows / "train-00002-of-00003.parquet"
@@ -171,7 +177,9 @@ def test_files_that_are_done_are_not_read_again(many_rows, tmp_path, monkeypatch
         damage[len(content) // 2 : len(content) // 2 + 2000] = b"\xff" * 2000
         last.write_bytes(damage)
         os.utime(last, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-        with pytest.raises(ValueError, match=r"\(train, row \d+ of file 2\) cannot be read: .*what is prepared is kept") as caught:
+        with pytest.raises(
+            ValueError, match=r"\(train, row \d+ or soon after of file 2: .*00002-of-00003.parquet\) cannot be read: .*what is prepared is kept"
+        ) as caught:
             prepare(config, BYTES)
     finally:
         last.write_bytes(content)
@@ -202,7 +210,10 @@ def test_mistakes_are_named_in_one_line(tmp_path, monkeypatch):
     refused(r"\(valid\) cannot be read: .*valid.*; check data.config, data.split", split="valid")
     refused(r"cannot be read: .*'en'.*; check data.config", config="en")
     refused("data.field=body: .* has no such field; choose one of id, text", field="body")
-    refused("data.field=id of .* holds int64; name a field that holds text", field="id")
+    refused("data.field=id holds int64, not text; set data.field to the field that holds the text", field="id")
+    write_dataset(tmp_path / "set [v2]", "parquet", [["a"]])
+    refused(r"set \[v2\]: `datasets` takes \[ \] \* \? in a folder's name for a pattern; give a link to it", path=tmp_path / "set [v2]")
+    refused(r"data.path=/no/such/set is no folder; give the folder of a dataset, or its name on the hub", path="/no/such/set")
     refused("data.validation_fraction=1e-09 of 2 documents leaves validation/validation empty; raise it", validation_fraction=1e-9)
     write_dataset(tmp_path / "empty", "parquet", [[""]])
     refused("train/hub has no text; give a split with some", path=tmp_path / "empty", validation={"v": "train"})
@@ -295,6 +306,64 @@ def test_presets_compose(name):
     assert set(text.named) == ({"validation"} if name == "c4" else set())
     keys = "name source path config split revision documents field validation validation_fraction"
     assert {key for key in canonical(config) if key.startswith("data.")} == {f"data.{key}" for key in keys.split()}
+
+
+def test_what_is_about_a_dataset_is_no_part_of_it(tmp_path, monkeypatch):
+    folder = write_dataset(tmp_path / "set", "parquet", [["a", "b"], ["c"]])
+    for name in (".git/index", ".cache/huggingface/download/x.metadata", "README.md", "LICENSE", ".gitattributes"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("before")
+    first = prepare(hub_config(folder, tmp_path / "cache", validation={"v": "train"}), BYTES)
+    for name in (".git/index", "README.md", ".DS_Store", ".git/objects/ab/new"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("after, and longer")
+    with monkeypatch.context() as patched:
+        patched.setattr(cache, "fill", None)
+        assert prepare(hub_config(folder, tmp_path / "cache", validation={"v": "train"}), BYTES).folder == first.folder
+        shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)  # of another time
+        assert prepare(hub_config(tmp_path / "copy", tmp_path / "cache", validation={"v": "train"}), BYTES).folder == first.folder
+        shutil.rmtree(folder)
+        assert prepare(hub_config(folder, tmp_path / "cache", validation={"v": "train"}), BYTES).folder == first.folder
+    text = HubCorpus(hub_config(tmp_path / "copy", tmp_path))
+    content = text.identify(list)
+    (tmp_path / "copy" / "README.md").write_text("---\nconfigs:\n- config_name: en\n---\n")  # says what the rows are
+    assert text.identify(list) != content
+
+
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.binary(), pa.large_string()])
+def test_any_column_of_text_is_streamed(tmp_path, kind):
+    folder = write_dataset(tmp_path / "set", "parquet", [["x"]])
+    pq.write_table(pa.table({"text": pa.array(["abc", "é"]).cast(kind)}), next(folder.glob("*.parquet")))
+    assert documents(prepare(hub_config(folder, tmp_path, validation={"v": "train"}), BYTES).train["hub"]) == ["abc", "é"]
+
+
+def test_latin_1_in_a_dataset_is_named_or_skipped(tmp_path):
+    folder = write_dataset(tmp_path / "set", "parquet", [["x"], ["y"]])
+    path = folder / "train-00001-of-00002.parquet"
+    pq.write_table(pa.table({"text": latin_1(pa.string())}), path)
+    config = hub_config(folder, tmp_path, validation={"v": "train"})
+    with pytest.raises(ValueError, match=rf"{path}: row 1 is not UTF-8 in field 'text' \(byte 3 of the text\); mend or remove it"):
+        prepare(config, BYTES)
+    config.bad_rows = "skip"
+    assert documents(prepare(config, BYTES).train["hub"]) == ["x", "ok", "end"]
+
+
+def test_a_folder_with_a_script_has_a_remedy(tmp_path):
+    (tmp_path / "F").mkdir()
+    (tmp_path / "F" / "F.py").write_text("import datasets\n")
+    with pytest.raises(ValueError, match=r"scripts are no longer supported.*; save its rows as \.parquet or \.jsonl files, without the script"):
+        prepare(hub_config(tmp_path / "F", tmp_path / "cache"), BYTES)
+    named = HubCorpus(hub_config("some/thing", tmp_path))
+    assert named._remedy("Dataset scripts are no longer supported, but found x.py").startswith("set data.revision=refs/convert/parquet")
+
+
+def test_splits_that_hold_the_same_are_noticed(tmp_path, capsys):
+    folder = write_dataset(tmp_path / "set", "parquet", [texts_of(30)])
+    write_dataset(folder, "parquet", [texts_of(30)], "validation")
+    prepare(hub_config(folder, tmp_path, validation={"same": "train", "copy": "validation"}), BYTES)
+    said = capsys.readouterr().err
+    assert "note: data.validation.same=train is trained on: data.split=train" in said
+    assert "note: about 100% of validation/copy is in the training text too, as " in said
 
 
 def test_identity_follows_what_is_asked_for(tmp_path):

@@ -83,7 +83,8 @@ def test_what_may_change_on_resume():
     """Listed here a second time, so that nobody marks a key that matters by accident."""
     logging = {name for name in KEYS if name.startswith(("evaluation.", "checkpoint.", "tracking.", "parallel."))}
     others = {"dir", "device", "profile", "minutes", "max_skipped", "plan_only", "print_only", "device_memory", "help", "activation_checkpointing",
-              "data.cache", "data.workers", "tokenizer.path", "optim.diagnostics_every", "optim.cotangent_share"}  # fmt: skip
+              "data.cache", "data.workers", "data.bad_rows", "data.verify_days",
+              "tokenizer.path", "optim.diagnostics_every", "optim.cotangent_share"}  # fmt: skip
     assert set(MUTABLE) == logging | others & set(KEYS)
 
 

@@ -1,19 +1,24 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import SoftFileLease
 
 from conf.schema import DataConfig, TokenizerConfig
-from data import Tokenizer, cache, corpora, prepare
+from data import Tokenizer, cache, corpora, prepare, shards
+from data.cache import check
 from data.corpora import TextCorpus
-from data.shards import HEADER, Shard, Tokens, write_shard
+from data.overlap import print_note
+from data.shards import HEADER, Shard, Tokens, key, write_shard
 from data.tokenizer import RankedTokenizer, bytes_tokenizer
 from tests.test_corpora import SHAKESPEARE, TEXTS, text_config, write_rows
 
@@ -46,8 +51,9 @@ def finish(process: subprocess.Popen) -> tuple[str, str]:
 
 
 def contents(cache: Path) -> dict[str, bytes]:
-    """All files of a cache but locks and the record of what was verified, which holds times."""
-    files = [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock" and path.name != "verified.json"]
+    """All files of a cache but locks, and records that hold times or paths."""
+    paths = [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock" and path.name != "verified.json"]
+    files = [path for path in paths if not path.name.startswith(("digests-", "asked-"))]
     return {path.relative_to(cache).as_posix(): path.read_bytes() for path in files}
 
 
@@ -244,11 +250,28 @@ def test_nanogpts_numbers(tmp_path):
 @pytest.mark.parametrize("split", ["documents", "tail"])
 def test_an_empty_part_is_refused(tmp_path, split):
     path = write_rows(tmp_path / "one.jsonl", ["the only text"])
-    with pytest.raises(ValueError, match=r"validation/validation empty; set data\.validation_split=tail"):
+    with pytest.raises(ValueError, match=r"validation/validation empty, by its tail too; raise data\.validation_fraction, give more text, or name"):
         prepare(text_config(path, cache=str(tmp_path / "cache"), validation_split=split, validation_fraction=0.001), BYTES)
     (tmp_path / "empty.txt").touch()
     with pytest.raises(ValueError, match="validation/v has no text"):
         prepare(text_config(path, cache=str(tmp_path / "cache"), validation={"v": str(tmp_path / "empty.txt")}), BYTES)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt"])
+def test_a_few_documents_give_their_tail(tmp_path, capsys, kind):
+    path = tmp_path / f"few.{kind}"
+    if kind == "txt":
+        path.write_text("one\n<eos>\ntwo\n<eos>\nthree\n")
+    else:
+        write_rows(path, ["one", "two", "three"])
+    config = text_config(str(path), cache=str(tmp_path / "cache"), separator="<eos>", validation_fraction=0.01)
+    print_note.cache_clear()
+    corpus = prepare(config, TokenizerConfig(name="bpe", vocab_size=257))
+    said = "note: data.validation_fraction=0.01 of 3 documents leaves validation/validation empty, so the tail of the text is held out"
+    assert capsys.readouterr().err.count(said) == 1
+    config.validation_split = "tail"
+    assert prepare(config, TokenizerConfig(name="bpe", vocab_size=257)).folder == corpus.folder
+    assert len(corpus.validation["validation"]) > 1 and said not in capsys.readouterr().err
 
 
 def test_a_cache_that_cannot_be_made(config, tmp_path):
@@ -304,11 +327,196 @@ def test_a_token_beyond_the_vocabulary_is_found_although_the_checksum_is_right(c
 
 def test_damaged_meta_is_named(config):
     folder = prepare(config, BYTES).folder
-    (folder / "meta.json").write_text("{")
-    with pytest.raises(ValueError, match=r"meta.json cannot be read; delete it"):
+    content = json.loads((folder / "meta.json").read_text())
+    damages = [{"parts": {"train/../..": content["parts"]["train/text"]}}, {"parts": {"train/text": {"shards": 10**12}}}, {"fingerprint": 3}]
+    for damage in ["{", "[]", "", "[" * 200_000, *(json.dumps(content | damage) for damage in damages)]:
+        (folder / "meta.json").write_text(damage)
+        with pytest.raises(ValueError, match=r"meta.json cannot be read; delete it") as caught:
+            prepare(config, BYTES)
+        assert "\n" not in str(caught.value)
+    (folder / "meta.json").unlink()
+    os.mkfifo(folder / "meta.json")
+    with pytest.raises(ValueError, match=r"meta.json is no regular file"):
         prepare(config, BYTES)
     (folder / "meta.json").unlink()
     assert prepare(config, BYTES).folder == folder
+
+
+def test_a_shard_that_is_a_pipe_is_not_waited_for(config):
+    path = prepare(config, BYTES).folder / "train/text/00000.bin"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"00000.bin is no regular file"):
+        prepare(config, BYTES)
+
+
+def rot(path: Path, position: int) -> None:
+    """Flips a bit of a file, whose size and time stay."""
+    stat = path.stat()
+    content = bytearray(path.read_bytes())
+    content[position] ^= 4
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("part", ["train/text", "validation/validation"])
+def test_bits_that_are_lost_are_noticed_in_time(config, part):
+    corpus = prepare(config, BYTES)
+    record, path = corpus.folder / "verified.json", corpus.folder / part / "00000.bin"
+    rot(path, HEADER.size + 10)
+    prepare(config, BYTES)  # a moment after the last look
+    known = json.loads(record.read_text())
+    for looked in (time.time() - 8 * 86400, time.time() + 8 * 86400, None):  # also by a clock that is ahead, and before there were times
+        record.write_text(json.dumps({name: [*entry[:2], *([looked] if looked else [])] for name, entry in known.items()}))
+        with pytest.raises(ValueError, match=rf"{path} does not have its checksum: it is corrupt; delete it"):
+            prepare(config, BYTES)
+    record.write_text(json.dumps(known))
+    config.verify_days = 30
+    prepare(config, BYTES)
+    config.verify_days = 0
+    with pytest.raises(ValueError, match=rf"{path} does not have its checksum"):
+        prepare(config, BYTES)
+    path.unlink()
+    assert prepare(config, BYTES).fingerprint == corpus.fingerprint
+
+
+def test_text_that_was_moved_is_the_same_corpus(config, tmp_path, monkeypatch):
+    first = prepare(config, TokenizerConfig(name="bpe", vocab_size=280))
+    (tmp_path / "there").mkdir()
+    config.path = str(tmp_path / "there" / "rows.jsonl")
+    Path(config.path).write_bytes((tmp_path / "rows.jsonl").read_bytes())  # of another time
+    monkeypatch.setattr(cache, "fill", None)
+    monkeypatch.setattr(cache, "train_apart", None)
+    again = prepare(config, TokenizerConfig(name="bpe", vocab_size=280))
+    assert (again.folder, again.fingerprint) == (first.folder, first.fingerprint)
+
+
+def test_text_that_is_gone_is_not_needed(config, tmp_path, capsys):
+    bpe = TokenizerConfig(name="bpe", vocab_size=280)
+    first = prepare(config, bpe)
+    (tmp_path / "rows.jsonl").unlink()
+    for tokenizer in (bpe, first.tokenizer):
+        again = prepare(config, tokenizer)
+        assert (again.folder, again.fingerprint, [*again.train]) == (first.folder, first.fingerprint, ["text"])
+    check(config, bpe, 32)
+    assert f"data.path={config.path} matches no file; what was prepared from it is used: {first.folder}" in capsys.readouterr().err
+    for change in ({"vocab_size": 279}, {"train_megabytes": 1.0}):
+        with pytest.raises(ValueError, match="matches no file"):
+            prepare(config, TokenizerConfig(**{"name": "bpe", "vocab_size": 280, **change}))
+    config.validation_fraction = 0.2
+    with pytest.raises(ValueError, match="matches no file"):
+        prepare(config, bpe)
+
+
+def test_what_was_prepared_under_the_times_of_files_is_found(config, monkeypatch):
+    """As caches have it that were made before files were known by their content."""
+    first = prepare(config, BYTES)
+    text = TextCorpus(config)
+    old = first.folder.rename(first.folder.parent / f"{key(text.identity)}-{first.tokenizer.hash[:16]}")
+    monkeypatch.setattr(cache, "fill", None)
+    assert (prepare(config, BYTES).folder, prepare(config, BYTES).fingerprint) == (old, first.fingerprint)
+
+
+def test_rows_that_are_skipped_are_counted(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, TEXTS)
+    path.write_text(path.read_text() + '{"text": null}\n{"text": \n' + path.read_text())
+
+    def prepared(*overrides: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "data.prepare", "data=text", f"data.path={path}", f"data.cache={tmp_path / 'cache'}", *overrides]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    refused = prepared()
+    assert refused.returncode == 2
+    assert f"error: {path}: line 61 has no text in field 'text': it is null; mend or remove it, or set data.bad_rows=skip" in refused.stderr
+    said = prepared("data.bad_rows=skip").stdout
+    assert f"train/text: 2 rows that could not be read were skipped, the first: {path}: line 61 has no text" in said
+    assert sum(int(number.replace(",", "")) for number in re.findall(r"([\d,]+) documents", said)) == 2 * len(TEXTS)
+    refused = prepared()
+    assert re.search("error: .* was prepared without 2 rows that cannot be read, the first: .*; set data.bad_rows=skip", refused.stderr)
+    path.write_text('{"text": null}\n')
+    with pytest.raises(ValueError, match=r"train/text has no text \(rows were skipped, the first: "):
+        prepare(text_config(str(path), cache=str(tmp_path), bad_rows="skip", validation_split="tail"), BYTES)
+
+
+@pytest.mark.parametrize("bad_rows", ["error", "skip"])
+def test_text_that_a_tokenizer_gives_up_on_is_named_or_skipped(tmp_path, bad_rows):
+    """A pattern of which nobody knows where it may be cut."""
+    path = write_rows(tmp_path / "rows.jsonl", [*TEXTS, "s" + " " * 1_000_010 + "e"])
+    tokenizer = RankedTokenizer("own", r"\s+(?!\S)|\s|\S+", bytes_tokenizer().ranks)
+    config = text_config(path, cache=str(tmp_path / "cache"), bad_rows=bad_rows, validation_split="tail", workers=1)
+    if bad_rows == "error":
+        with pytest.raises(ValueError, match=r"rows.jsonl: line 61 cannot be made into tokens \(Regex error.*\); mend or remove it, or set data.bad"):
+            prepare(config, tokenizer)
+    else:
+        config.validation = {"v": path}
+        assert prepare(config, tokenizer).meta["skipped"] == {"train/text": 1, "validation/v": 1}
+
+
+def test_a_million_spaces_are_prepared_for_a_trained_tokenizer(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [*TEXTS, "s" + " " * 1_000_010 + "e"])
+    corpus = prepare(text_config(path, cache=str(tmp_path / "cache"), validation={"v": path}), TokenizerConfig(name="bpe", vocab_size=280))
+    assert corpus.train["text"].num_bytes == sum(len(text.encode()) for text in TEXTS) + 1_000_012
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EIO])
+def test_a_file_system_without_locks_is_prepared_in(config, tmp_path, monkeypatch, capsys, number):
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(cache.fcntl, "lockf", refuse)
+    corpus = prepare(config, TokenizerConfig(name="bpe", vocab_size=280))
+    assert len(corpus.train["text"]) and "waiting" not in capsys.readouterr().err
+    assert not [*tmp_path.rglob("*.lease")]
+    (corpus.folder / "meta.json").unlink()
+    held = threading.Event()
+
+    def hold() -> None:
+        with SoftFileLease(corpus.folder.parent / f"{corpus.folder.name}.lease"):  # as another host, that is at it
+            held.set()
+            time.sleep(0.5)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    assert prepare(config, TokenizerConfig(name="bpe", vocab_size=280)).fingerprint == corpus.fingerprint
+    assert f"waiting for another process that prepares {corpus.folder}" in capsys.readouterr().err
+    thread.join()
+
+
+def test_a_cache_that_is_read_only_is_used(config, tmp_path, monkeypatch):
+    first = prepare(config, TokenizerConfig(name="bpe", vocab_size=280))
+
+    def refuse(path: Path, *_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    for module in (cache, shards):
+        monkeypatch.setattr(module, "write_atomically", refuse)
+    monkeypatch.setattr(cache, "locked", refuse)
+    config.verify_days = 0
+    copy = tmp_path / "copy" / "rows.jsonl"
+    copy.parent.mkdir()
+    copy.write_bytes(Path(config.path).read_bytes())
+    for path in (config.path, str(copy)):
+        config.path = path
+        assert prepare(config, TokenizerConfig(name="bpe", vocab_size=280)).fingerprint == first.fingerprint
+
+
+def test_training_a_tokenizer_is_told_and_ends_at_ctrl_c(tmp_path):
+    generator = np.random.default_rng(0)
+    path = tmp_path / "letters.txt"
+    path.write_text("".join(map(chr, generator.integers(97, 123, 8_000_000))))
+    script = "import data.prepare as tool, sys; from data import cache; cache.SIGN_OF_LIFE = 0.5; tool.main(sys.argv[1:])"
+    overrides = ["data=text", f"data.path={path}", f"data.cache={tmp_path}", "tokenizer=bpe_32768", "data.validation_split=tail"]
+    process = subprocess.Popen([sys.executable, "-c", script, *overrides], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    assert "training tokenizer=bpe of 32,768 ids on up to " in process.stderr.readline()
+    assert " s so far" in process.stderr.readline()
+    workers = descendants(process.pid)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == 130 and out == "" and err.endswith("the same command goes on from there\n")
+    wait_until(lambda: not any(alive(pid) for pid in workers), 5)
 
 
 def numbered(vocab_size: int) -> Tokenizer:

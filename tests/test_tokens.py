@@ -9,12 +9,13 @@ import pytest
 
 from conf.schema import DataConfig, SourceConfig, TokenizerConfig
 from data import prepare, tokens
+from data.overlap import print_note
 from data.shards import HEADER, Shard
 from data.tokenizer import bytes_tokenizer, train_bpe
 from launch.config import compose
 from launch.identity import canonical
 from tests.test_corpora import TEXTS, text_config, write_rows
-from tests.test_shards import BYTES, change, contents, numbered
+from tests.test_shards import BYTES, change, contents, numbered, rot
 
 EOT = 256
 
@@ -153,9 +154,10 @@ def test_damage_of_our_own_shards_is_not_mended_by_deletion(prepared, tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match=f"{path}: No such file or directory"):
         prepare(config, BPE)
-    (prepared.folder / "meta.json").write_text("{")
-    with pytest.raises(ValueError, match=r"meta.json cannot be read"):
-        prepare(config, BPE)
+    for damage in ("{", "[]", '{"fingerprint": "a", "parts": {"other/text": {}}}', '{"fingerprint": "a", "parts": {"train/text": {"shards": -1}}}'):
+        (prepared.folder / "meta.json").write_text(damage)
+        with pytest.raises(ValueError, match=r"meta.json cannot be read"):
+            prepare(config, BPE)
 
 
 def test_mistakes_are_named_in_one_line(nanogpt, tmp_path):
@@ -168,7 +170,8 @@ def test_mistakes_are_named_in_one_line(nanogpt, tmp_path):
     refused("data.path=None with 0 data.sources", None)
     refused("data.validation=v.bin has no names", train, validation="v.bin")
     refused(r"data.path=.*none.bin matches no file; give a file or a glob like FOLDER/\*.bin", tmp_path / "none.bin")
-    refused("is a folder without train.bin or meta.json", tmp_path)
+    (tmp_path / "empty").mkdir()
+    refused("empty holds no .bin file", tmp_path / "empty")
     (tmp_path / "a.txt").touch()
     refused("a.txt is of no known kind; give .bin files", tmp_path / "a.txt")
     refused("raw uint16 is too narrow for a vocabulary of 65537; name the tokenizer", train, numbered(2**16 + 1))
@@ -190,6 +193,82 @@ def test_a_cache_that_cannot_be_written_is_read(nanogpt, tmp_path, monkeypatch):
     (tmp_path / "cache").mkdir()
     monkeypatch.setattr(tokens, "write_atomically", refuse)
     assert len(prepare(tokens_config(nanogpt, tmp_path / "cache"), BYTES).train["tokens"])
+
+
+def test_a_cache_that_has_no_room_for_records_is_enough(nanogpt, tmp_path):
+    first = prepare(tokens_config(nanogpt, tmp_path / "cache"), BYTES)
+    folder = first.folder
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    folder.touch()  # so the folder cannot be made, whoever asks
+    for path in (nanogpt, [str(nanogpt / "train.bin")]):
+        assert prepare(tokens_config(path, tmp_path / "cache"), BYTES).tokenizer == first.tokenizer
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"offset": 0}', '{"offset": "a", "header": {}, "sha256": "", "looked": 0}', "[" * 200_000])
+def test_a_record_that_is_damaged_is_made_again(nanogpt, tmp_path, damage):
+    first = prepare(tokens_config(nanogpt, tmp_path), BYTES)
+    records = [*first.folder.glob("*.json")]
+    assert len(records) >= 3
+    for record in records:
+        record.write_text(damage)
+    assert prepare(tokens_config(nanogpt, tmp_path), BYTES).fingerprint == first.fingerprint
+
+
+def test_bits_that_a_raw_file_lost_are_noticed_in_time(nanogpt, tmp_path):
+    config = tokens_config(nanogpt, tmp_path / "cache")
+    first = prepare(config, BYTES)
+    rot(nanogpt / "val.bin", 10)
+    prepare(config, BYTES)  # a moment after the last look
+    config.verify_days = 0
+    with pytest.raises(ValueError, match=r"val.bin holds other tokens than before, though its size and time are the same: it is corrupt; get it"):
+        prepare(config, BYTES)
+    rot(nanogpt / "val.bin", 10)
+    assert prepare(config, BYTES).fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize(("dtype", "named"), [("<u4", "uint32"), ("<i4", "uint32"), ("<i8", "uint64"), ("<u8", "uint64")])
+@pytest.mark.parametrize("tokenizer", ["bytes", "own"])
+def test_ids_of_another_width_are_refused(tmp_path, dtype, named, tokenizer):
+    (np.arange(3000) % 200).astype(dtype).tofile(tmp_path / "wide.bin")
+    with pytest.raises(ValueError, match=rf"wide.bin holds {named}, not uint16: every second id would be 0; write it again with numpy"):
+        prepare(tokens_config(tmp_path / "wide.bin", tmp_path / "cache"), BYTES if tokenizer == "bytes" else numbered(50257))
+
+
+def test_files_that_are_something_else_are_called_so(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(200, dtype=np.uint16))
+    (tmp_path / "a.npy").rename(tmp_path / "npy.bin")
+    (tmp_path / "zip.bin").write_bytes(b"PK\3\4" + b"\0" * 1000)
+    for name, kind in (("npy", "a .npy file"), ("zip", "a zip file, as torch.save writes")):
+        with pytest.raises(ValueError, match=rf"{name}.bin is {kind}, not a file of uint16"):
+            prepare(tokens_config(tmp_path / f"{name}.bin", tmp_path / "cache"), numbered(60000))
+
+
+def test_a_folder_of_shards_is_all_of_them(tmp_path):
+    (tmp_path / "shards" / "deep").mkdir(parents=True)
+    ids = np.concatenate([raw(tmp_path / "shards" / name, *TEXTS[:20]) for name in ("a.bin", "b.bin", "deep/c.bin")])
+    corpus = prepare(tokens_config(tmp_path / "shards", tmp_path / "cache", validation={"v": str(tmp_path / "shards" / "deep")}), BYTES)
+    assert corpus.train["tokens"].read(0, 10**6).tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize("kind", ["copy", "link", "part"])
+def test_tokens_that_are_trained_and_validated_on_are_noticed(tmp_path, capsys, kind):
+    words = np.random.default_rng(0).integers(97, 123, 40_000).astype(np.uint16)
+    words.tofile(tmp_path / "train.bin")
+    if kind == "link":
+        (tmp_path / "val.bin").symlink_to(tmp_path / "train.bin")
+    else:
+        (words if kind == "copy" else np.concatenate([words[1111:3111], words[::-1][:2000]])).tofile(tmp_path / "val.bin")
+    for _ in range(2):
+        print_note.cache_clear()
+        prepare(tokens_config(tmp_path, tmp_path / "cache"), BYTES)
+        said = capsys.readouterr().err
+        if kind == "part":
+            assert "% of validation/validation is in the training text too, as " in said
+        else:
+            named = f"{tmp_path}/val.bin, which is validated on, holds the same tokens as {tmp_path}/train.bin, which is trained on"
+            assert said.count(named) == 1
 
 
 def test_what_a_run_of_tokens_reads(nanogpt):

@@ -244,6 +244,19 @@ def test_changed_data_are_refused_until_they_are_back(start, run, tiny, tmp_path
     assert rows(run) == rows(reference)
 
 
+def test_text_may_be_gone_once_it_is_prepared(start, run, tiny, tmp_path, reference, monkeypatch, capsys):
+    corpus = tmp_path / "corpus.txt"
+    shutil.copy(next(entry for entry in tiny if entry.startswith("data.path=")).removeprefix("data.path="), corpus)
+    with monkeypatch.context() as patch:
+        after_step(patch, 5, terminate)
+        assert start(f"data.path={corpus}") == EXIT_PREEMPTED
+    corpus.unlink()
+    capsys.readouterr()
+    assert start(f"data.path={corpus}") == 0
+    assert f"note: data.path={corpus} matches no file; what was prepared from it is used: " in capsys.readouterr().err
+    assert_same_tensors(tensors(run), tensors(reference))
+
+
 # Checkpoints that are kept
 
 

@@ -1,0 +1,86 @@
+"""The same text in training and in validation, noticed by what it says, wherever it was read.
+
+Stretches of tokens, evenly spread over a validation set, are looked for at every place of the training tokens: all windows of
+WINDOW tokens are hashed by doubling, h_2n(i) = h_n(i) f_n + h_n(i + n) modulo 2^64, six passes over the tokens in all.
+"""
+
+import sys
+from collections.abc import Mapping
+from functools import cache
+
+import numpy as np
+
+from data.shards import Tokens
+from data.tokenizer import Tokenizer
+
+WINDOW_BYTES = 256  # of text, about, in a stretch: boilerplate as a licence's first lines is shorter
+NUM_WINDOWS = 1024  # looked for, of each validation set
+NOTICED = 0.05  # share of them that is worth a warning
+BLOCK = 2**15  # tokens that are hashed together: few enough to stay in a core's cache
+FACTORS = [0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F, 0xE7037ED1A0B428DB,
+           0x8EBC6AF09C88C6E3, 0x589965CC75374CC3]  # odd  # fmt: skip
+
+
+@cache
+def print_note(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)
+
+
+def note_once(lines: list[str]) -> None:
+    """Prints notes on stderr, each once in a process."""
+    for line in lines:
+        print_note(line)
+
+
+def leaks(parts: Mapping[str, Tokens], tokenizer: Tokenizer) -> list[str]:
+    """Returns a line for each validation part of which a noticeable share is in the training parts too.
+
+    Args:
+        parts: the tokens of each part, by "train/NAME" or "validation/NAME"
+        tokenizer: what they are tokens of
+    """
+    train = [tokens for part, tokens in parts.items() if part.startswith("train/")]
+    found = {part: overlap(train, tokens) for part, tokens in parts.items() if part.startswith("validation/")}
+    return [f"about {share:.0%} of {part} is in the training text too, as {tokenizer.decode(example)[:60]!r}: what is measured on it is "
+            "partly known by heart" for part, (share, example) in found.items() if share >= NOTICED]  # fmt: skip
+
+
+def overlap(train: list[Tokens], validation: Tokens) -> tuple[float, np.ndarray]:
+    """Returns the share of a validation set's stretches that are in the training tokens, and the first of those."""
+    doublings = window_doublings(validation)
+    length = 2**doublings
+    if len(validation) < length:
+        return 0.0, np.zeros(0)
+    starts = np.unique(np.linspace(0, len(validation) - length, NUM_WINDOWS).astype(np.int64))
+    wanted = np.array([window_hashes(validation.read(start, start + length), doublings)[0] for start in starts])
+    # A table of the upper bits keeps nearly all other windows out of the search.
+    table = np.zeros(2**16, dtype=bool)
+    table[wanted >> np.uint64(48)] = True
+    seen = np.zeros(0, dtype=np.uint64)
+    for tokens in train:
+        for first in range(0, len(tokens), BLOCK):
+            hashes = window_hashes(tokens.read(first, first + BLOCK + length - 1), doublings)
+            near = hashes[table[hashes >> np.uint64(48)]]
+            if near.size:
+                seen = np.union1d(seen, near[np.isin(near, wanted)])
+    hits = np.isin(wanted, seen)
+    example = validation.read(starts[hits.argmax()], starts[hits.argmax()] + length) if hits.any() else np.zeros(0)
+    return float(hits.mean()), example
+
+
+def window_doublings(tokens: Tokens) -> int:
+    """Returns the power of two of the tokens in a stretch: about WINDOW_BYTES of text, less in a set that has no more."""
+    per_token = max(1.0, tokens.num_bytes / max(1, len(tokens)))
+    longest = min(WINDOW_BYTES / per_token, max(16, len(tokens)))
+    return int(np.clip(np.floor(np.log2(longest)), 4, len(FACTORS)))
+
+
+def window_hashes(tokens: np.ndarray, doublings: int) -> np.ndarray:
+    """Returns a hash (uint64) of each window of 2^doublings consecutive tokens."""
+    hashes = (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(FACTORS[-1])
+    for step in range(doublings):
+        size = 2**step
+        hashes = hashes[:-size] * np.uint64(FACTORS[step]) + hashes[size:] if len(hashes) > size else hashes[:0]
+        # Products carry upwards only: bits are brought down again.
+        hashes ^= hashes >> np.uint64(29)
+    return hashes
