@@ -22,11 +22,12 @@ from data import Loader, Prefetcher, Validation, prepare, training_sample, unigr
 from data.cache import check as check_data
 from data.files import remove_temporary
 from launch import checkpoint, config, identity
+from launch.console import Console, harmless_output
 from launch.evaluate import evaluate
 from launch.folder import FILES, read_rows, read_summary
 from launch.lock import RunLock
 from launch.plan import Plan, describe, make_plan
-from launch.preemption import EXIT_PREEMPTED, Preemption
+from launch.preemption import EXIT_DIVERGED, EXIT_PREEMPTED, Preemption
 from launch.process import (
     autocast,
     choose_device,
@@ -35,6 +36,7 @@ from launch.process import (
     processes,
     profiler,
     rank_and_world,
+    refuse_copies,
     seed_everything,
 )
 from launch.replicated import refuse_divergence, replicated
@@ -51,10 +53,10 @@ from model.sharding import Layout, full_norm
 from optim import build_optimizer, build_rule
 from optim.adamw import describe_groups
 
-EXIT_DIVERGED = 3
 FIRST = 6.0  # times parallel.timeout that may pass until the first step is done: it compiles
 
 
+@harmless_output()
 def main(settings: Config) -> int:
     """One run, from its configuration to the exit code of the process."""
     if settings.help:
@@ -66,6 +68,7 @@ def main(settings: Config) -> int:
         check_data(settings.data, settings.tokenizer, settings.batch.length)
         print(describe(settings, plan, name))
         return 0
+    refuse_copies(settings.parallel)
     folder = Path(settings.dir or f"runs/{name}")
     with ExitStack() as stack:
         layout = Layout(*rank_and_world())
@@ -157,12 +160,13 @@ class Run:
     def announce(self) -> None:
         """Opens the logs and says what will be trained."""
         plan, settings = self.plan, self.settings
-        steps, logged = plan.schedule.steps, self.progress.logged
+        console = Console(plan.schedule.steps, plan.evaluation_every)
+        logged = self.progress.logged
         wandb_id = self.resumed.wandb_id if self.resumed else None
         counted = self.resumed.rows if self.resumed else None
         self.tracker: Tracker | Silent = Silent()
         if self.layout.main:
-            self.tracker = Tracker(self.folder, settings.tracking, self.name, identity.as_read(settings), wandb_id, steps, logged, counted)
+            self.tracker = Tracker(self.folder, settings.tracking, self.name, identity.as_read(settings), wandb_id, console, logged, counted)
         say = self.rule.say = self.tracker.message
         say(f"{self.name}: {plan.num_parameters:,} parameters, {plan.num_non_embedding:,} without embeddings; {plan.schedule.steps:,} steps of "
             f"{plan.tokens_per_step:,} tokens on {self.layout.world} x {self.device.type} in {str(self.dtype).removeprefix('torch.')}")  # fmt: skip
@@ -366,14 +370,18 @@ class Run:
             adamw = self.plan.flops_per_step * self.plan.schedule.steps
             budget = math.inf if settings.optim.compute_matched else adamw  # a matched run ends at that budget
             summary["val/loss_at_equal_flops"] = loss_at_flops(read_rows(self.folder / "metrics.jsonl"), budget)
-        loss, bits = progress.validation["val/loss"], progress.validation["val/bits_per_byte"]
-        say(f"validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte, after {progress.tokens:,} tokens in {progress.seconds:.0f} s")
+        baselines = ""
         if settings.evaluation.baselines and self.layout.main:
             first = next(iter(self.sets.values()))
             counted = training_sample(self.corpus.train, self.corpus.weights)
             unigram, bigram = unigram_bigram(counted, first, self.corpus.tokenizer.vocab_size)
-            say(f"beside it: bigram {bigram:.4f}, unigram {unigram:.4f}")
             summary |= {"baseline/unigram": unigram, "baseline/bigram": bigram}
+            baselines = f"beside it: bigram {bigram:.4f}, unigram {unigram:.4f}"
+        self.tracker.summary(summary)  # before anything is shown: from here on the run is done
+        loss, bits = progress.validation["val/loss"], progress.validation["val/bits_per_byte"]
+        say(f"validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte, after {progress.tokens:,} tokens in {progress.seconds:.0f} s")
+        if baselines:
+            say(baselines)
         if settings.evaluation.sample and self.layout.main:
             trained = load(self.folder).to(self.device)  # what others will load, and free of compilation
             with self.autocast():
@@ -381,7 +389,6 @@ class Run:
                 text = "".join(decode_stream(tokens, self.corpus.tokenizer.decode_bytes))
             text = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)  # a terminal would obey control characters
             say("a sample:\n" + "\n".join(f"    {line}" for line in text.splitlines()))
-        self.tracker.summary(summary)
         say(f"run folder: {self.folder}\ntry next:\n    python -m model.sample run={self.folder} prompt='def '\n"
             f"    python -m launch.evaluate run={self.folder}")  # fmt: skip
 

@@ -263,12 +263,13 @@ class CheckpointConfig:
 
 @dataclass
 class TrackingConfig:
-    mode: str = key("auto", "W&B; auto: online where a key is known, else off", choices=("auto", "online", "offline", "off"), mutable=True)
+    mode: str = key("auto", "W&B; auto: as its own settings ask (WANDB_MODE), online where it has a key, else off",
+                    choices=("auto", "online", "offline", "off"), mutable=True)  # fmt: skip
     every: int | None = key(None, "steps between logged rows; default 1 below 1000 steps, else 10", low=1, mutable=True)
-    project: str = key("flatgpt", "W&B project", mutable=True)
-    entity: str | None = key(None, "W&B entity", mutable=True)
-    group: str | None = key(None, "W&B group; default the name of the sweep, else model and data", mutable=True)
-    tags: list[str] = key([], "W&B tags beside method and model", mutable=True)
+    project: str | None = key(None, "W&B project; default WANDB_PROJECT, else flatgpt", mutable=True)
+    entity: str | None = key(None, "W&B entity; default WANDB_ENTITY, else your own", mutable=True)
+    group: str | None = key(None, "W&B group; default WANDB_RUN_GROUP, else the name of the sweep, else model and data", mutable=True)
+    tags: list[str] = key([], "W&B tags beside method and model; default WANDB_TAGS", mutable=True)
     timeout: float = key(5.0, "seconds to wait for W&B before going on offline", above=0.0, mutable=True)
 
 
@@ -344,6 +345,14 @@ class LauncherConfig:
     def tasks(self) -> int:
         """Processes of a run on each node."""
         return self.tasks_per_node or self.gpus_per_node or 1
+
+
+@dataclass
+class SweeperConfig:
+    """How Hydra makes combinations of values."""
+
+    _target_: str = "hydra_plugins.flatgpt.GridSweeper"
+    params: dict[str, str] | None = None
 
 
 def walk(section: Any = Config, prefix: str = "") -> Iterator[tuple[str, Field]]:

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from conf.schema import KEYS, Config, DataConfig, LauncherConfig, RuleConfig, SourceConfig, check_value, lookup, meaning, type_name
+from conf.schema import KEYS, Config, DataConfig, LauncherConfig, RuleConfig, SourceConfig, SweeperConfig, check_value, lookup, meaning, type_name
 from launch.launcher import register
 from launch.process import num_processes, rank_and_world
 from optim import check_axes
@@ -38,6 +38,7 @@ T = TypeVar("T")
 ConfigStore.instance().store(name="schema", node=Config)
 for scheduler in ("local", "slurm"):
     ConfigStore.instance().store(group="hydra/launcher", name=scheduler, node=LauncherConfig(scheduler=scheduler))
+ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=SweeperConfig)
 
 
 @contextmanager
@@ -200,7 +201,7 @@ def check_contradictions(config: Config) -> None:
     if model.width % model.num_heads:
         raise ValueError(f"model.width={model.width} is not divisible by model.num_heads={model.num_heads}; choose a divisor of the width")
     parallel, started, world = config.parallel, rank_and_world()[1], num_processes(config.parallel)
-    if world != started and not (config.plan_only and started == 1):
+    if parallel.processes not in (None, started) and not (config.plan_only and started == 1):
         raise ValueError(f"parallel.processes={world}, but {started} {'was' if started == 1 else 'were'} started; "
                          f"use torchrun --nproc-per-node {world}, or plan_only=true")  # fmt: skip
     if parallel.name == "single" and world > 1:

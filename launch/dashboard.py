@@ -13,7 +13,7 @@ from typing import Any
 
 from conf.schema import key
 from data.files import write_atomically
-from launch.wandb_run import has_wandb_key
+from launch.wandb_run import PROJECT, wandb_mode, wandb_settings
 
 NAME = "flatgpt: methods compared"
 SETTING = ("model.name", "optim.name", "optim.lr", "optim.rho")  # runs with the same of these are a group, everywhere
@@ -25,8 +25,8 @@ WIDE, HIGH = 12, 8  # of a panel, where a report is 24 wide
 class Options:
     """What `python -m launch.dashboard` takes."""
 
-    entity: str | None = key(None, "W&B entity; default tracking.entity, else your own")
-    project: str | None = key(None, "W&B project; default tracking.project")
+    entity: str | None = key(None, "W&B entity; default tracking.entity, else WANDB_ENTITY, else your own")
+    project: str | None = key(None, "W&B project; default tracking.project, else WANDB_PROJECT, else flatgpt")
     offline: bool = key(False, "write what would be created, and ask nobody")
     out: str = key("dashboard.json", "file for what would be created")
 
@@ -131,11 +131,12 @@ def main(arguments: list[str]) -> None:
         except ImportError:
             raise ValueError("wandb-workspaces is missing, which builds W&B's pages; pip install -e '.[report]'") from None
         tracking = compose([]).tracking
-        entity, project = options.entity or tracking.entity, options.project or tracking.project
-        why = "offline" if options.offline else "no key found (`wandb login` stores one)" if not has_wandb_key() else ""
-        if not why:
+        mode, why = ("offline", "offline") if options.offline else wandb_mode("online")
+        own = wandb_settings()
+        entity = options.entity or tracking.entity or own.entity
+        project = options.project or tracking.project or own.project or PROJECT
+        if mode == "online":
             try:
-                wandb.setup(settings=wandb.Settings(silent=True))
                 workspace, report = build(entity or wandb.Api().default_entity or "", project)
                 print(f"report: {report.save().url}")  # first, for it makes the project where there is none
                 print(f"workspace: {workspace.save().url}")

@@ -3,15 +3,18 @@
 A sweep is a folder, in which its runs lie, with one file of its own, jobs.json. What started a run leaves in the run's folder
 
     logs/rank_<r>.log    what each of its processes printed, start after start, each begun by a line "$ <command>"
-    logs/exit_code       how the last start ended; not there while it runs or waits, or where nobody was left to write it
+    logs/exit_code       how the last start ended; not there while it runs, or where nobody was left to write it
+    logs/waiting         there while a sweep on this machine has yet to start it
     submission.sh        the script that Slurm was given
 """
 
+import contextlib
 import getpass
 import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -28,6 +31,8 @@ from launch.preemption import EXIT_PREEMPTED
 from launch.snapshot import ROOT
 
 LARGEST_LOG = 2**30  # bytes
+PATIENCE = 10.0  # seconds that the processes of a run have to end by themselves once one of them ended out of order
+SAVED = r"\w.*: saved step \d"  # the line of a run that stopped in order
 
 
 @dataclass
@@ -55,31 +60,67 @@ class Job:
     def exit_code(self) -> Path:
         return self.run / "logs" / "exit_code"
 
+    @property
+    def waiting(self) -> Path:
+        return self.run / "logs" / "waiting"
+
     def expect(self) -> None:
-        """Notes that the run is about to be started, whatever came of the last start."""
-        self.exit_code.parent.mkdir(parents=True, exist_ok=True)
-        self.exit_code.unlink(missing_ok=True)
+        """Notes that the run is about to be started. What came of its last start is known until this one has begun."""
+        self.waiting.parent.mkdir(parents=True, exist_ok=True)
+        self.waiting.touch()
 
     def start(self, rank: int, variables: dict[str, str]) -> subprocess.Popen:
         """Starts a process of the run. It is out of reach of signals to this one's group, and gets those that are passed on."""
         self.log(rank).parent.mkdir(parents=True, exist_ok=True)
         with self.log(rank).open("a") as file:
+            before = file.tell()
             file.write(f"$ {shlex.join(self.command)}\n")
             file.flush()
-            return subprocess.Popen(self.command, cwd=self.cwd, env={**os.environ, **variables}, stdin=subprocess.DEVNULL, stdout=file,
-                                    stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+            try:
+                process = subprocess.Popen(
+                    self.command,
+                    cwd=self.cwd,
+                    env={**os.environ, **variables},
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            except OSError:
+                file.truncate(before)  # what the last start said is still the last word
+                raise
+        if rank == 0:
+            self.exit_code.unlink(missing_ok=True)
+            self.waiting.unlink(missing_ok=True)
+        return process
+
+    def lost(self, rank: int, code: int) -> None:
+        """Notes in the log of a process that a signal ended it, of which it cannot have said anything."""
+        if code < 0:
+            with contextlib.suppress(OSError), self.log(rank).open("a") as file:
+                file.write(f"error: rank {rank} was ended by {signal.Signals(-code).name}; the same command goes on from the last checkpoint\n")
 
     def ended(self, code: int) -> None:
         """Notes how the run's process ended."""
-        self.exit_code.write_text(f"{code}\n")
+        with contextlib.suppress(OSError):  # a full disk ends no sweep
+            self.exit_code.write_text(f"{code}\n")
 
     @property
     def stopped(self) -> bool:
-        """Whether the last start ended in order before the run was done: it saved."""
+        """Whether the last start ended in order before the run was done: it saved. Where what would have noted its end was killed,
+        its log says so."""
         try:
             return read_bytes(self.exit_code) == f"{EXIT_PREEMPTED}\n".encode()
-        except (FileNotFoundError, DamagedFile):
+        except FileNotFoundError:
+            return self.log().exists() and any(re.match(SAVED, line) for line in last_start(self.log()))
+        except DamagedFile:
             return False
+
+    @property
+    def begun(self) -> bool:
+        """Whether it was ever started."""
+        logs = [self.exit_code, self.log(), *([Path(self.scheduler_log)] if self.scheduler_log else [])]
+        return any(log.exists() for log in logs)
 
 
 def quoted(key: str, value: str) -> str:
@@ -110,8 +151,8 @@ def queue(jobs: Iterable[Job]) -> set[str]:
 
 
 def state(job: Job, queued: set[str], sweeping: bool = False) -> str:
-    """done, running, waiting, or, with nothing left that would start it again, stopped or failed. `sweeping` says that a process is at work
-    on the local jobs."""
+    """Returns done, running, waiting or, with nothing left that would start it, new (it never was), stopped or failed. `sweeping` says
+    that a process is at work on the local jobs."""
     try:
         if read_summary(job.run) is not None:
             return "done"
@@ -119,8 +160,11 @@ def state(job: Job, queued: set[str], sweeping: bool = False) -> str:
         return "failed"
     if is_in_use(job.run):
         return "running"
-    if job.job_id in queued or (sweeping and job.launcher.scheduler == "local" and not job.exit_code.exists()):
+    expected = job.waiting.exists() or not job.exit_code.exists()
+    if job.job_id in queued or (sweeping and job.launcher.scheduler == "local" and expected):
         return "waiting"
+    if not job.begun:
+        return "new"
     return "stopped" if job.stopped else "failed"
 
 
@@ -132,7 +176,9 @@ def reason(job: Job) -> tuple[str, Path]:
         return str(error), job.run / "summary.json"
     logs = [*sorted(job.log().parent.glob("rank_*.log")), *([Path(job.scheduler_log)] if job.scheduler_log else [])]
     found = [(last_start(log), log) for log in logs if log.exists()]
-    for pattern in (r"(slurmstepd: )?error: ", r"\w.*: saved step \d" if job.stopped else r"[\w.]+(Error|Exception|Interrupt)\b", r""):
+    # Slurm calls it an error, too, that it ends a job which has saved.
+    failed = (r"(slurmstepd\S*: )?error: ", r"[\w.]+(Error|Exception|Interrupt)\b", "")
+    for pattern in (r"error: ", SAVED, "") if job.stopped else failed:
         for lines, log in found:
             matching = [line for line in lines if re.match(pattern, line)]
             if matching:

@@ -2,14 +2,16 @@
 
 import sys
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
@@ -24,30 +26,43 @@ class SweepLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """What Hydra calls before `launch`, with its own configuration of the sweep."""
-        loader, self.config = hydra_context.config_loader, config
-        compose: Any = loader.load_sweep_config
-
-        @cache
-        def composed(*overrides: str) -> DictConfig:
-            return compose(config, list(overrides))
-
-        # Hydra composes every combination before the launch, to see that it can be; what comes out is used here again.
-        vars(loader)["load_sweep_config"] = lambda master_config, sweep_overrides: composed(*sweep_overrides)
-        self.composed = composed
+        self.loader, self.config = hydra_context.config_loader, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Starts what there is to start; returns where all of that went well, and exits with a code where it did not."""
         from launch.sweep import sweep  # Hydra imports every launcher on every start
 
-        combinations = [(list(overrides), self.composed(*overrides)) for overrides in job_overrides]
+        combinations = [(list(overrides), self.loader.load_sweep_config(self.config, list(overrides))) for overrides in job_overrides]
         settings: Any = OmegaConf.to_object(self.config.hydra.launcher)
-        if code := sweep(combinations, settings, Path(self.config.hydra.sweep.dir)):
+        if code := sweep(combinations, settings, Path(self.config.hydra.sweep.dir).expanduser()):
             raise SystemExit(code)
         return []
 
 
+class GridSweeper(Sweeper):
+    """hydra/sweeper=grid: every combination, as Hydra's own sweeper has them, but all at once and without a file multirun.yaml."""
+
+    __module__ = "hydra_plugins.flatgpt"
+
+    def __init__(self, params: dict[str, str] | None = None) -> None:
+        self.params = params or {}
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """What Hydra calls before `sweep`, with its own configuration of the sweep."""
+        self.loader = hydra_context.config_loader
+        self.launcher: Any = Plugins.instance().instantiate_launcher(hydra_context=hydra_context, task_function=task_function, config=config)
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Launches the combinations of the arguments."""
+        parser = OverridesParser.create(config_loader=self.loader)
+        overrides = parser.parse_overrides([*(f"{name}={values}" for name, values in self.params.items()), *arguments])
+        (combinations,) = BasicSweeper.split_arguments(overrides, None)
+        return self.launcher.launch(combinations, initial_job_idx=0)
+
+
 def register() -> None:
-    """Makes the launcher known to Hydra, by the name that its `_target_` has: hydra_plugins may or may not exist beside it."""
+    """Makes launcher and sweeper known to Hydra, by the names that their `_target_` have: hydra_plugins may or may not exist beside them."""
     Plugins.instance().register(SweepLauncher)
+    Plugins.instance().register(GridSweeper)
     package: Any = sys.modules.setdefault("hydra_plugins", ModuleType("hydra_plugins"))
     package.flatgpt = sys.modules[__name__]

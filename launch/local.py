@@ -11,10 +11,59 @@ from types import FrameType
 
 import torch
 
-from launch.jobs import Job, reason
-from launch.preemption import EXIT_PREEMPTED, SIGNALS
+from launch.jobs import PATIENCE, Job, reason
+from launch.preemption import EXIT_PREEMPTED, IN_ORDER, SIGNALS
 
 POLL = 0.1  # seconds between looks at the processes
+
+
+class Running:
+    """A run at work, in one or more processes."""
+
+    def __init__(self, job: Job, shared: dict[str, str]) -> None:
+        """Starts the processes. Raises OSError where one cannot be started; then none is left."""
+        self.job, self.processes = job, list[subprocess.Popen]()
+        self.lost: tuple[float, int] | None = None  # when the first process ended out of order, and its exit code
+        try:
+            for rank, group in enumerate(process_group(job.processes)):
+                self.processes.append(job.start(rank, shared | group))
+        except OSError:
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        """Ends what is left of it."""
+        for process in self.processes:
+            process.kill()
+
+    def poll(self) -> int | None:
+        """Returns the exit code once all processes have ended.
+
+        Where one ends out of order, the others are given PATIENCE seconds: they may not have met it yet, and would wait
+        for it.
+        """
+        codes = [process.poll() for process in self.processes]
+        for rank, code in enumerate(codes):
+            if self.lost is None and code is not None and code not in IN_ORDER:
+                self.lost = time.monotonic(), code
+                if len(codes) > 1:
+                    self.job.lost(rank, code)
+        if None in codes:
+            if self.lost and time.monotonic() - self.lost[0] > PATIENCE:
+                self.kill()
+            return None
+        return self.lost[1] if self.lost else next((code for code in codes if code), 0)
+
+
+def begin(job: Job, shared: dict[str, str], waiting: int) -> Running | None:
+    """Starts a run and says so; says why, and returns None, where it cannot be started."""
+    try:
+        run = Running(job, shared)
+    except OSError as error:
+        print(f"error: {job.run.name} cannot be started: {error.strerror}: {error.filename}", file=sys.stderr)
+        return None
+    print(f"started {job.run.name}, {waiting} waiting; its log is {job.log()}", flush=True)
+    return run
 
 
 def run_all(jobs: list[Job], n_jobs: int | None) -> int:
@@ -25,7 +74,7 @@ def run_all(jobs: list[Job], n_jobs: int | None) -> int:
     devices, each = visible_devices(), max(job.processes for job in jobs)
     slots = list(range(n_jobs or max(1, len(devices) // each)))
     cores = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // (len(slots) * each)))}  # threads that wait for a busy core spin
-    waiting, running, signals = deque(jobs), dict[int, tuple[Job, list[subprocess.Popen]]](), list[int]()
+    waiting, running, signals = deque(jobs), dict[int, Running](), list[int]()
     ended: dict[str, list[Job]] = {"done": [], "stopped": [], "failed": []}
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -35,35 +84,41 @@ def run_all(jobs: list[Job], n_jobs: int | None) -> int:
     try:
         while running or (waiting and not signals):
             while waiting and slots and not signals:
-                job, slot = waiting.popleft(), slots.pop(0)
-                shared = cores | visible(devices, slot, job.processes)
-                running[slot] = job, [job.start(rank, shared | group) for rank, group in enumerate(process_group(job.processes))]
-                print(f"started {job.run.name}, {len(waiting)} waiting; its log is {job.log()}", flush=True)
+                job = waiting.popleft()
+                if run := begin(job, cores | visible(devices, slots[0], job.processes), len(waiting)):
+                    running[slots.pop(0)] = run
+                else:
+                    ended["failed"].append(job)
             for number in signals[told:]:
-                for process in (process for _, processes in running.values() for process in processes):
+                for process in (process for run in running.values() for process in run.processes):
                     process.send_signal(number)
                 told += 1
-            for slot, (job, processes) in list(running.items()):
-                codes = [process.poll() for process in processes]
-                if None not in codes:
-                    code = next((code for code in codes if code), 0)
-                    job.ended(code)
+            for slot, run in list(running.items()):
+                if (code := run.poll()) is not None:
+                    run.job.ended(code)
                     del running[slot]
                     slots.append(slot)
                     how = "done" if not code else "stopped" if signals or code == EXIT_PREEMPTED else "failed"
-                    ended[how].append(job)
-                    print(f"{how} {job.run.name}", flush=True)
+                    ended[how].append(run.job)
+                    print(f"{how} {run.job.run.name}", flush=True)
             time.sleep(POLL)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    return conclude(ended, signals)
+
+
+def conclude(ended: dict[str, list[Job]], signals: list[int]) -> int:
+    """Says what failed, and how to go on; returns the exit code of the sweep."""
     for job in ended["failed"]:
         line, log = reason(job)
         print(f"failed: {job.run.name}: {line}; see {log}", file=sys.stderr)
     if ended["stopped"] or signals:
         cause = f" by {signal.Signals(signals[0]).name}" if signals else f": {len(ended['stopped'])} runs saved"
         print(f"stopped{cause}; the same command goes on", file=sys.stderr)
-    return EXIT_PREEMPTED if signals else 1 if ended["failed"] else EXIT_PREEMPTED if ended["stopped"] else 0
+    if ended["failed"] and not signals:
+        return 1
+    return EXIT_PREEMPTED if signals or ended["stopped"] else 0
 
 
 def visible_devices() -> list[str]:

@@ -126,7 +126,7 @@ def describe(config: Config, plan: Plan, name: str) -> str:
     ]  # fmt: skip
     for device in ("A100", "H100", "H200"):
         hours = plan.hours(device)
-        one, each = (f"{spent:,.2f}" if spent >= 0.1 else f"{spent:.2g}" for spent in (hours, hours / world))
+        one, each = (human_hours(spent, ",.2f" if spent >= 0.1 else ".2g") for spent in (hours, hours / world))
         shared = f", {each} on {world} of them," if world > 1 else ""
         rows.append((f"hours on one {device}", f"{one}{shared} at an assumed {ASSUMED_MFU:.0%} of its dense bf16 peak"))
     return "\n".join(f"{label:22}{text}" for label, text in rows)
@@ -183,6 +183,11 @@ def changed(config: Config, change: dict[str, Any]) -> Config:
             section = getattr(section, part)
         setattr(section, last, value)
     return other
+
+
+def human_hours(hours: float, form: str) -> str:
+    """Returns hours in a format, or words where a number of hours says nothing to a reader."""
+    return format(hours, form) if hours >= 1 / 3600 else "under a second"
 
 
 def human(size: float) -> str:

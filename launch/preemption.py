@@ -7,7 +7,9 @@ import time
 from types import FrameType
 from typing import Any, Self
 
+EXIT_DIVERGED = 3
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: saved but not done; start the same command again
+IN_ORDER = (0, EXIT_DIVERGED, EXIT_PREEMPTED)  # all processes of a run end by one of these, the main one perhaps much later
 
 # Slurm sends SIGTERM, or SIGUSR1 or SIGUSR2 where asked for with --signal; the keyboard sends SIGINT.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)

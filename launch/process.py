@@ -5,10 +5,13 @@ import ctypes
 import hashlib
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from uuid import uuid4
 
@@ -109,11 +112,32 @@ def of_this_start(store: torch.distributed.Store, rank: int, world: int) -> torc
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's rank and the number of processes: torchrun's, else those of a Slurm step of several tasks, else (0, 1)."""
+    """Returns this process's rank and the number of processes: torchrun's, else those of a Slurm step of several tasks, else (0, 1).
+
+    A shell of `srun --pty` has the variables of a step of several tasks, too, but what is typed there is started once.
+    """
     for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
         if rank in os.environ and world in os.environ:
+            if rank == "SLURM_PROCID" and typed_in_a_task():
+                break
             return int(os.environ[rank]), int(os.environ[world])
     return 0, 1
+
+
+def typed_in_a_task() -> bool:
+    """Returns whether this process was started in an interactive shell of Slurm's: it has a terminal, and is not the task itself."""
+    has_terminal = sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
+    return has_terminal and os.environ.get("SLURM_TASK_PID") != str(os.getpid())
+
+
+def refuse_copies(parallel: ParallelConfig) -> None:
+    """Raises ValueError where several processes would each train the same run."""
+    started = rank_and_world()[1]
+    if parallel.name == "single" and started > 1:
+        raise ValueError(
+            f"parallel=single with {started} processes: each would train the same run; use parallel=fsdp or hsdp, or, if this is an interactive "
+            "shell of several Slurm tasks, unset SLURM_STEP_NUM_TASKS"
+        )
 
 
 def meeting_point(environment: Mapping[str, str]) -> dict[str, str]:
@@ -121,18 +145,33 @@ def meeting_point(environment: Mapping[str, str]) -> dict[str, str]:
     that Linux gives to whoever asks for any."""
     nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", "localhost"))
     job, step = (int(environment.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))  # each task of an array is a job of its own
-    return {"MASTER_ADDR": first_host(nodes), "MASTER_PORT": str(20000 + (16 * job + step) % 12000)}
+    return {"MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(nodes), "MASTER_PORT": str(20000 + (16 * job + step) % 12000)}
 
 
 def num_processes(parallel: ParallelConfig) -> int:
-    """How many processes a run has, or the one that is planned for."""
-    return parallel.processes or rank_and_world()[1]
+    """Returns how many processes a run has, or the one that is planned for."""
+    alone = parallel.name == "single"
+    return parallel.processes or (1 if alone else rank_and_world()[1])
 
 
+@cache
 def first_host(nodes: str) -> str:
-    """The first of Slurm's list of nodes, as in gpu[003-005,7],login1."""
-    name, bracket, numbers = nodes.partition("[")
-    return name + re.split("[-,\\]]", numbers)[0] if bracket and "," not in name else nodes.split(",")[0]
+    """Returns the first of Slurm's list of nodes, as in gpu[003-005,7],login1. Raises ValueError where nobody can tell."""
+    if "[" not in nodes:
+        return nodes.split(",")[0]
+    with contextlib.suppress(OSError, subprocess.SubprocessError, IndexError):
+        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=60)
+        return listed.stdout.split()[0]
+    # A container may lack Slurm's commands.
+    try:
+        from submitit.slurm.slurm import _parse_node_list
+
+        return _parse_node_list(nodes)[0]
+    except (ImportError, ValueError, IndexError):
+        raise ValueError(
+            f"SLURM_STEP_NODELIST={nodes}, and neither scontrol nor submitit is here to say which node is the first; set MASTER_ADDR to it, "
+            "or pip install submitit"
+        ) from None
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:

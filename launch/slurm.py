@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import os
 import shlex
 import shutil
@@ -13,12 +14,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch.jobs import Job
-from launch.preemption import EXIT_PREEMPTED
+from data.files import read_json, write_atomically
+from launch.jobs import PATIENCE, Job
+from launch.preemption import EXIT_PREEMPTED, IN_ORDER
 from launch.snapshot import ROOT
 
 ASKED = signal.SIGUSR2  # to save and be requeued: submitit's choice, as NCCL may use USR1
 POLL = 0.2  # seconds between looks at the process and its signals
+LOOK = 2.0  # seconds between looks at the other tasks, for which a file server is asked
 # Until Python can note a signal it is ignored: it would end the task, and what ends by itself is not requeued.
 PYTHON = f"""bash -c 'trap "" TERM USR2; exec "$@"' bash {shlex.quote(sys.executable)}"""
 # A task may end long after the others, rank 0 above all: neither is a run to be killed then, nor its requeue.
@@ -93,14 +96,22 @@ class Task:
 
     def __call__(self) -> None:
         rank = int(os.environ["SLURM_PROCID"])
+        lost = self.lost()
+        if rank == 0:
+            for other in lost.parent.glob("lost_*"):
+                if other != lost:
+                    other.unlink(missing_ok=True)
         requeue: Any = signal.getsignal(ASKED)
         for number in (ASKED, signal.SIGTERM):
             signal.signal(number, self.note)
-        if rank == 0:
-            self.job.expect()
         code = self.wait(self.job.start(rank, {}))
         if self.received and code in (-ASKED, -signal.SIGTERM):  # there was nothing to save yet, or all was saved
             code = EXIT_PREEMPTED
+        if lost.exists():
+            code = read_json(lost, int)
+        elif code not in IN_ORDER:
+            self.job.lost(rank, code)
+            write_atomically(lost, f"{code}\n")
         if rank == 0:
             self.job.ended(code)
         while code and self.received == signal.SIGTERM:
@@ -109,13 +120,25 @@ class Task:
             self.put_back(requeue)
         sys.exit(code if code >= 0 else 128 - code)
 
+    def lost(self) -> Path:
+        """Returns the file by which a task tells the others of this start that its process ended out of order, and how."""
+        start = f"{os.environ['SLURM_JOB_ID']}_{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+        return self.job.log().with_name(f"lost_{start}")
+
     def note(self, number: int, frame: FrameType | None) -> None:
         """Remembers a signal: USR2, also where TERM came before it."""
         self.received = ASKED if ASKED in (number, self.received) else number
 
     def wait(self, process: subprocess.Popen) -> int:
-        """The exit code of the process, to which the first signal is passed on: a second one would end it unsaved."""
+        """Returns the exit code of the process, to which the first signal is passed on: a second one would end it unsaved.
+
+        Where that of another task ended out of order, this one is given PATIENCE seconds: it may not have met that one yet, and
+        would wait for it.
+        """
         passed_on = False
+        lost = self.lost()
+        look = time.monotonic() + LOOK
+        end = math.inf
         while True:
             try:
                 return process.wait(POLL)
@@ -123,6 +146,12 @@ class Task:
                 if self.received and not passed_on:
                     process.send_signal(self.received)
                     passed_on = True
+                now = time.monotonic()
+                if now > look and end == math.inf:
+                    look = now + LOOK
+                    end = now + PATIENCE if lost.exists() else math.inf
+                if now > end:
+                    process.kill()
 
     def put_back(self, requeue: Any) -> None:
         """Has submitit's handler put the job back, on the main process; says in the run's log where it refuses."""

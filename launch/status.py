@@ -1,71 +1,129 @@
-"""How the runs of a sweep fare: python -m launch.status DIR [resubmit=true].
+"""How runs fare: python -m launch.status DIR [resubmit=true].
 
-DIR is the folder of a sweep. A run is done, running or waiting, or it has ended without being done, and nothing is left that would start
-it again: it stopped, having saved, or it failed. `resubmit=true` starts those two again, and no others, as they were started before.
+DIR is the folder of a sweep, or holds run folders, or is one. A run is done, running or waiting, or it has ended without being
+done, and nothing is left that would start it again: it stopped, having saved, or it failed. Of a sweep, `resubmit=true` starts those two
+again, as they were started before, with those that were never started, and no others.
 """
 
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from conf.schema import key
 from data.files import DamagedFile
 from launch.config import parse, user_errors
+from launch.console import harmless_output
 from launch.folder import read_rows
 from launch.jobs import Job, queue, read_jobs, reason, state
-from launch.lock import RunLock, is_in_use
+from launch.lock import is_in_use
+from launch.record import find_runs, read_run
 
 STATES = ("done", "running", "waiting", "stopped", "failed")
+OF_RECORDS = {"finished": "done", "running": "running", "waiting": "waiting", "stopped": "stopped"}  # any other has failed
 
 
 @dataclass
 class Options:
-    resubmit: bool = key(False, "start again what stopped or failed")
+    resubmit: bool = key(False, "start again what stopped or failed, and what was never started")
 
 
+@dataclass
+class Line:
+    """A run as it is shown: done, running, waiting, stopped or failed, and what there is to say about that."""
+
+    state: str
+    name: str
+    details: str
+
+
+@harmless_output()
 def main(arguments: list[str]) -> int:
-    """Prints the runs of a sweep by state; returns the exit code. Raises ValueError for a folder that is none of a sweep."""
+    """Prints the runs of a folder by state; returns the exit code. Raises ValueError for a folder without runs."""
     named = [argument for argument in arguments if "=" not in argument]
     if len(named) != 1:
-        raise ValueError(f"{len(named)} folders; name that of one sweep, python -m launch.status DIR")
+        raise ValueError(f"{len(named)} folders; name one, python -m launch.status DIR")
     options, _ = parse(Options, [argument for argument in arguments if "=" in argument])
-    folder = Path(named[0]).resolve()
-    if not (folder / "jobs.json").exists():
-        raise ValueError(f"{named[0]} holds no jobs.json; name the folder of a sweep, hydra.sweep.dir")
-    with RunLock(folder) if options.resubmit else nullcontext():  # a sweep at work might start what seems to have ended
-        jobs = read_jobs(folder)
-        queued, sweeping = queue(jobs), not options.resubmit and is_in_use(folder)
-        found = {job.run: state(job, queued, sweeping) for job in jobs}
-        for kind in STATES:
-            for job in jobs:
-                if found[job.run] == kind:
-                    print(f"{kind:9}{job.run.name}{details(job, kind)}")
-        print(", ".join(f"{list(found.values()).count(kind)} {kind}" for kind in STATES), flush=True)
-        ended = [job for job in jobs if found[job.run] in ("stopped", "failed")]
-        if options.resubmit and ended:
-            from launch.sweep import start
-
-            return start(ended, folder)
+    folder = Path(named[0]).expanduser().resolve()
+    if options.resubmit:
+        return resubmit(folder)
+    jobs = read_jobs(folder)
+    found = states(jobs, sweeping=is_in_use(folder))
+    lines = [line_of(job, found[job.run]) for job in jobs] + plain_runs(folder, jobs)
+    if not lines:
+        raise ValueError(f"{named[0]} holds no runs; name the folder of a sweep (hydra.sweep.dir) or one of run folders")
+    show(lines)
     return 0
 
 
-def details(job: Job, kind: str) -> str:
-    """What there is to say about a run in a state: how far it is, or why it ended."""
+def resubmit(folder: Path) -> int:
+    """Starts again the runs of a sweep that ended without being done; returns the exit code."""
+    from launch.sweep import hold, start
+
+    if not (folder / "jobs.json").exists():
+        raise ValueError(f"{folder} holds no jobs.json, so no sweep made it; start its runs by their own commands")
+    with hold(folder):  # a sweep at work might start what seems to have ended
+        jobs = read_jobs(folder)
+        found = states(jobs)
+        show([line_of(job, found[job.run]) for job in jobs])
+        ended = [job for job in jobs if found[job.run] in ("new", "stopped", "failed")]
+        gone = {job.cwd for job in ended if not Path(job.cwd).is_dir()}
+        for job in ended:
+            if job.cwd in gone:
+                job.cwd = str(Path.cwd())
+        if gone:
+            print(f"note: {', '.join(sorted(gone))} is gone, where the runs were started; they start from {Path.cwd()}, to which relative "
+                  "paths refer", file=sys.stderr)  # fmt: skip
+        return start(ended, folder) if ended else 0
+
+
+def states(jobs: list[Job], sweeping: bool = False) -> dict[Path, str]:
+    """Returns what has become of each job, by its run folder."""
+    queued = queue(jobs)
+    return {job.run: state(job, queued, sweeping) for job in jobs}
+
+
+def show(lines: list[Line]) -> None:
+    """Prints runs by state, and how many there are of each."""
+    for kind in STATES:
+        for line in lines:
+            if line.state == kind:
+                print(f"{kind:9}{line.name}{line.details}")
+    print(", ".join(f"{sum(line.state == kind for line in lines)} {kind}" for kind in STATES), flush=True)
+
+
+def line_of(job: Job, kind: str) -> Line:
+    """Returns what there is to say about a job: how far it is, or why it ended."""
     if kind == "running":
-        return progress(job)
+        return Line(kind, job.run.name, progress(job.run, job.steps))
     if kind == "waiting":
-        return f"  job {job.job_id}" if job.job_id else ""
+        return Line(kind, job.run.name, f"  job {job.job_id}" if job.job_id else "")
+    if kind == "new":
+        return Line("waiting", job.run.name, "  not started; resubmit=true starts it")
     if kind in ("stopped", "failed"):
         line, log = reason(job)
-        return f"\n         {line}\n         {log}"
-    return ""
+        return Line(kind, job.run.name, f"\n         {line}\n         {log}")
+    return Line(kind, job.run.name, "")
 
 
-def progress(job: Job) -> str:
-    """How far a run is by its last row, and how long it will take at the speed of its last rows."""
-    metrics = job.run / "metrics.jsonl"
+def plain_runs(folder: Path, jobs: list[Job]) -> list[Line]:
+    """Returns the runs in and below a folder that are no jobs of its sweep."""
+    known = {job.run.resolve() for job in jobs}
+    lines = []
+    for run in find_runs([folder]):
+        if run.resolve() in known:
+            continue
+        record = read_run(run)
+        kind = OF_RECORDS.get(record.state, "failed")
+        name = str(run.relative_to(folder)) if run != folder else run.name
+        said = f"\n         {record.reason}" if record.reason else ""
+        lines.append(Line(kind, name, progress(run, None) if kind == "running" else said))
+    return lines
+
+
+def progress(run: Path, steps: int | None) -> str:
+    """Returns how far a run is by its last row and, where its number of steps is known, how long it will take at the speed of its last rows."""
+    metrics = run / "metrics.jsonl"
     try:
         rows = read_rows(metrics)[-20:]
     except DamagedFile as error:
@@ -73,9 +131,11 @@ def progress(job: Job) -> str:
     if not rows:
         return "  starting"
     first, last = rows[0], rows[-1]
-    said = f"  step {last['step']:,} of {job.steps:,}"
+    if steps is None:
+        return f"  step {last['step']:,}"
+    said = f"  step {last['step']:,} of {steps:,}"
     if last["step"] > first["step"]:
-        left = (job.steps - last["step"]) * (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
+        left = (steps - last["step"]) * (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
         said += f", {time.strftime('%H:%M:%S', time.gmtime(left)) if left < 86400 else f'{left / 86400:.1f} days'} left"
     return said
 

@@ -6,7 +6,10 @@ Runs are told apart by their identity: combinations that differ in nothing that 
 starts what is new, goes on with what stopped or failed, and leaves alone what is done, running or waiting.
 """
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from itertools import groupby
 from pathlib import Path
@@ -16,11 +19,12 @@ from omegaconf import DictConfig, flag_override
 from conf.schema import Config, LauncherConfig, check_value
 from data.files import remove_temporary
 from launch.config import EXIT_USER_ERROR, check
+from launch.console import harmless_output
 from launch.identity import run_name
 from launch.jobs import Job, queue, quoted, read_jobs, reason, state, write_jobs
 from launch.local import run_all
 from launch.lock import RunLock, is_in_use
-from launch.plan import ASSUMED_MFU, Plan, make_plan
+from launch.plan import ASSUMED_MFU, Plan, human_hours, make_plan
 from launch.process import rank_and_world
 from launch.slurm import submit
 
@@ -37,11 +41,14 @@ class Planned:
     plan: Plan
 
 
+@harmless_output()
 def sweep(combinations: list[Combination], launcher: LauncherConfig, folder: Path) -> int:
     """Starts the runs of the combinations whose folders lie in `folder`; returns the exit code. Prints what there is to do first.
 
     Raises ValueError for a mistake; one in a combination is printed with those of the others, before anything is started."""
     check_launcher(launcher)
+    if not combinations:
+        raise ValueError("the sweep has no combinations, for a list or range of values is empty; give each swept key at least one value")
     runs, mistakes = plan_runs(combinations, launcher, folder.resolve())
     for line in dict.fromkeys(mistakes):
         print(f"error: {line}", file=sys.stderr)
@@ -51,11 +58,22 @@ def sweep(combinations: list[Combination], launcher: LauncherConfig, folder: Pat
     if print_only:
         print(describe(runs, combinations, states(runs, folder, is_in_use(folder)), folder))
         return 0
-    with RunLock(folder):
+    with hold(folder):
         remove_temporary(folder, ["jobs.json"])
         found = states(runs, folder)
         print(describe(runs, combinations, found, folder), flush=True)
         return start([planned.job for planned in runs if found[planned.job.run] in ("new", "to resume")], folder)
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keeps other processes from starting runs of the sweep in `folder`. Raises ValueError where one does, or the folder cannot be written."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(RunLock(folder))
+        except ValueError as error:
+            raise ValueError(f"hydra.sweep.{error}") from None
+        yield
 
 
 def start(jobs: list[Job], folder: Path) -> int:
@@ -119,7 +137,7 @@ def plan_run(overrides: list[str], composed: DictConfig, launcher: LauncherConfi
     given, world = composed.parallel.processes, launcher.nodes * launcher.tasks
     if launcher.scheduler == "slurm" and given not in (None, world):
         raise ValueError(f"parallel.processes={given}, but hydra.launcher gives a run {launcher.nodes} nodes x {launcher.tasks} tasks; leave it out")
-    with flag_override(composed, ["struct", "readonly"], False):
+    with flag_override(composed, ["struct", "readonly"], False):  # each combination was composed for itself
         del composed["hydra"]
         composed.plan_only = True  # this process is none of the run's
         composed.parallel.processes = world if launcher.scheduler == "slurm" else given or 1
@@ -127,7 +145,8 @@ def plan_run(overrides: list[str], composed: DictConfig, launcher: LauncherConfi
     plan, name = make_plan(config), run_name(config)
     run = Path(config.dir).resolve() if config.dir else folder / name
     kept = [text for text in overrides if text.split("=")[0] not in ("dir", "print_only")]
-    group = [] if config.tracking.group else [quoted("tracking.group", folder.name)]
+    named = config.tracking.group or os.environ.get("WANDB_RUN_GROUP")
+    group = [] if named else [quoted("tracking.group", folder.name)]
     job = Job(run, [*kept, *group], str(Path.cwd()), plan.schedule.steps, config.parallel.processes or 1, launcher)
     return Planned(job, config, plan)
 
@@ -138,7 +157,7 @@ def states(runs: list[Planned], folder: Path, sweeping: bool = False) -> dict[Pa
     jobs = [known.get(planned.job.run, planned.job) for planned in runs]
     queued = queue(jobs)
     found = {job.run: state(job, queued, sweeping) for job in jobs}
-    ended = {run: "to resume" if (run / "checkpoints").exists() else "new" for run, kind in found.items() if kind in ("stopped", "failed")}
+    ended = {run: "to resume" if (run / "checkpoints").exists() else "new" for run, kind in found.items() if kind in ("new", "stopped", "failed")}
     return found | ended
 
 
@@ -148,15 +167,15 @@ def describe(runs: list[Planned], combinations: list[Combination], found: dict[P
     varying = texts[0].union(*texts) - texts[0].intersection(*texts)
     lines = [f"{len(runs)} runs in {folder}" + (f", of {len(combinations)} combinations: the others differ in nothing that a run reads"
                                                 if len(runs) < len(combinations) else "")]  # fmt: skip
-    lines.append(f"{'state':10}{DEVICES[-1]} hours  run")
+    lines.append(f"{'state':10}{DEVICES[-1] + ' hours':>14}  run")
     for planned in runs:
         own = " ".join(text for text in planned.job.overrides if text in varying)
-        lines.append(f"{found[planned.job.run]:10}{planned.plan.hours(DEVICES[-1]):10.3g}  {planned.job.run.name}  {own}")
+        lines.append(f"{found[planned.job.run]:10}{human_hours(planned.plan.hours(DEVICES[-1]), '.3g'):>14}  {planned.job.run.name}  {own}")
         if found[planned.job.run] in ("new", "to resume") and planned.job.log().exists() and not planned.job.stopped:
-            lines.append(f"{'':22}{reason(planned.job)[0]}")
+            lines.append(f"{'':26}{reason(planned.job)[0]}")
     counts = {kind: list(found.values()).count(kind) for kind in ("done", "running", "waiting", "to resume", "new")}
     lines.append(", ".join(f"{count} {kind}" for kind, count in counts.items() if count))
     todo = [planned.plan for planned in runs if found[planned.job.run] in ("new", "to resume")]
-    hours = " or ".join(f"{sum(plan.hours(device) for plan in todo):.3g} of {device}s" for device in DEVICES)
+    hours = " or ".join(f"{human_hours(sum(plan.hours(device) for plan in todo), '.3g')} of {device}s" for device in DEVICES)
     lines.append(f"GPU-hours of those to start: {hours}, at an assumed {ASSUMED_MFU:.0%} of their peak")
     return "\n".join(lines)

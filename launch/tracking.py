@@ -7,10 +7,6 @@ console and W&B are views of it that may fail without harm.
 import json
 import math
 import secrets
-import shutil
-import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +14,10 @@ import numpy as np
 
 from conf.schema import TrackingConfig
 from data.files import write_atomically
+from launch.console import Console
 from launch.folder import Counted, Row, RowFile, read_rows, read_summary
-from launch.wandb_run import Wandb, recorded_id, unsent, wandb_mode
+from launch.wandb_run import PROJECT, Wandb, recorded_id, unsent, wandb_mode, wandb_settings
 
-REDRAW = 0.2  # seconds between redraws of the live line
-PLAIN = 10.0  # seconds between plain lines where stdout is no terminal
 NEAR = 0.05  # a run that ends within this share of a budget is read at its end
 
 
@@ -42,7 +37,7 @@ class Tracker:
     dir, run_name    the run folder, and the name shown in W&B
     plain_config     the configuration as plain dicts, for W&B
     wandb_id         the id of an earlier start of this run, where its checkpoint knows one
-    total_steps      the horizon, for the progress bar
+    console          where its rows are shown
     last_logged      step of the last row that the checkpoint knows, -1 from scratch; later ones are dropped
     counted          the rows that it counts, where it tells
     """
@@ -54,18 +49,20 @@ class Tracker:
         run_name: str,
         plain_config: dict[str, Any],
         wandb_id: str | None,
-        total_steps: int,
+        console: Console,
         last_logged: int = -1,
         counted: Counted | None = None,
     ) -> None:
         self._dir = dir
-        self._console = Console(total_steps)
+        self._console = console
         self._file = RowFile(dir / "metrics.jsonl", last_logged, counted)
         self._wandb: Wandb | None = None
         self.wandb_id = wandb_id
-        mode, notice = wandb_mode(config.mode)
-        if notice:
-            self.message(notice)
+        mode, why = wandb_mode(config.mode)
+        if mode == "offline":
+            self.message(f"W&B: recording offline, {why}; `wandb sync {dir}/wandb/offline-run-*` uploads it")
+        elif mode == "off" and config.mode != "off":
+            self.message(f"W&B: tracking off, {why}")
         if mode != "off":
             self.wandb_id = wandb_id or recorded_id(dir) or secrets.token_hex(4)
             arguments = wandb_arguments(dir, config, run_name, plain_config, self.wandb_id)
@@ -109,18 +106,22 @@ class Tracker:
 
 
 def wandb_arguments(dir: Path, config: TrackingConfig, run_name: str, plain_config: dict[str, Any], wandb_id: str) -> dict[str, Any]:
-    """What W&B is told of a run when it starts."""
+    """Returns what W&B is told of a run when it starts.
+
+    What our keys set overrides W&B's own environment variables and settings files, and these override our defaults.
+    """
+    own = wandb_settings()
     model, method, data = (plain_config[group]["name"] for group in ("model", "optim", "data"))
     return {
         "dir": dir,
         "id": wandb_id,
         "resume": "allow",
-        "name": run_name,
-        "project": config.project,
-        "entity": config.entity,
-        "group": config.group or f"{model}-{data}",
-        "tags": list(dict.fromkeys([method, model, *config.tags])),
-        "job_type": "train",
+        "name": own.run_name or run_name,
+        "project": config.project or own.project or PROJECT,
+        "entity": config.entity or own.entity,
+        "group": config.group or own.run_group or f"{model}-{data}",
+        "tags": list(dict.fromkeys([method, model, *(config.tags or own.run_tags or ())])),
+        "job_type": own.run_job_type or "train",
         "config": plain_config,
     }
 
@@ -160,75 +161,3 @@ def _strict(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_strict(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class Console:
-    """One live line on a terminal; elsewhere a plain line now and then, and one for every evaluation."""
-
-    def __init__(self, total_steps: int) -> None:
-        self._total = total_steps
-        self._live = sys.stdout.isatty()
-        self._latest: Row = {}
-        self._start: tuple[float, int] | None = None  # (time, step) of the first row, after compilation and warm-up
-        self._shown = (-math.inf, -1)  # (time, step) of the last line
-        self._lock = threading.Lock()  # W&B's thread prints too
-
-    def row(self, row: Row) -> None:
-        now, step = time.monotonic(), row["step"]
-        with self._lock:
-            self._latest = {**self._latest, **row} if self._live else row  # the live line keeps the last evaluation
-            self._start = self._start or (now, step)
-            waited = now - self._shown[0]
-            if waited >= (REDRAW if self._live else PLAIN) or (not self._live and "val/loss" in row):
-                self._show()
-
-    def message(self, text: str) -> None:
-        with self._lock:
-            sys.stdout.write(f"\r\x1b[K{text}\n" if self._live else f"{text}\n")
-            sys.stdout.flush()
-            if self._live and self._latest:
-                self._show()
-
-    def close(self) -> None:
-        with self._lock:
-            if self._latest and (self._live or self._shown[1] != self._latest["step"]):
-                self._show()
-            if self._latest and self._live:
-                sys.stdout.write("\n")
-                sys.stdout.flush()
-            self._latest = {}  # later messages stand alone
-
-    def _show(self) -> None:
-        text = self._text()
-        sys.stdout.write(f"\r{self._with_bar(text)}\x1b[K" if self._live else f"{text}\n")
-        sys.stdout.flush()
-        self._shown = (time.monotonic(), self._latest["step"])
-
-    def _text(self) -> str:
-        row, step = self._latest, self._latest["step"]
-        parts = [f"step {step}/{self._total}"]
-        for key, form in (
-            ("train/loss", "loss {:.4f}"),
-            *([("sharpness/perturbed_loss", "loss at the moved weights {:.4f}")] if row.get("train/loss") is None else []),
-            ("val/loss", "val {:.4f}"),
-            ("perf/tokens_per_second", "{:,.0f} tokens/s"),
-            ("perf/mfu", "MFU {:.1%}"),
-        ):
-            if row.get(key) is not None:
-                parts.append(form.format(row[key]))
-        if row.get("skipped"):
-            parts.append(f"skipped {row['skipped']}")
-        if self._start and step > self._start[1]:
-            pace = (time.monotonic() - self._start[0]) / (step - self._start[1])
-            minutes, seconds = divmod(round(pace * (self._total - step)), 60)
-            parts.append(f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left")
-        return "  ".join(parts)
-
-    def _with_bar(self, text: str) -> str:
-        # The last column stays free: a full line would make some terminals wrap.
-        width = shutil.get_terminal_size().columns - 1
-        bar = min(20, width - len(text) - 4)
-        if bar < 5:
-            return text[:width]
-        filled = min(bar, bar * self._latest["step"] // max(1, self._total))
-        return f"[{'#' * filled}{'.' * (bar - filled)}]  {text}"

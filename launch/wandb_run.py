@@ -1,53 +1,64 @@
 """A run on W&B: the same run however often it is started, with every row once, whatever the network does."""
 
-import configparser
 import contextlib
-import netrc
-import os
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
-from urllib.parse import urlsplit
 
 from launch.preemption import EXIT_PREEMPTED
 
+PROJECT = "flatgpt"  # where neither tracking.project nor W&B names one
 FINISH = 15.0  # seconds W&B gets to upload what is left at the end
 AXES = ("step", "tokens", "flops", "seconds")  # x axes of W&B charts
 BLOCK = 32768  # bytes of a block of a .wandb file
 TAIL = 128 * BLOCK  # where its last row is looked for first
 
 
-def wandb_mode(mode: str) -> tuple[str, str | None]:
-    """(online, offline or off; a notice for the user or None), from tracking.mode, WANDB_MODE and the known keys."""
-    if mode == "auto":
-        mode = {"offline": "offline", "disabled": "off", "online": "online"}.get(os.environ.get("WANDB_MODE", ""), "auto")
-    if mode in ("auto", "online") and has_wandb_key():
-        return "online", None
-    if mode == "auto":
-        return "off", "W&B: no key found, tracking off (tracking.mode=offline records without one)"
-    if mode == "online":  # W&B would ask for a key on the terminal
-        return "offline", "W&B: no key found, recording offline (`wandb login` stores a key)"
-    return mode, None
+def wandb_mode(mode: str) -> tuple[str, str]:
+    """Returns online, offline or off for a tracking.mode, and why, in words for the user.
+
+    W&B itself says whether there is a key and, under `auto`, which mode its environment variables and settings files ask for.
+    """
+    if mode == "off":
+        return "off", "as tracking.mode asks"
+    found, why = _ask(mode)
+    if found == "off":
+        with contextlib.suppress(Exception):
+            _teardown()
+    return found, why
 
 
-def has_wandb_key() -> bool:
-    """Whether W&B would find credentials for its host. Its own answer costs an import of a third of a second."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    settings = configparser.ConfigParser(interpolation=None)
+def _ask(mode: str) -> tuple[str, str]:
     try:
-        settings.read(Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser() / "settings")
-        stored = dict(settings["default"]) if "default" in settings else {}
-        if stored.get("api_key"):
-            return True
-        url = os.environ.get("WANDB_BASE_URL") or stored.get("base_url") or "https://api.wandb.ai"
-        entries = netrc.netrc(Path(os.environ.get("NETRC", "~/.netrc")).expanduser())
-        return entries.authenticators(urlsplit(url).netloc) is not None
-    except (OSError, configparser.Error, netrc.NetrcParseError):
-        return False
+        import wandb
+
+        asked = wandb_settings(None if mode == "auto" else mode).mode
+        if asked == "disabled":
+            return "off", "as WANDB_MODE or `wandb disabled` asks"
+        if asked in ("offline", "dryrun"):
+            return "offline", "as WANDB_MODE or `wandb offline` asks" if mode == "auto" else "as tracking.mode asks"
+        if wandb.login(prompt=False, verify=False):
+            return "online", "there is a key"
+        why = "no key found (`wandb login` stores one)"
+    except ValueError as error:  # pydantic's, of a setting such as WANDB_MODE; it ends with a link
+        why = " ".join(str(error).partition("For further information")[0].split())
+    except Exception as error:  # no error of W&B's is worth a run
+        why = _first_line(error)
+    if mode == "auto":
+        return "off", f"{why}; tracking.mode=offline records without one"
+    return ("offline" if mode == "online" else "off"), why
+
+
+def wandb_settings(mode: str | None = None) -> Any:
+    """Returns W&B's settings of this process, after its environment variables and files; `mode` overrides the one there."""
+    import wandb
+
+    asked = {} if mode is None else {"mode": mode}
+    # Without `silent`, W&B would print lines about the key and saved files.
+    return wandb.setup(settings=wandb.Settings(silent=True, **asked)).settings  # type: ignore[arg-type]
 
 
 class Wandb:
@@ -114,8 +125,7 @@ class Wandb:
     def _start(self) -> Any:
         import wandb
 
-        quiet = wandb.Settings(silent=True)
-        wandb.setup(settings=quiet)  # wandb.init alone would still print lines about the key and saved files
+        wandb_settings()
         settings = wandb.Settings(
             init_timeout=self._timeout,
             finish_timeout=FINISH,
@@ -138,7 +148,7 @@ class Wandb:
             self._mode = "offline"
             self._notice(f"W&B: recording offline, {_first_line(error)}; `wandb sync {dir}/wandb/offline-run-*` uploads it")
             _teardown()  # the failed run would still hold the id
-            wandb.setup(settings=quiet)
+            wandb_settings()
             run = wandb.init(mode="offline", settings=settings, **self._arguments)
         self._last = recorded if self._mode == "offline" else run.starting_step - 1
         for name in AXES:

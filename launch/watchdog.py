@@ -6,13 +6,15 @@ A thread of every process writes every few seconds, for people and for the other
     heartbeat/failure.json      what ends the run, written once by the first process to find out: by, code, line
     logs/stacks_rank<r>.txt     where every thread of a process stood that was given up
 
-in the run folder, which all processes share. The main thread makes a mark whenever it gets on (`Layout.enter`, `Layout.agreed`), the same
+in the run folder, which all processes share. Until the tasks of a Slurm step have met, heartbeats and a failure lie in a hidden folder
+beside that one, for it may be another run's yet. The main thread makes a mark whenever it gets on (`Layout.enter`, `Layout.agreed`), the same
 marks in the same order on all processes, so that the one with the fewest is the one that the others wait for. Clocks of different
 hosts are not compared, and a stopped or sleeping machine counts no time.
 """
 
 import contextlib
 import faulthandler
+import glob
 import json
 import os
 import shutil
@@ -37,6 +39,7 @@ BEAT = 2.0  # seconds between heartbeats
 GRACE = 10.0  # seconds for a process to end in order once the run has failed
 NEAR = 4  # beats without a heartbeat after which a process that is gone from this host counts as lost
 FAR = 60  # the same for a process of another host: NFS may show a file as it was a minute ago
+FAR_AT_FIRST = 35  # the same until they have met: there is no training to lose
 GO_ON = "the same command goes on from the last checkpoint"
 Beat = dict[str, Any]  # a heartbeat, as the file holds it
 
@@ -71,6 +74,8 @@ class Watchdog:
     def __init__(self, folder: Path, layout: Layout, minutes: float) -> None:
         self.layout, self.minutes, self.limit = layout, minutes, 60 * minutes
         self.heartbeat, self.logs = folder / "heartbeat", folder / "logs"
+        self.meeting = meeting_place(folder) if layout.world > 1 else None
+        self.place = self.meeting or self.heartbeat  # where the heartbeats are
         self.beat = min(BEAT, self.limit / 5)
         self.grace = min(GRACE, self.limit)
         self.shown = False  # whether there are heartbeats
@@ -79,11 +84,17 @@ class Watchdog:
         self.left = False  # whether an error of this process has had its say
         self.idle = 0.0
         self.written = 0  # heartbeats in a row that the disk took
+        self.missed = 0  # looks in a row at which a task had no process
         self.still: dict[int, tuple[float, int]] = {}  # of neighbours: their last heartbeat, and for how many beats it has been the last
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
+        if self.meeting:
+            with contextlib.suppress(OSError):  # then there is no warning of a process that dies before they have met
+                self.meeting.mkdir(exist_ok=True)
+                self.shown = True
+                self._write()
         self.thread.start()
         return self
 
@@ -92,8 +103,16 @@ class Watchdog:
         if error is None or self.layout.world == 1:
             self.closing.set()
             self.thread.join()
+            self._end_meeting()
         elif isinstance(error, Exception) and not self.left:
-            self._leave(error)
+            try:
+                self._leave(error)
+            finally:
+                self.layout.enter("ended")
+                self._write()
+                if self.layout.main and self.shown:
+                    self._await_the_others()
+                self._end_meeting()
 
     @contextmanager
     def heartbeats(self) -> Iterator[None]:
@@ -102,8 +121,11 @@ class Watchdog:
             shutil.rmtree(self.heartbeat, ignore_errors=True)
             self.heartbeat.mkdir()
         self.layout.agreed(None)
+        self.place = self.heartbeat
         self.shown = True
         self._write()
+        self.layout.agreed(None)  # nobody writes where they met any more
+        self._end_meeting()
         try:
             yield
         except Exception as error:
@@ -117,6 +139,12 @@ class Watchdog:
             if self.layout.main:
                 self._await_the_others()
                 shutil.rmtree(self.heartbeat, ignore_errors=True)
+
+    def _end_meeting(self) -> None:
+        """Removes where the processes showed themselves before they had met, and what starts left that were killed meanwhile."""
+        if self.meeting and self.layout.main:
+            for left in self.meeting.parent.glob(f"{glob.escape(self.meeting.name.rpartition('_')[0])}_*"):
+                shutil.rmtree(left, ignore_errors=True)
 
     # What a process says when it leaves
 
@@ -153,7 +181,7 @@ class Watchdog:
         before, end = self._read(), time.monotonic() + 4 * self.beat
         lost: list[int] = []
         while not (failure := self._find_failure()) and not lost and time.monotonic() < end:
-            if not self.heartbeat.exists():  # the main process has left in order and cleared up
+            if not self.place.exists():  # the main process has left in order and cleared up
                 return {"by": 0, "code": EXIT_LOST}
             time.sleep(0.1)
             lost = [rank for rank, seen in before.items() if has_died(seen)]
@@ -168,7 +196,7 @@ class Watchdog:
         """Says what ends the run, and with which code the other processes end; returns what was said first, perhaps by another one."""
         failure = {"by": self.layout.rank, "code": code, "line": " ".join(line.split())}
         if self.shown:
-            with contextlib.suppress(OSError), (self.heartbeat / "failure.json").open("x") as file:
+            with contextlib.suppress(OSError), (self.place / "failure.json").open("x") as file:
                 json.dump(failure, file)
         self.failure = self._find_failure() or failure
         return self.failure
@@ -177,7 +205,7 @@ class Watchdog:
         """What a process has said to end the run."""
         if self.failure is None and self.shown:
             with contextlib.suppress(OSError, ValueError):  # it may not be whole yet
-                self.failure = dict(read_json(self.heartbeat / "failure.json", Failure))
+                self.failure = dict(read_json(self.place / "failure.json", Failure))
         return self.failure
 
     def _await_the_others(self) -> None:
@@ -198,7 +226,7 @@ class Watchdog:
                 continue
             if failure := self._find_failure():
                 # In order means: the main process lets go of the run folder, a process with a traceback prints it.
-                if self.layout.main or failure["by"] == self.layout.rank:
+                if failure["by"] == self.layout.rank or (self.layout.main and self.place == self.heartbeat):
                     self.closing.wait(self.grace)
                 self._give_up(failure)
             if self.idle < NEAR * self.beat:
@@ -220,6 +248,8 @@ class Watchdog:
         Not every collective fails where a process dies: NCCL's wait on. Ranks go from host to host, so that mostly one neighbour runs on
         this host, where its death shows; but its number may be one in another container, and its heartbeat must stand still as well. Of
         another host only the heartbeat is seen, and where this process cannot write its own, that one may not be able to either."""
+        if self.place == self.meeting and (line := self._missing_task()):
+            return line
         if not self.shown:
             return None
         rank, world = self.layout.rank, self.layout.world
@@ -232,9 +262,19 @@ class Watchdog:
                 continue
             if still >= NEAR and has_died(seen):
                 return f"{names(beats, [other])} ended without a word; {GO_ON}"
-            if min(still, self.written) >= FAR and seen["host"] != socket.gethostname():
-                return f"{names(beats, [other])} has shown no sign of life for {FAR * self.beat:g} seconds; {GO_ON}"
+            far = FAR if self.place == self.heartbeat else FAR_AT_FIRST
+            if min(still, self.written) >= far and seen["host"] != socket.gethostname():
+                return f"{names(beats, [other])} has shown no sign of life for {far * self.beat:g} seconds; {GO_ON}"
         return None
+
+    def _missing_task(self) -> str | None:
+        """Returns which task of the Slurm step has no process, where that shows: it may have died before it could show itself."""
+        missing = missing_tasks(self.layout)
+        self.missed = self.missed + 1 if missing else 0
+        if self.missed < NEAR:
+            return None
+        ranks = " and ".join(f"rank {rank}" for rank in missing)
+        return f"{ranks} has no process on {socket.gethostname()}, where the whole step runs: it ended before it had loaded; {GO_ON}"
 
     def _end(self, line: str) -> None:
         """Ends the run with what this process found, or what another one has said by now."""
@@ -246,7 +286,7 @@ class Watchdog:
     def _judge(self, before: dict[int, Beat], after: dict[int, Beat]) -> str | None:
         """Which process keeps this one waiting, from two looks at all heartbeats; None where one that lives may still take its time."""
         remedy = f"stacks are in {self.logs}; {GO_ON}, and parallel.timeout={self.minutes:g} allows more"
-        if not self.shown:
+        if self.place != self.heartbeat or not self.shown:
             return f"rank {self.layout.rank} of {self.layout.world} has been {self.layout.phase} for {self.minutes:g} minutes; start all of them " \
                    "within parallel.timeout, and check that they reach MASTER_ADDR and MASTER_PORT"  # fmt: skip
         if lost := self._silent(before, after):
@@ -273,6 +313,9 @@ class Watchdog:
                 faulthandler.dump_traceback(file)
         self.layout.phase = "ended"
         self._write()
+        if self.place != self.heartbeat and self.layout.main:
+            self._await_the_others()
+            self._end_meeting()
         sys.stdout.flush()
         os._exit(failure["code"])
 
@@ -282,12 +325,12 @@ class Watchdog:
         seen = {"rank": layout.rank, "host": socket.gethostname(), "pid": os.getpid(), "phase": layout.phase, "step": layout.step,
                 "idle": round(self.idle, 1), "overdue": self.idle >= self.limit * layout.allowance, "marks": layout.marks,
                 "time": time.time()}  # fmt: skip
-        partial = self.heartbeat / f".rank_{layout.rank}"
+        partial = self.place / f".rank_{layout.rank}"
         with self.writing:
             if self.shown:
                 try:
                     partial.write_text(json.dumps(seen))
-                    partial.replace(self.heartbeat / f"rank_{layout.rank}.json")
+                    partial.replace(self.place / f"rank_{layout.rank}.json")
                     self.written += 1
                 except OSError:  # a file server may be away for a while
                     self.written = 0
@@ -297,8 +340,39 @@ class Watchdog:
         found = {}
         for rank in ranks or range(self.layout.world):
             with contextlib.suppress(OSError, ValueError):
-                found[rank] = dict(read_json(self.heartbeat / f"rank_{rank}.json", Heartbeat))
+                found[rank] = dict(read_json(self.place / f"rank_{rank}.json", Heartbeat))
         return found
+
+
+def meeting_place(folder: Path) -> Path | None:
+    """Returns where the tasks of a Slurm step show themselves until they have met: beside the run folder, or what there is of its path.
+
+    Other processes than tasks were started by torchrun or a sweep on this machine, which notice by themselves that one died.
+    """
+    if "RANK" in os.environ or "SLURM_JOB_ID" not in os.environ:
+        return None
+    parent = next(parent for parent in folder.absolute().parents if parent.is_dir())
+    start = "-".join(os.environ.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    return parent / f".{folder.name}.meeting_{start}"
+
+
+def missing_tasks(layout: Layout) -> list[int]:
+    """Returns the ranks of a Slurm step on one host that have no process there; none where that cannot be told."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", ""))
+    if "," in nodes or "[" in nodes:
+        return []
+    step = tuple(os.environ.get(name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    ranks = {}  # by process
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # another user's, or it has ended meanwhile
+            variables = dict(entry.partition("=")[::2] for entry in file.read_bytes().decode(errors="replace").split("\0"))
+            if tuple(variables.get(name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")) == step:
+                ranks[file.parent.name] = variables.get("SLURM_PROCID")
+    # In a container of its own a task does not see the others, nor itself under the number that Slurm knows.
+    own = ranks.get(os.environ.get("SLURM_TASK_PID", str(os.getpid())))
+    if own != str(layout.rank):
+        return []
+    return [rank for rank in range(layout.world) if str(rank) not in ranks.values()]
 
 
 def lost_contact(error: Exception) -> bool:

@@ -1,9 +1,18 @@
 """Where the processes of a run meet, and what random numbers they draw."""
 
+import io
+import os
+import pty
+import subprocess
+import sys
+
 import pytest
 import torch
 
+import train
+from launch.config import compose
 from launch.process import first_host, meeting_point, peak_flops, seed_everything
+from tests.runs import ROOT
 
 
 @pytest.mark.parametrize(
@@ -16,12 +25,64 @@ def test_the_peak_of_a_device_is_its_own_or_none(monkeypatch, name, peak):
     assert peak_flops(torch.device("cuda")) == peak
 
 
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [("gpu7", "gpu7"), ("gpu7,login1", "gpu7"), ("gpu[003-005,7],login1", "gpu003"), ("gpu[12,14-15]", "gpu12"), ("a1,gpu[3-4]", "a1")],
-)
-def test_first_host(nodes, first):
-    assert first_host(nodes) == first
+FIRST = {"gpu7": "gpu7", "gpu7,login1": "gpu7", "gpu[003-005,7],login1": "gpu003", "gpu[12,14-15]": "gpu12", "a1,gpu[3-4]": "a1",
+         "rack[0-1]_blade[3-4]": "rack0_blade3", "r[2]n[08-09],r3n[1-2]": "r2n08"}  # fmt: skip
+
+
+@pytest.mark.parametrize("nodes", FIRST)
+def test_the_first_host_is_slurms_own_word_or_a_librarys(tmp_path, monkeypatch, nodes):
+    """Slurm's command needs its configuration, which may be missing, as in a container."""
+    first_host.cache_clear()
+    pytest.importorskip("submitit")
+    assert first_host(nodes) == FIRST[nodes]
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$1 $2" = "show hostnames" ] && printf "told\\nother\\n"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    first_host.cache_clear()
+    assert first_host(nodes) == ("told" if "[" in nodes else FIRST[nodes])
+
+
+def test_where_nobody_can_tell_the_first_host_the_line_says_what_to_set(monkeypatch):
+    first_host.cache_clear()
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setitem(sys.modules, "submitit.slurm.slurm", None)
+    with pytest.raises(ValueError, match=r"SLURM_STEP_NODELIST=gpu\[1-2\], and neither scontrol nor submitit .* set MASTER_ADDR"):
+        meeting_point({"SLURM_STEP_NODELIST": "gpu[1-2]"})
+    assert meeting_point({"SLURM_STEP_NODELIST": "gpu[1-2]", "MASTER_ADDR": "gpu1"})["MASTER_ADDR"] == "gpu1"
+
+
+# What is typed in a shell of `srun --pty --ntasks=4`
+
+
+TASK = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_JOB_ID": "7", "SLURM_TASK_PID": "1"}
+
+
+def test_what_is_typed_in_a_shell_of_several_tasks_is_one_process():
+    """Without a terminal it is one of the tasks, as what such a shell is replaced by."""
+    master, slave = pty.openpty()
+    for script, stdin, expected in (
+        ("", slave, (0, 1)),
+        ("", subprocess.DEVNULL, (0, 4)),
+        ("os.environ['SLURM_TASK_PID'] = str(os.getpid())", slave, (0, 4)),
+    ):
+        command = f"import os\n{script}\nfrom launch.process import rank_and_world\nprint(rank_and_world())"
+        done = subprocess.run([sys.executable, "-c", command], stdin=stdin, env={**os.environ, **TASK}, cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout == f"{expected}\n", done.stderr
+    os.close(slave)
+    os.close(master)
+
+
+def test_only_a_run_needs_to_know_whether_a_shell_of_several_tasks_is_one(tiny, tmp_path, monkeypatch, capsys):
+    for name, value in TASK.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    compose(tiny)  # as data.prepare, launch.evaluate and others do
+    assert train.main(compose([*tiny, "plan_only=true"])) == 0
+    assert " on each of " not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="interactive shell of several Slurm tasks, unset SLURM_STEP_NUM_TASKS"):
+        train.main(compose([*tiny, f"dir={tmp_path}/run"]))
+    assert not (tmp_path / "run").exists()
 
 
 def test_steps_and_jobs_on_a_node_meet_apart():

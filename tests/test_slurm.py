@@ -27,6 +27,12 @@ LONG = [f"schedule.steps={STEPS}", "checkpoint.every=100", "evaluation.every=200
         "hydra.launcher.setup=['export OMP_NUM_THREADS=1']"]  # fmt: skip
 ENDLESS = ["schedule.steps=1000000", "schedule.warmup_steps=0", "evaluation.every=1000000", "tracking.every=1"]
 
+EARLY = f"""
+import os, signal, sys
+if sys.orig_argv[1:2] == ['{ROOT}/train.py'] and os.environ['SLURM_PROCID'] == '1':
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
 SLOW = f"""
 import atexit, os, signal, sys, time
 if sys.orig_argv[1:2] == ['{ROOT}/train.py'] and os.environ['SLURM_PROCID'] == '0':
@@ -175,7 +181,7 @@ def test_a_failed_run_is_reported_and_resubmitted_alone(slurm, home, jobs, grid)
 def test_slurms_refusal_is_one_line_and_leaves_nothing(slurm, home, tiny, monkeypatch):
     code, said = sweep(*tiny, *LONG, "hydra.sweep.dir=none", "hydra.launcher.partition=nowhere")
     assert code == 2 and re.search(r"^error: Slurm refuses: .*invalid partition", said, re.M) and said.count("nowhere") == 1, said
-    assert {path.name for path in (home / "none").iterdir()} == {"lock", "multirun.yaml"}
+    assert not (home / "none").exists()
     monkeypatch.setenv("PATH", "/nowhere")
     code, said = sweep(*tiny, *LONG, "hydra.sweep.dir=none")
     assert code == 2 and "there is no sbatch here" in said
@@ -201,6 +207,23 @@ def test_each_run_is_resubmitted_as_it_was_started_and_what_was_submitted_before
     found = subprocess.run(["bash", "-c", f"PYTHONPATH=theirs; {export}; echo $PYTHONPATH"], capture_output=True, text=True)
     assert found.stdout == "/home/me/my code:theirs\n", found
     slurm.call("scancel", accepted.job_id)
+
+
+def test_a_cancelled_run_has_stopped_and_one_that_lost_a_process_early_has_failed(slurm, home, tiny, jobs):
+    """The one had saved. Of the other one task's process ended before it had met that of the other, which would wait for ten minutes."""
+    (early := home / "early").mkdir()
+    (early / "sitecustomize.py").write_text(EARLY)
+    (cancelled,) = submitted(home, "cancelled", *tiny, *LONG, *ENDLESS)
+    (lost,) = submitted(home, "lost", *tiny, *LONG, "parallel=fsdp", "hydra.launcher.tasks_per_node=2",
+                        f"hydra.launcher.setup=['export OMP_NUM_THREADS=1 PYTHONPATH={early}']")  # fmt: skip
+    slurm.until(lambda: under_way(cancelled.run), 240)
+    slurm.call("scancel", cancelled.job_id)
+    ended(slurm, cancelled, lost)
+    said = fare(home / "cancelled")
+    assert re.search(rf"^stopped +{cancelled.run.name}\n +SIGTERM: saved step \d+; .*\n +{cancelled.log()}$", said, re.M), said
+    said = fare(home / "lost")
+    assert re.search(rf"^failed +{lost.run.name}\n +error: rank 1 was ended by SIGKILL; .*\n +{lost.log(1)}$", said, re.M), said
+    assert lost.exit_code.read_text() == "-9\n"
 
 
 def test_a_grid_asked_for_twice_runs_once(slurm, home, grid):

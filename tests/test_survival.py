@@ -7,6 +7,7 @@ and once by torchrun, which starts them again.
 import itertools
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -138,6 +139,29 @@ def test_a_process_that_nobody_joins_says_so(tmp_path, nodes, overrides):
     assert "rank 0 of 2 has been meeting the other processes for 0.02 minutes" in errors(alone)[0]
 
 
+def test_a_process_that_dies_before_they_have_met_is_named(tmp_path, nodes, overrides):
+    """Killed, or by a mistake that the others did not make: seconds later, not after parallel.timeout."""
+    processes = start(nodes, tmp_path / "run", *overrides, second=("device=cuda",))
+    assert ends(processes) == [MISTAKE, MISTAKE]
+    (said,) = errors(processes[1])
+    assert errors(processes[0]) == [] and said.startswith("error: rank 1: device=cuda, but torch sees no CUDA device")
+    assert {path.name for path in tmp_path.iterdir()} == {"run.0.txt", "run.1.txt"}
+
+    three = [*overrides, "batch.sequences=3", f"dir={tmp_path}/runs/run"]
+    job = {"SLURM_JOB_ID": str(next(JOBS)), "SLURM_STEP_NUM_TASKS": "3"}
+    alone, lost = (
+        node.start(*three, output=tmp_path / f"{rank}.txt", variables={**job, "SLURM_PROCID": rank})
+        for node, rank in zip(nodes, ("0", "1"), strict=True)
+    )
+    assert alone.until(lambda: list(tmp_path.glob(".run.meeting_*/rank_1.json")))
+    lost.kill()
+    assert ends([alone, lost]) == [LOST, -signal.SIGKILL]
+    (said,) = errors(alone)
+    named = rf"rank 1 \({os.uname().nodename}, process {lost.pid}, (starting|meeting the other processes) at step 0\) ended without a word"
+    assert re.search(named, said), said
+    assert {path.name for path in tmp_path.iterdir()} == {"run.0.txt", "run.1.txt", "0.txt", "1.txt"}
+
+
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_process_is_named(tmp_path, nodes, overrides, stopped):
     """It holds its connections open, and no collective fails."""
@@ -247,12 +271,20 @@ from launch.preemption import Preemption
 from model.sharding import Layout
 
 def run(kind, folder, rank):
-    watchdog.BEAT, watchdog.FAR = 0.25, 8
-    if kind in ("elsewhere", "full disk"):
+    watchdog.BEAT, watchdog.FAR, watchdog.FAR_AT_FIRST = 0.25, 8, 6
+    if kind in ("elsewhere", "full disk", "meeting"):
         socket.gethostname = lambda: f"host{rank}"
     if kind == "container":
         os.getpid = lambda: 2**22 + 1  # a number that no process has here
     layout = Layout(rank, 2)
+    if kind == "meeting":
+        os.environ["SLURM_JOB_ID"] = "7"
+        with watchdog.Watchdog(folder / "run", layout, minutes=10) as watching:
+            layout.enter("meeting the other processes")
+            while watching.idle < 2 * watchdog.BEAT:
+                time.sleep(0.01)
+            Path(folder, f"ready{rank}").touch()
+            time.sleep(1000)
     with watchdog.Watchdog(folder, layout, minutes=10) as watching, Preemption():
         Path(folder, f"there{rank}").touch()
         while not Path(folder, f"there{1 - rank}").exists():
@@ -337,6 +369,51 @@ def test_a_killed_process_is_named_though_nothing_fails_and_no_signal_is_heard(p
         failure = json.loads(read(folder / "heartbeat/failure.json"))
         assert failure == {"by": 0, "code": LOST, "line": line.removeprefix("error: ")}
         assert "watchdog.py" in read(folder / "logs/stacks_rank0.txt")
+
+
+def test_a_process_of_another_host_that_dies_before_they_have_met_is_named(pairs):
+    (folder,) = pairs("meeting").values()
+    os.kill(int(read(folder / "pid1")), signal.SIGKILL)
+    assert read(folder / "code0") == str(LOST)
+    (line,) = [line for line in read(folder / "said0").splitlines() if line.startswith("error: ")]
+    assert re.search(r"rank 1 \(host1, process \d+, meeting the other processes at step 0\) has shown no sign of life for 1.5 seconds", line), line
+    assert not list(folder.glob(".run*")) and not (folder / "run").exists()
+
+
+ALONE = """
+import sys, time
+from pathlib import Path
+from launch import watchdog
+from model.sharding import Layout
+
+watchdog.BEAT = 0.2
+layout = Layout(0, 2)
+with watchdog.Watchdog(Path(sys.argv[1]), layout, minutes=10) as watching:
+    layout.enter("meeting the other processes")
+    while True:
+        time.sleep(0.05)
+        if watching.idle > 4:
+            Path(sys.argv[1] + ".waited").touch()
+"""
+
+
+def test_a_task_that_dies_while_it_loads_is_named(tmp_path):
+    """It cannot have shown itself. While its process is there, whatever it does, and in a container of its own, it is waited for."""
+    step = {"SLURM_JOB_ID": str(next(JOBS)), "SLURM_STEP_ID": "3", "SLURM_STEP_NODELIST": "node7"}
+    loading = subprocess.Popen(["sleep", "1000"], env={**os.environ, **step, "SLURM_PROCID": "1"})
+    command = [sys.executable, "-c", ALONE]
+    environment = {**os.environ, **step, "SLURM_PROCID": "0"}
+    alone = subprocess.Popen([*command, tmp_path / "run"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    contained = subprocess.Popen([*command, tmp_path / "other"], cwd=ROOT, env={**environment, "SLURM_TASK_PID": str(2**22 + 1)})
+    read(tmp_path / "run.waited")
+    loading.kill()
+    loading.wait()
+    assert alone.wait(timeout=60) == LOST
+    assert re.fullmatch("error: rank 1 has no process on .*: it ended before it had loaded; .*\n", alone.stderr.read())
+    read(tmp_path / "other.waited")
+    assert contained.poll() is None
+    contained.kill()
+    contained.wait()
 
 
 def test_a_process_that_is_slow_but_alive_is_let_be(pairs):

@@ -2,20 +2,23 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 from conf.schema import LauncherConfig
+from launch import local
 from launch.config import compose
 from launch.jobs import Job, last_start, queue, quoted, read_jobs, reason, state, write_jobs
-from launch.local import process_group, visible, visible_devices
-from launch.plan import make_plan
+from launch.local import process_group, run_all, visible, visible_devices
+from launch.plan import human_hours, make_plan
 from tests.runs import ROOT
 from tests.sweeps import fare, sweep
 
@@ -38,8 +41,26 @@ def test_combinations_that_differ_in_nothing_read_are_one_run(home, tiny):
     assert "6 runs in runs/sweep, of 8 combinations" in said and "6 new" in said
     assert len(re.findall(r"^new .*-adamw-", said, re.M)) == 2 and len(re.findall(r"^new .*-sam-0.0[25]-", said, re.M)) == 4
     assert "note:" not in said  # that AdamW reads no radius is what the sweep is about
-    assert re.search(r"GPU-hours of those to start: \S+ of A100s or \S+ of H100s", said)
-    assert [path.name for path in home.rglob("*") if path.is_file()] == ["multirun.yaml"]  # Hydra's own
+    assert re.search(r"GPU-hours of those to start: under a second of A100s or under a second of H100s", said)
+    assert list(home.iterdir()) == []
+
+
+def test_duplicates_are_one_run_and_an_empty_list_is_a_mistake(home, tiny):
+    for twice in ("seed=0,0", "optim.lr=1e-3,0.001", "optim=sam,sam", "seed=0,00"):
+        code, said = sweep(*tiny, twice, "print_only=true")
+        assert code == 0 and "1 runs in runs/sweep, of 2 combinations" in said and "1 new" in said, said
+    code, said = sweep(*tiny, "seed=range(0,0)")
+    assert code == 2 and said.startswith("error: the sweep has no combinations") and said.count("\n") == 1, said
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_and_can_still_be_asked_about(home, tiny):
+    (home / "file").touch()
+    code, said = sweep(*tiny, "seed=0,1", "hydra.sweep.dir=file/grid")
+    assert code == 2 and re.search(r"^error: hydra.sweep.dir=file/grid cannot be a run folder \(Not a directory\); name one", said, re.M), said
+    assert "Traceback" not in said
+    code, said = sweep(*tiny, "seed=0,1", "hydra.sweep.dir=file/grid", "print_only=true")
+    assert code == 0 and "2 new" in said
+    assert [path.name for path in home.iterdir()] == ["file"]
 
 
 def test_every_combination_is_composed_once(home, tiny, monkeypatch):
@@ -80,7 +101,7 @@ def test_a_sweep_runs_each_apart_reports_failures_and_goes_on_with_them_alone(ho
     (path,) = (entry.removeprefix("data.path=") for entry in tiny if entry.startswith("data.path="))
     command = [*tiny, f"data.path={path},'it\\'s later.txt'", "parallel=fsdp,single", "seed=3", "hydra.sweep.dir=runs/grid"]
     plan = make_plan(compose([*tiny, "seed=3"]))
-    one, two = (" or ".join(f"{runs * plan.hours(device):.3g} of {device}s" for device in ("A100", "H100")) for runs in (1, 2))
+    one, two = (" or ".join(f"{human_hours(runs * plan.hours(device), '.3g')} of {device}s" for device in ("A100", "H100")) for runs in (1, 2))
     code, said = sweep(*command, "hydra.launcher.n_jobs=2")
     assert code == 1 and f"GPU-hours of those to start: {two}," in said
     done, failed = read_jobs(home / "runs/grid")
@@ -138,6 +159,94 @@ def test_ctrl_c_reaches_the_runs_which_save_and_the_same_command_goes_on(home, t
     assert re.search(r"^to resume .*seed=0\nnew .*seed=1$", sweep(*command, "print_only=true")[1], re.M)
 
 
+def test_a_sweep_whose_project_was_moved_starts_from_where_one_is(home, tiny, monkeypatch, capfd):
+    (home / "before").mkdir()
+    monkeypatch.chdir(home / "before")
+    command = [entry for entry in tiny if not entry.startswith("data.path=")] + ["data.path=corpus.txt", "schedule.steps=2"]
+    assert sweep(*command)[0] == 1
+    (home / "before").rename(home / "after")
+    monkeypatch.chdir(home / "after")
+    (path,) = (entry.removeprefix("data.path=") for entry in tiny if entry.startswith("data.path="))
+    assert re.search(r"^failed .*\n +error: data.path=corpus.txt", fare(home / "after/runs/sweep"), re.M)
+    Path("corpus.txt").write_text(Path(path).read_text())
+    assert "1 failed" in fare(home / "after/runs/sweep", "resubmit=true")
+    assert f"note: {home}/before is gone, where the runs were started; they start from {home}/after" in capfd.readouterr().err
+    assert fare(home / "after/runs/sweep").endswith("1 done, 0 running, 0 waiting, 0 stopped, 0 failed\n")
+
+
+def test_a_failure_is_known_until_its_rerun_has_begun(home, capfd):
+    """The run of the one cannot be started. That of the other is never reached."""
+    one, other = (a_job(home / name) for name in ("one", "other"))
+    for job, code, ending in ((one, 1, "failed"), (other, 75, "stopped")):
+        job.expect()
+        job.log().write_text("$ first\nerror: no room\n")
+        job.ended(code)
+        job.expect()
+        assert state(job, set(), sweeping=True) == "waiting" and state(job, set()) == ending
+    one.cwd = "/nowhere"
+    assert run_all([one], 1) == 1
+    assert "error: one cannot be started: No such file or directory: /nowhere\nfailed: one: error: no room" in capfd.readouterr().err
+    assert [state(job, set()) for job in (one, other)] == ["failed", "stopped"] and reason(one)[0] == reason(other)[0] == "error: no room"
+
+
+LOST = """
+import os, signal, sys, time
+if sys.orig_argv[1:2] == ['{root}/train.py'] and os.environ.get('RANK') == '1':
+    {how}
+"""
+
+
+@pytest.mark.parametrize(("how", "reported"), [
+    ("os.kill(os.getpid(), signal.SIGKILL)", "error: rank 1 was ended by SIGKILL; the same command goes on from the last checkpoint"),
+    ("os.write(2, b'error: a node without a GPU\\n'); os._exit(1)", "error: a node without a GPU"),
+])  # fmt: skip
+def test_a_process_that_dies_before_the_others_have_met_it_ends_the_run(home, tiny, monkeypatch, how, reported):
+    """The others would wait for it for parallel.timeout, ten minutes."""
+    monkeypatch.setattr(local, "PATIENCE", 1.0)
+    (home / "sitecustomize.py").write_text(LOST.format(root=ROOT, how=how))
+    monkeypatch.setenv("PYTHONPATH", str(home))
+    began = time.monotonic()
+    code, said = sweep(*tiny, "parallel=fsdp", "parallel.processes=2", "schedule.steps=2")
+    assert code == 1 and time.monotonic() - began < 120
+    (job,) = read_jobs(home / "runs/sweep")
+    assert f"failed: {job.run.name}: {reported}; see {job.log(1)}" in said, said
+    assert f"failed   {job.run.name}\n         {reported}\n" in fare(home / "runs/sweep")
+
+
+def test_runs_that_were_never_started_wait(home, tiny):
+    write_jobs(home, [replace(a_job(home / "one"), overrides=[*tiny, "schedule.steps=2"])])
+    assert fare(home) == "waiting  one  not started; resubmit=true starts it\n0 done, 0 running, 1 waiting, 0 stopped, 0 failed\n"
+    fare(home, "resubmit=true")
+    assert fare(home).startswith("done     one\n")
+
+
+def test_status_lists_plain_run_folders_too(home, tiny, reference):
+    for name in ("runs/done", "runs/group/stopped", "runs/group/damaged"):
+        shutil.copytree(reference, home / name)
+    (home / "runs/group/stopped/summary.json").unlink()
+    (home / "runs/group/damaged/summary.json").write_text("[")
+    write_jobs(home / "runs", [replace(a_job(home / "runs/one"), overrides=tiny)])
+    said = fare(home / "runs")
+    assert re.fullmatch(
+        "done     done\nwaiting  one  not .*\nstopped  group/stopped\n +ended in order before its end; .*\n"
+        "failed   group/damaged\n +.*summary.json is damaged.*\n1 done, 0 running, 1 waiting, 1 stopped, 1 failed\n", said
+    ), said  # fmt: skip
+    assert fare(home / "runs/done").startswith("done     done\n1 done, ")
+    with pytest.raises(ValueError, match="holds no jobs\\.json, so no sweep made it; start its runs by their own commands"):
+        fare(home / "runs/done", "resubmit=true")
+    (home / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no runs"):
+        fare(home / "empty")
+
+
+def test_a_sweep_goes_on_when_nobody_reads_what_it_says(home, tiny):
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *tiny, "schedule.steps=2", "seed=0,1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.wait(timeout=200) == 0 and process.stderr.read() == ""
+    assert fare(home / "runs/sweep").startswith("done")
+
+
 def test_gpus_are_shared_out(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     devices = visible_devices()
@@ -164,8 +273,8 @@ def test_a_run_ends_its_wait_or_fails(tmp_path):
     job = a_job(tmp_path / "run", job_id="7_1")
     assert state(job, {"7_1"}) == "waiting"
     assert state(job, {"7_0"}, sweeping=True) == "waiting"
-    assert state(job, {"7_0"}) == "failed"
-    job.expect()
+    assert state(job, {"7_0"}) == "new"
+    job.log().parent.mkdir(parents=True)
     job.ended(3)
     assert state(job, set(), sweeping=True) == "failed"
     job.ended(75)
@@ -193,6 +302,21 @@ def test_the_reason_is_that_of_the_last_start(tmp_path):
     stopped.log().write_text("$ first\nConnectionError: W&B\nSIGUSR2: saved step 3; the same command goes on from there\nstep 3/8\n")
     stopped.ended(75)
     assert reason(stopped)[0] == "SIGUSR2: saved step 3; the same command goes on from there"
+
+
+def test_what_slurm_cancelled_after_it_had_saved_has_stopped(tmp_path):
+    """Whether or not its task was left the time to note how it ended; what Slurm says of it is with the name of a node."""
+    job = a_job(tmp_path / "run", job_id="7", scheduler_log=str(tmp_path / "7.out"))
+    job.log().parent.mkdir(parents=True)
+    job.log().write_text("$ first\nSIGTERM: saved step 3; the same command goes on from there\n")
+    Path(job.scheduler_log).write_text("slurmstepd-node7: error: *** STEP 7.0 ON node7 CANCELLED AT 2026-11-20T10:00:00 ***\n")
+    for note in (False, True):
+        if note:
+            job.ended(75)
+        assert (state(job, set()), reason(job)[0]) == ("stopped", "SIGTERM: saved step 3; the same command goes on from there")
+    job.log().write_text("$ first\nSIGTERM: saved step 3; the same command goes on from there\n$ second\nstep 4\n")
+    job.ended(1)
+    assert (state(job, set()), reason(job)[0]) == ("failed", Path(job.scheduler_log).read_text().strip())
 
 
 def test_where_slurm_cannot_be_asked_nothing_is_taken_for_failed(tmp_path, monkeypatch):

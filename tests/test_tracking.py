@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from conf.schema import TrackingConfig
 from data.files import write_atomically
+from launch.console import Console
 from launch.folder import Counted, RowFile, read_rows
 from launch.tracking import Tracker, loss_at_flops
 
@@ -20,7 +22,7 @@ CONFIG = {"model": {"name": "tiny"}, "optim": {"name": "sam", "rho": 0.05}, "dat
 
 
 def make_tracker(dir: Path) -> Tracker:
-    return Tracker(dir, TrackingConfig(mode="off"), "my-run", CONFIG, None, 100)
+    return Tracker(dir, TrackingConfig(mode="off"), "my-run", CONFIG, None, Console(100, 10))
 
 
 def strict_json(text: str):
@@ -132,9 +134,10 @@ def test_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_each_row_is_strict_json_in_the_file_at_once(tmp_path):
     tracker = make_tracker(tmp_path)
-    tracker.log({"step": 1, "train/loss": float("nan"), "grad/norm": float("inf"), "optim/lr": 0.1})
+    tracker.log({"step": 1, "seconds": 0.5, "train/loss": float("nan"), "grad/norm": float("inf"), "optim/lr": 0.1})
     assert strict_json((tmp_path / "metrics.jsonl").read_text()) == {
         "step": 1,
+        "seconds": 0.5,
         "train/loss": None,
         "grad/norm": None,
         "optim/lr": 0.1,
@@ -166,7 +169,7 @@ def test_pipe_gets_plain_lines_now_and_then(tmp_path, monkeypatch, capsys):
     tracker = make_tracker(tmp_path)
     for step in range(1, 36):
         clock.now += 1
-        tracker.log({"step": step, "train/loss": 2.5, "perf/mfu": None} | ({"val/loss": 3.25} if step == 15 else {}))
+        tracker.log({"step": step, "seconds": step, "train/loss": 2.5, "perf/mfu": None} | ({"val/loss": 3.25} if step == 15 else {}))
         if step == 20:
             tracker.message("a message")
     tracker.close()
@@ -174,28 +177,47 @@ def test_pipe_gets_plain_lines_now_and_then(tmp_path, monkeypatch, capsys):
     assert [line.split("  ")[0] for line in lines] == [*("step 1/100", "step 11/100", "step 15/100", "a message", "step 25/100", "step 35/100")]
     assert lines[2] == "step 15/100  loss 2.5000  val 3.2500  0:01:25 left"
     assert "val" not in lines[4]
-    assert "\r" not in "".join(lines)
+    assert "\r" not in "".join(lines) and "\x1b" not in "".join(lines)
 
 
-def test_terminal_gets_one_live_line(tmp_path):
-    """On a real terminal, 60 columns wide: every redraw stays on its line, and a message does not tear it."""
-    script = f"""
+def test_the_time_left_counts_down_through_evaluations(tmp_path, monkeypatch, capsys):
+    """A step takes 2 s and an evaluation 7, at the start, every 4 steps and at the end: what is shown is what is left, whatever came last."""
+    clock = Clock(monkeypatch)
+    console = Console(10, 4)
+    ends, left = 1000.0 + 10 * 2 + 4 * 7, []
+    for step in range(11):
+        evaluated = step % 4 == 0 or step == 10
+        clock.now += 2 * (step > 0) + 7 * evaluated
+        console.row({"step": step, "seconds": 50 + 2 * step} | ({"val/loss": 1.0} if evaluated else {}))
+        left.append(console._left())
+    assert left == [None, *(ends - 1000 - 7 - 2 * step - 7 * (step // 4) - 7 * (step == 10) for step in range(1, 11))] and left[-1] == 0
+    assert "0:00:11 left" in capsys.readouterr().out.splitlines()[2]
+
+
+SCRIPT = f"""
 import sys, time
 from pathlib import Path
 from conf.schema import TrackingConfig
+from launch.console import Console
 from launch.tracking import Tracker
-run = Tracker(Path(sys.argv[1]), TrackingConfig(mode="off"), "my-run", {CONFIG!r}, None, 100)
-for step in range(1, 101):
-    run.log({{"step": step, "train/loss": 5 - step / 100, "perf/tokens_per_second": 81234.5, "perf/mfu": 0.415}})
-    time.sleep(0.005)
+run = Tracker(Path(sys.argv[1]), TrackingConfig(mode="off"), "my-run", {CONFIG!r}, None, Console(100, 25))
+run.message("the beginning")
+for step in range(0, 101):
+    row = {{"step": step, "seconds": step / 200, "train/loss": 5 - step / 100, "perf/tokens_per_second": 10.0 ** (step % 7 + 1), "perf/mfu": 0.415}}
+    run.log(row | ({{"val/loss": 3 + step / 100}} if step % 25 == 0 else {{}}))
+    time.sleep(0.01)
     if step == 50:
-        run.message("half way")
+        run.message("warning: half way")
 run.close()
 run.message("the end")
 """
+
+
+def shown(tmp_path: Path, columns: int, **environment: str) -> tuple[list[str], list[str]]:
+    """What a terminal of this width gets: the lines that stay on it, and every state of the live line."""
     master, slave = pty.openpty()
-    environment = {**os.environ, "COLUMNS": "60"}
-    run = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=slave, env=environment)
+    run = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path)], stdout=slave,
+                           env={**os.environ, "TERM": "xterm", "COLUMNS": str(columns), **environment})  # fmt: skip
     os.close(slave)
     output = b""
     try:
@@ -206,25 +228,26 @@ run.message("the end")
     os.close(master)
     assert run.wait() == 0
     lines = output.decode().replace("\r\n", "\n").split("\n")
-    assert len(lines) == 4
-    first, last, end, rest = lines
-    assert first.endswith("\r\x1b[Khalf way")
-    assert (end, rest) == ("\r\x1b[Kthe end", "")
-    redraws = [text.removesuffix("\x1b[K") for text in (first + last).split("\r") if "step" in text]
-    assert 2 <= len(redraws) < 50  # not one per row
-    assert all(len(text) < 60 for text in redraws)
-    assert "step 100/100" in redraws[-1]
+    drawn = [text for line in lines for text in line.split("\r") if re.search("^(\\x1b\\[32m)?[\u2588-\u258f ]+(\\x1b\\[0m)?  step ", text)]
+    return [line.split("\r")[-1] for line in lines], drawn
 
 
-def test_wide_terminal_shows_a_bar_and_everything(tmp_path, monkeypatch, capsys):
-    clock = Clock(monkeypatch)
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "150")
-    tracker = make_tracker(tmp_path)
-    tracker.log({"step": 10, "val/loss": 3.25})
-    clock.now += 40
-    row = {"step": 50, "train/loss": 2.5, "perf/tokens_per_second": 81234.5, "perf/mfu": 0.415, "skipped": 2}
-    tracker.log(row)
-    expected = "step 50/100  loss 2.5000  val 3.2500  81,234 tokens/s  MFU 41.5%  skipped 2  0:00:50 left"
-    assert capsys.readouterr().out.split("\r")[-1] == f"[##########..........]  {expected}\x1b[K"
-    tracker.close()
+def test_a_terminal_keeps_evaluations_and_messages_above_one_live_line(tmp_path):
+    """Its bar is as wide whatever stands beside it, and no redraw is wider than the terminal."""
+    for columns in (60, 150):
+        lines, drawn = shown(tmp_path, columns, NO_COLOR="1")
+        assert [line.split("  ")[0] for line in lines[:6]] == [
+            "the beginning", "step 0/100", "step 25/100", "step 50/100", "warning: half way", "step 75/100"
+        ]  # fmt: skip
+        assert lines[6].startswith("step 100/100") and lines[7] == drawn[-1] and lines[8:] == ["the end", ""], lines
+        assert 2 <= len(drawn) < 60  # not one per row
+        assert {text.index("  step") for text in drawn} == {20} and all(len(text) < columns for text in drawn), drawn
+        assert "\x1b" not in "".join(lines + drawn)
+    assert "val 3.7500" in lines[5] and "step 100/100" in drawn[-1] and "0:00:00 left  1,000 tokens/s" in drawn[-1]
+
+
+def test_colours_are_for_terminals_that_want_them(tmp_path):
+    lines, drawn = shown(tmp_path, 100)
+    assert any(line.startswith("\x1b[32mstep 25/100") for line in lines) and "\x1b[33mwarning: half way\x1b[0m" in lines
+    assert all("\x1b[32m" in text for text in drawn)
+    assert not any("\x1b" in line for line in shown(tmp_path, 100, TERM="dumb")[0])

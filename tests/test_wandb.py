@@ -16,9 +16,11 @@ import pytest
 
 from conf.schema import TrackingConfig
 from launch import wandb_run
+from launch.console import Console
 from launch.folder import read_rows
 from launch.tracking import Tracker
-from launch.wandb_run import last_step, read_records, records_of, wandb_mode
+from launch.wandb_run import last_step, read_records, records_of
+from tests.runs import ROOT
 from tests.wandb_server import Server
 
 pytestmark = pytest.mark.usefixtures("no_wandb_account")
@@ -29,11 +31,14 @@ import os, signal, subprocess, sys, time
 from pathlib import Path
 from conf.schema import TrackingConfig
 from launch import wandb_run
+from launch.console import Console
 from launch.folder import read_rows
 from launch.tracking import Tracker, send_rest
 dir = Path(sys.argv[1])
+dir.mkdir(exist_ok=True)
 def tracker(mode, wandb_id=None, last_logged=-1, **keys):
-    return Tracker(dir, TrackingConfig(mode=mode, tags=["mine"], **{{"timeout": 30.0, **keys}}), "my-run", {CONFIG!r}, wandb_id, 100, last_logged)
+    config = TrackingConfig(mode=mode, tags=["mine"], **{{"timeout": 30.0, **keys}})
+    return Tracker(dir, config, "my-run", {CONFIG!r}, wandb_id, Console(100, 10), last_logged)
 def row(step):
     return {{"step": step, "tokens": step * 64, "flops": 1e6 * step, "seconds": step / 8, "train/loss": 5 - step / 100,
             "sharpness/rho": 0.05}}
@@ -57,7 +62,7 @@ def run_script(dir: Path, script: str, **environment: str) -> str:
     command = [sys.executable, "-c", PRELUDE + script, str(dir)]
     run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    assert run.stderr == ""
+    assert not [line for line in run.stderr.splitlines() if not line.startswith("wandb: Loading settings from ")]
     return run.stdout
 
 
@@ -118,7 +123,7 @@ def read_wandb(dir: Path) -> list[types.SimpleNamespace]:
 
 @pytest.fixture(scope="module")
 def recorded(no_wandb_account, tmp_path_factory):
-    """A run of 301 rows that was recorded offline, and what it printed first: its W&B id."""
+    """A run of 301 rows that was recorded offline, and its W&B id."""
     run = new_run(tmp_path_factory.mktemp("recorded"))
     script = """
 run = tracker("offline")
@@ -129,7 +134,7 @@ run.log({**row(301), "val/loss": float("nan")})
 run.summary({"val/loss": 3.5, "val/loss_at_equal_flops": 3.75})
 run.close(0)
 """
-    return run, run_script(run, script).splitlines()[0]
+    return run, run_script(run, script).splitlines()[1]
 
 
 def test_offline_run_holds_rows_config_axes_code_and_summary(recorded):
@@ -173,7 +178,7 @@ def thrice(no_wandb_account, tmp_path_factory):
     id."""
     run = new_run(tmp_path_factory.mktemp("thrice"))
     first = start(run, "offline", 1, 10, 75)
-    untracked = Tracker(run, TrackingConfig(mode="off"), "my-run", CONFIG, first, 100, 6)
+    untracked = Tracker(run, TrackingConfig(mode="off"), "my-run", CONFIG, first, Console(100, 10), 6)
     for step in range(7, 15):
         untracked.log({"step": step, "tokens": step * 64, "flops": 1e6 * step, "seconds": step / 8, "train/loss": 5 - step / 100})
     untracked.close(75)
@@ -429,17 +434,18 @@ def install_wandb(monkeypatch, failing: str = "") -> list:
         summary=types.SimpleNamespace(update=method("summary")),
         url="https://wandb.ai/x",
     )
+    run.settings = types.SimpleNamespace(mode="offline", **dict.fromkeys(("run_name", "project", "entity", "run_group", "run_tags", "run_job_type")))
     module = types.SimpleNamespace(**{name: method(name) for name in ("init", "setup", "teardown")}, Settings=dict)
     monkeypatch.setitem(sys.modules, "wandb", module)
     return calls
 
 
-@pytest.mark.parametrize("failing", ["init", "setup", "define_metric", "log", "summary", "finish"])
+@pytest.mark.parametrize("failing", ["init", "define_metric", "log", "summary", "finish"])
 def test_errors_of_wandb_are_told_once_and_go_no_further(tmp_path, monkeypatch, capsys, failing):
     install_wandb(monkeypatch, failing)
-    tracker = Tracker(tmp_path, TrackingConfig(mode="offline"), "my-run", CONFIG, None, 100)
+    tracker = Tracker(tmp_path, TrackingConfig(mode="offline"), "my-run", CONFIG, None, Console(100, 10))
     for step in range(3):
-        tracker.log({"step": step})
+        tracker.log({"step": step, "seconds": 0.5 * step})
     tracker.summary({"x": 1})
     tracker.close()
     assert capsys.readouterr().out.count("W&B: tracking ended, RuntimeError: W&B is broken;") == 1
@@ -452,52 +458,94 @@ def test_close_does_not_wait_for_ever(tmp_path, monkeypatch, capsys):
     wake = threading.Event()
     sys.modules["wandb"].init = lambda **_: wake.wait()  # type: ignore[attr-defined]
     config = TrackingConfig(mode="offline", timeout=0.1)
-    tracker = Tracker(tmp_path, config, "my-run", CONFIG, None, 100)
+    tracker = Tracker(tmp_path, config, "my-run", CONFIG, None, Console(100, 10))
     tracker.close()
     assert "did not finish in time" in capsys.readouterr().out
     wake.set()
 
 
-def test_without_a_key_wandb_is_not_even_imported(tmp_path):
+def test_without_a_key_nothing_is_tracked_and_nobody_waits(tmp_path):
     script = """
 run = tracker("auto")
 run.log(row(1))
 run.close(0)
-print("wandb" in sys.modules, run.wandb_id, (dir / "wandb").exists())
+print(run.wandb_id, (dir / "wandb").exists(), [thread.name for thread in __import__("threading").enumerate()])
 """
-    output = run_script(tmp_path, script)
-    assert output.startswith("W&B: no key found, tracking off (tracking.mode=offline records without one)\n")
-    assert output.endswith("False None False\n")
+    said = "W&B: tracking off, no key found (`wandb login` stores one); tracking.mode=offline records without one\n"
+    assert run_script(tmp_path, script).startswith(said)
+    assert run_script(tmp_path, script).endswith("None False ['MainThread']\n")
 
 
-def test_mode_follows_the_config_then_the_environment_then_the_keys(tmp_path, monkeypatch):
-    assert wandb_mode("auto")[0] == "off"
-    assert wandb_mode("offline") == ("offline", None)
-    assert wandb_mode("online")[0] == "offline"  # W&B would stop to ask for a key
-    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    assert wandb_mode("auto") == ("online", None)
-    assert wandb_mode("online") == ("online", None)
-    assert wandb_mode("off") == ("off", None)
-    for value, mode in {"offline": "offline", "disabled": "off", "online": "online"}.items():
-        monkeypatch.setenv("WANDB_MODE", value)
-        assert wandb_mode("auto") == (mode, None)
-        assert wandb_mode("online") == ("online", None)
+ASK = """
+import json, wandb
+for mode, variables in json.loads(os.environ["ASKED"]):
+    os.environ.update(variables)
+    print(json.dumps(wandb_run.wandb_mode(mode)))
+    wandb.teardown()
+    for name in variables:
+        del os.environ[name]
+"""
 
 
-def test_keys_are_found_where_wandb_login_leaves_them(tmp_path, monkeypatch):
-    netrc = tmp_path / "netrc"
-    monkeypatch.setenv("NETRC", str(netrc))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-settings"))
-    netrc.write_text("machine elsewhere.org\n  login user\n  password abc\n")
-    assert not wandb_run.has_wandb_key()
-    monkeypatch.setenv("WANDB_BASE_URL", "https://elsewhere.org")
-    assert wandb_run.has_wandb_key()
-    monkeypatch.delenv("WANDB_BASE_URL")
-    settings = tmp_path / "wandb-settings" / "settings"
-    settings.parent.mkdir()
-    settings.write_text("[default]\nbase_url = https://elsewhere.org\n")
-    assert wandb_run.has_wandb_key()
-    netrc.write_text("not a netrc")
-    assert not wandb_run.has_wandb_key()
-    settings.write_text(f"[default]\napi_key = {'a' * 40}\n")
-    assert wandb_run.has_wandb_key()
+def ask(dir: Path, *asked: tuple[str, dict[str, str]], **environment: str) -> list[tuple[str, str]]:
+    """What W&B makes of each tracking.mode with these variables, and why."""
+    return [tuple(json.loads(line)) for line in run_script(dir, ASK, ASKED=json.dumps(asked), **environment).splitlines()]
+
+
+def test_wandb_says_which_mode_it_is_in(tmp_path):
+    """In all the words of WANDB_MODE, which tracking.mode overrides; a wrong one costs a line."""
+    key = {"WANDB_API_KEY": "a" * 40}
+    words = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "off", "ofline": "off"}
+    found = ask(tmp_path, *(("auto", key | {"WANDB_MODE": word}) for word in words))
+    assert [mode for mode, _ in found] == list(words.values())
+    assert found[3][1] == "as WANDB_MODE or `wandb offline` asks"
+    assert "'disabled', 'dryrun' or 'run'" in found[5][1] and "\n" not in found[5][1] and "tracking.mode=offline" in found[5][1]
+    asked = [("auto", key), ("online", key | {"WANDB_MODE": "dryrun"}), ("offline", key), ("online", {"WANDB_MODE": "disabled"}),
+             ("auto", {}), ("auto", {"WANDB_API_KEY": "short"}), ("online", {"WANDB_API_KEY": "short"})]  # fmt: skip
+    found = ask(tmp_path, *asked)
+    assert [mode for mode, _ in found] == ["online", "online", "offline", "offline", "off", "off", "offline"]
+    assert "WANDB_API_KEY invalid" in found[5][1] and "WANDB_API_KEY invalid" in found[6][1]
+
+
+def wandb_command(home: Path, *arguments: str) -> None:
+    """Calls W&B's own command line."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("NETRC", "WANDB_CONFIG_DIR")} | {"HOME": str(home)}
+    subprocess.run([Path(sys.executable).parent / "wandb", *arguments], cwd=home, env=environment, check=True, capture_output=True)
+
+
+def test_who_logged_in_by_wandbs_own_command_is_online_until_they_say_offline(tmp_path, monkeypatch):
+    monkeypatch.delenv("NETRC")
+    monkeypatch.delenv("WANDB_CONFIG_DIR")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert ask(tmp_path, ("auto", {}))[0][0] == "off"
+    wandb_command(tmp_path, "login", "--no-verify", "a" * 40)
+    assert (tmp_path / ".netrc").exists()
+    elsewhere = {"WANDB_BASE_URL": "https://elsewhere.org"}
+    assert [mode for mode, _ in ask(tmp_path, ("auto", {}), ("online", {}), ("auto", elsewhere))] == ["online", "online", "off"]
+    wandb_command(tmp_path, "offline")
+    assert ask(tmp_path, ("auto", {}), ("online", {})) == [("offline", "as WANDB_MODE or `wandb offline` asks"), ("online", "there is a key")]
+    (tmp_path / ".netrc").write_text("not a netrc")
+    wandb_command(tmp_path, "online")
+    assert ask(tmp_path, ("auto", {}))[0][0] == "off"
+
+
+def test_wandbs_own_variables_name_project_group_and_tags_unless_our_keys_do(tmp_path):
+    theirs = {"WANDB_PROJECT": "my-project", "WANDB_ENTITY": "me", "WANDB_NAME": "first", "WANDB_RUN_GROUP": "radii", "WANDB_TAGS": "a,b",
+              "WANDB_JOB_TYPE": "probe", "WANDB_MODE": "dryrun"}  # fmt: skip
+    script = """
+run = Tracker(dir, TrackingConfig(KEYS), "my-run", CONFIG, None, Console(100, 10))
+run.log(row(1))
+run.close(0)
+""".replace("CONFIG", repr(CONFIG))
+    assert "W&B: recording offline, as WANDB_MODE" in run_script(tmp_path / "theirs", script.replace("KEYS", ""), **theirs)
+    ours = "project='p', entity='e', group='g', tags=['c']"
+    run_script(tmp_path / "ours", script.replace("KEYS", ours), **theirs)
+    found = []
+    for folder in ("theirs", "ours"):
+        (start,) = read_wandb(tmp_path / folder)
+        run = start.run
+        found.append((run.project, run.entity, run.display_name, run.run_group, run.job_type, list(run.tags)))
+    assert found == [("my-project", "me", "first", "radii", "probe", ["sam", "tiny", "a", "b"]),
+                     ("p", "e", "first", "g", "probe", ["sam", "tiny", "c"])]  # fmt: skip
