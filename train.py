@@ -9,11 +9,13 @@ with the weights of a run that never stopped.
 """
 
 import math
+import shlex
 import time
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 
@@ -173,10 +175,15 @@ class Run:
         say(describe_groups(self.optimizer))
         if self.said:
             say(self.said)
+        length, longest = settings.batch.length, self.model.config.max_length
+        if 4 * length <= longest:
+            say(f"note: batch.length={length} is far below model.max_length={longest}: no sequence is longer, so positions from {length} on stay "
+                f"untrained; model.max_length={length} fits")  # fmt: skip
 
     def train(self) -> int:
         """Steps, evaluates, logs and saves until the horizon, or until somebody asks to stop; returns the exit code."""
         self.announce()
+        self.model.train()
         progress, steps, code = self.progress, self.plan.schedule.steps, 0
         self.prefetcher = Prefetcher(self.loader, progress.step, pin=self.device.type == "cuda")
         self.interval = Interval(progress, self.prefetcher.seconds_waiting)
@@ -389,8 +396,16 @@ class Run:
                 text = "".join(decode_stream(tokens, self.corpus.tokenizer.decode_bytes))
             text = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)  # a terminal would obey control characters
             say("a sample:\n" + "\n".join(f"    {line}" for line in text.splitlines()))
-        say(f"run folder: {self.folder}\ntry next:\n    python -m model.sample run={self.folder} prompt='def '\n"
+        say(f"run folder: {self.folder}\ntry next:\n    python -m model.sample run={self.folder} prompt={shlex.quote(self.opening())}\n"
             f"    python -m launch.evaluate run={self.folder}")  # fmt: skip
+
+    def opening(self) -> str:
+        """Returns how the text of the first validation set begins: a prompt that fits the corpus."""
+        validation, tokenizer = next(iter(self.sets.values())), self.corpus.tokenizer
+        ids = validation.source.read(0, 64)
+        text = tokenizer.decode(ids[~np.isin(ids, [tokenizer.eot, *tokenizer.bos])])
+        words = "".join(c if c.isprintable() and c != "\ufffd" else " " for c in text).split()
+        return " ".join(words[:2])[:40]
 
     def autocast(self) -> AbstractContextManager:
         """The run's compute precision."""

@@ -19,10 +19,15 @@ import yaml  # type: ignore[import-untyped]
 T = TypeVar("T")
 LARGEST = 64 * 2**20  # bytes of a file that is read whole
 DEEPEST = 100  # brackets within brackets
+POINTER = b"version https://git-lfs.github.com/spec/"  # how the pointer to a large file of Git begins
 
 
 class DamagedFile(ValueError):
     """A file that does not hold what it should; the message names the file and the field."""
+
+
+class NotDownloaded(DamagedFile):
+    """The pointer that Git leaves where it did not fetch a large file."""
 
 
 def read_json(path: Path, kind: type[T], absent: T | None = None, largest: int = LARGEST) -> T:
@@ -77,8 +82,8 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
 
 
 def open_regular(path: str | Path) -> io.BufferedReader:
-    """Opens a regular file for reading. Raises DamagedFile where it is another kind of file or unreadable, and FileNotFoundError where
-    there is none."""
+    """Opens a regular file for reading. Raises DamagedFile where it is another kind of file or unreadable, NotDownloaded, and
+    FileNotFoundError where there is none."""
     try:
         # A pipe without a writer would wait for one.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -89,7 +94,11 @@ def open_regular(path: str | Path) -> io.BufferedReader:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise DamagedFile(f"{path} is no regular file; remove it")
-    return open(descriptor, "rb")
+    file = open(descriptor, "rb")  # noqa: SIM115 - the caller closes it
+    if file.peek(len(POINTER)).startswith(POINTER):
+        file.close()
+        raise NotDownloaded(f"{path} is a Git LFS pointer, its content was not downloaded; run git lfs pull in its folder")
+    return file
 
 
 def expand(key: str, path: str) -> str:

@@ -6,16 +6,20 @@ One of GPT-2's kind becomes ranks, which tiktoken encodes several times as fast;
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, TypeVar
 
+import msgspec
 import numpy as np
 
 from conf.schema import TokenizerConfig
+from data.files import DamagedFile, NotDownloaded, parse_json, read_bytes, read_json
 from data.tokenizer import (
     BYTES_PATTERN,
     END_OF_TEXT,
@@ -34,7 +38,32 @@ if TYPE_CHECKING:
 
 SETTINGS = "tokenizer_config.json"
 FILES = (FILE, SETTINGS, "special_tokens_map.json", "chat_template.jinja", "config.json", "generation_config.json")
+LARGEST = 2**28  # bytes of a tokenizer.json
+LARGEST_VOCABULARY = 2**24  # ids; no tokenizer has a tenth of it, and a damaged number would fill the memory
 NOT_READ = ("version", "truncation", "padding", "post_processor", "decoder")  # parts of a tokenizer.json that decide no id, but for `bos`
+
+
+T = TypeVar("T")
+Id = Annotated[int, msgspec.Meta(ge=0, lt=LARGEST_VOCABULARY)]
+
+
+class Ids(TypedDict, total=False):
+    """What is read of config.json and generation_config.json for a tokenizer."""
+
+    vocab_size: Annotated[int, msgspec.Meta(ge=1, le=LARGEST_VOCABULARY)] | None
+    eos_token_id: Id | list[Id] | None
+
+
+class AddedToken(TypedDict):
+    """A token of tokenizer_config.json that is more than its text."""
+
+    content: str
+
+
+class Names(TypedDict, total=False):
+    """What is read of tokenizer_config.json and special_tokens_map.json; the rest is handed on."""
+
+    eos_token: str | AddedToken | None
 
 
 @dataclass(frozen=True)
@@ -78,7 +107,8 @@ class HFTokenizer(Tokenizer):
     def token_bytes(self) -> tuple[bytes, ...]:
         table = [b""] * self.vocab_size
         for index, spelled in spell(self.encoding, json.loads(self.huggingface)):
-            table[index] = spelled
+            if index < self.vocab_size:  # no text gives the others (see `read_tokenizer`)
+                table[index] = spelled
         return tuple(table)
 
     @cached_property
@@ -102,7 +132,7 @@ class HFTokenizer(Tokenizer):
 
     def byte_lengths(self) -> np.ndarray:
         lengths = np.array([*map(len, self.token_bytes)], dtype=np.int64)
-        lengths[[token["id"] for token in added_tokens(json.loads(self.huggingface)) if token.get("special")]] = 0
+        lengths[[index for index in special_ids(json.loads(self.huggingface)) if index < self.vocab_size]] = 0
         lengths[self.eot] = -len(self.space)
         return lengths
 
@@ -124,12 +154,25 @@ def build(content: dict[str, Any]) -> "tokenizers.Tokenizer":
 
     kept = content | {"truncation": None, "padding": None, "model": {**content["model"]}}
     kept["model"].pop("dropout", None)
-    try:
+    prefix = kept["model"].get("continuing_subword_prefix")
+    if prefix and not all(pair[-1].startswith(prefix) for pair in pairs(kept["model"])):
+        # Left to itself the library cuts characters in two and aborts the process.
+        raise ValueError(f"continuing_subword_prefix={prefix!r} does not begin the second part of every merge")
+    with library_errors():
         made = tokenizers.Tokenizer.from_str(json.dumps(kept))
-    except Exception as error:  # the library raises nothing more specific
-        raise ValueError(str(error)) from None
     made.encode_special_tokens = True
     return made
+
+
+@contextmanager
+def library_errors() -> Iterator[None]:
+    """Turns what the library raises, which is nothing more specific than Exception, and its panics, which are no Exception, into ValueError."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ValueError(str(error)) from None
 
 
 def steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
@@ -144,6 +187,11 @@ def steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 def added_tokens(content: dict[str, Any]) -> list[dict[str, Any]]:
     """What a tokenizer.json adds to its model's vocabulary."""
     return content.get("added_tokens") or []
+
+
+def special_ids(content: dict[str, Any]) -> set[int]:
+    """Returns the ids that no text gives, since the name of a special token is text here."""
+    return {token["id"] for token in added_tokens(content) if token.get("special")}
 
 
 def without_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -201,8 +249,11 @@ def essence(part: Any) -> Any:
 def find_folder(name_or_dir: str | Path, wanted: Sequence[str] = FILES) -> Path:
     """The folder itself, or that of a hub name, whose `wanted` files are downloaded unless they were before. Raises ValueError where there is
     neither."""
-    folder = Path(name_or_dir).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(name_or_dir).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{name_or_dir}: there is no home folder to put for ~; set HOME, or write the whole path") from None
+    if os.path.isdir(folder):
         return folder
     from huggingface_hub import snapshot_download
 
@@ -235,46 +286,76 @@ def vocabulary(config: TokenizerConfig) -> int:
     return configured_hf(config).vocab_size if config.name == "hf" else SIZES.get(config.name, config.vocab_size)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A file of settings; nothing where there is none. Raises ValueError for one that is no JSON object."""
+def read_settings(path: Path, kind: type[T], absent: T | None = None) -> T:
+    """Returns what a JSON file of a folder holds, as `data.files.read_json` does; its errors say what to do about such a folder."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return {**content}
-    except (ValueError, TypeError):
-        raise ValueError(f"{path} is not a JSON object; fetch it again") from None
+        return read_json(path, kind, absent)
+    except NotDownloaded:
+        raise
+    except DamagedFile as error:
+        raise DamagedFile(f"{error}; fetch it again") from None
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder. `bos` is what its post-processor puts before a text, as in transformers; `eot` is eos_token of
-    tokenizer_config.json, else eos_token_id of config.json or of generation_config.json, the first if there are several. Raises ValueError
-    where there is none, or none that the library can read, and where nothing names an end of text."""
-    path, model = folder / FILE, read_json(folder / "config.json")
-    settings = read_json(folder / "special_tokens_map.json") | read_json(folder / SETTINGS)
-    if (template := folder / "chat_template.jinja").exists():
-        settings["chat_template"] = template.read_text(encoding="utf-8")
+    """Returns the tokenizer of a Hugging Face folder. `bos` is what its post-processor puts before a text, as in transformers; `eot` is
+    eos_token of tokenizer_config.json, else eos_token_id of config.json or of generation_config.json, the first if there are several. The
+    vocabulary is that of config.json, and all further ids, but special tokens for which the model has no rows: no text gives them.
+    Raises ValueError where there is none, or none that the library can read, and where nothing names an end of text."""
+    path = folder / FILE
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text)
+        text = read_bytes(path, LARGEST).decode()
+        content = parse_json(text, dict[str, Any], path)
         made = build(content)
+        with library_errors():
+            start = made.encode("a", add_special_tokens=True)
+        bos = tuple(start.ids[: [*start.special_tokens_mask, 0].index(0)])
+        largest = max(made.get_vocab(with_added_tokens=True).values(), default=-1)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; AutoTokenizer.from_pretrained(...).save_pretrained({str(folder)!r}) writes it") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except NotDownloaded:
+        raise
+    except DamagedFile as error:
+        raise DamagedFile(f"{error}; fetch it again") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = next(iter(str(error).splitlines()), "")
         raise ValueError(f"{path} is not a tokenizer that this version of tokenizers reads ({type(error).__name__}: {reason}); fetch it again, or "
                          "update tokenizers") from None  # fmt: skip
+    if largest >= LARGEST_VOCABULARY:
+        raise ValueError(f"{path} has the id {largest:,}, where {LARGEST_VOCABULARY:,} ids are the most; fetch it again")
 
-    start = made.encode("a", add_special_tokens=True)
-    bos = tuple(start.ids[: [*start.special_tokens_mask, 0].index(0)])
-    stated = [value for file in (model, read_json(folder / "generation_config.json")) if (value := file.get("eos_token_id")) is not None]
-    token = settings.get("eos_token") or ""
-    named = made.token_to_id(token["content"] if isinstance(token, dict) else token)
-    eot = next((value[0] if isinstance(value, list) else value for value in [named, *stated] if value is not None), None)
-    vocab_size = max([*made.get_vocab(with_added_tokens=True).values(), model.get("vocab_size", 0) - 1]) + 1
+    model = read_settings(folder / "config.json", Ids, Ids())
+    eot = end_of_text(folder, made, model)
+    vocab_size = max(largest + 1, model.get("vocab_size") or 0)
     if not bos and (ranks := read_ranks(content, vocab_size)):
         return ranks
     if eot is None or made.id_to_token(eot) is None:
         raise ValueError(f"{folder} names no token that ends a text; set eos_token in its {SETTINGS} to one of {path}")
-    return HFTokenizer(text, json.dumps(settings), eot, vocab_size, () if bos == (eot,) else bos)
+    rows = model.get("vocab_size") or vocab_size
+    if {*range(rows, vocab_size)} <= special_ids(content) - {eot, *bos}:
+        vocab_size = rows
+    return HFTokenizer(text, json.dumps(read_names(folder)), eot, vocab_size, () if bos == (eot,) else bos)
+
+
+def read_names(folder: Path) -> dict[str, Any]:
+    """Returns the settings of a folder's tokenizer, its chat template among them, whole."""
+    files = [folder / "special_tokens_map.json", folder / SETTINGS]
+    for file in files:
+        read_settings(file, Names, Names())  # for its types
+    settings: dict[str, Any] = read_settings(files[0], dict[str, Any], {}) | read_settings(files[1], dict[str, Any], {})
+    template = folder / "chat_template.jinja"
+    if template.exists():
+        settings["chat_template"] = read_bytes(template).decode(errors="replace")
+    return settings
+
+
+def end_of_text(folder: Path, made: "tokenizers.Tokenizer", model: Ids) -> int | None:
+    """Returns the id that a folder says ends a text, if it says so."""
+    token = read_names(folder).get("eos_token") or ""
+    if (named := made.token_to_id(token["content"] if isinstance(token, dict) else token)) is not None:
+        return named
+    stated = [file.get("eos_token_id") for file in (model, read_settings(folder / "generation_config.json", Ids, Ids()))]
+    ids = [index for value in stated if value is not None for index in (value if isinstance(value, list) else [value])]
+    return ids[0] if ids else None
 
 
 def read_ranks(content: dict[str, Any], vocab_size: int) -> RankedTokenizer | None:

@@ -22,14 +22,25 @@ from model.hf import FORMATS, choose_format, to_config, to_tensors
 
 PLAIN = "plain"  # for shapes that no other format expresses: our own names
 FILES = {"config.json", "gpt.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+LENGTH = "training_length"  # in the metadata of model.safetensors: of the sequences that the model was trained on
 MARK = {"format": "pt", "writer": "flatgpt"}  # in model.safetensors: transformers asks for the one, we know our exports by the other
 
 
-def to_hf(model: GPT, tokenizer: Tokenizer, out: str | Path, format: str = "auto") -> str:
+def to_hf(model: GPT, tokenizer: Tokenizer, out: str | Path, format: str = "auto", length: int | None = None) -> str:
     """Writes a folder that AutoModelForCausalLM and AutoTokenizer load, in fp32, and returns its format; of the plain one AutoTokenizer
     loads the tokenizer, gpt.json holds a GPTConfig and model.safetensors the weights of its GPT. It appears whole or not at all, in the
-    place of an earlier export. Raises ValueError where the format (gpt2, llama; auto: whichever can) does not express the model, and where
-    the folder holds anything else."""
+    place of an earlier export.
+
+    Args:
+        model: what is written
+        tokenizer: its tokenizer
+        out: the folder
+        format: gpt2, llama or plain; auto: whichever of the first two can
+        length: of the sequences that the model was trained on, at which launch.evaluate then takes its loss
+
+    Raises:
+        ValueError: the format does not express the model, or the folder holds anything else
+    """
     config, given = model.config, out
     # A link stays, and leads to the export.
     out = Path(os.path.realpath(out))
@@ -47,7 +58,7 @@ def to_hf(model: GPT, tokenizer: Tokenizer, out: str | Path, format: str = "auto
     try:
         # That of an export which was killed may lie there.
         shutil.rmtree(partial, ignore_errors=True)
-        write(partial, tensors, files)
+        write(partial, tensors, MARK | ({LENGTH: str(length)} if length else {}), files)
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
@@ -58,10 +69,10 @@ def to_hf(model: GPT, tokenizer: Tokenizer, out: str | Path, format: str = "auto
     return format
 
 
-def write(folder: Path, tensors: dict[str, Tensor], files: dict[str, Any]) -> None:
-    """Writes the weights and the JSON files of an export. Raises OSError or SafetensorError where the disk refuses."""
+def write(folder: Path, tensors: dict[str, Tensor], mark: dict[str, str], files: dict[str, Any]) -> None:
+    """Writes the weights, with a mark, and the JSON files of an export. Raises OSError or SafetensorError where the disk refuses."""
     folder.mkdir(parents=True)
-    save_file(tensors, folder / "model.safetensors", metadata=MARK)
+    save_file(tensors, folder / "model.safetensors", metadata=mark)
     for name, content in files.items():
         indent = None if name == "tokenizer.json" else 2
         (folder / name).write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -73,7 +84,7 @@ def is_replaceable(out: Path) -> bool:
         return False
     try:
         with safe_open(out / "model.safetensors", "pt") as file:
-            return file.metadata() == MARK
+            return MARK.items() <= (file.metadata() or {}).items()
     except (OSError, SafetensorError):
         return not any(out.iterdir())
 
@@ -92,12 +103,13 @@ class Options:
 def main(arguments: list[str]) -> None:
     """Exports a run, and says how to load it."""
     from launch.config import parse, user_errors
+    from launch.folder import load_config
 
     with user_errors():
         options, _ = parse(Options, arguments)
         path = checkpoint_path(options.run, options.step)
         model = load(options.run, options.step)
-        format = to_hf(model, Tokenizer.load(path), options.out, options.format)
+        format = to_hf(model, Tokenizer.load(path), options.out, options.format, load_config(Path(options.run)).batch.length)
         architecture = "GPT" if format == PLAIN else FORMATS[format].architecture
         print(f"{path} -> {options.out}: {architecture}, {model.num_parameters():,} parameters; it loads by")
         if format == PLAIN:

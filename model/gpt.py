@@ -7,6 +7,8 @@ logits = Norm(x) U^T                                             U = E where the
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -345,6 +347,17 @@ class GPT(nn.Module):
         return body + embedding * tables
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switches dropout and the z-loss off, and leaves the model as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def table(rows: int, width: int) -> nn.Embedding:
     """An embedding that is not initialised: nn.Embedding's own draw on the meta device imports the compiler, which takes seconds."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
@@ -357,7 +370,8 @@ def named_generator(seed: int, name: str, device: torch.device | str = "cpu") ->
 
 
 def load(run: str | Path, step: int | None = None) -> GPT:
-    """The GPT of a run, from its newest checkpoint or that of a step. Raises ValueError where there is none, or it is damaged."""
+    """Returns the GPT of a run, in evaluation mode, from its newest checkpoint or that of a step. Raises ValueError where there is none,
+    or it is damaged."""
     saved = open_run(run, step, ("model",))
     try:
         config = check(saved.state.get("model"), GPTConfig, saved.path / "state.json")
@@ -366,4 +380,4 @@ def load(run: str | Path, step: int | None = None) -> GPT:
         model.load_state_dict({name: stored[...] for name, stored in saved.tensors["model"].items()}, assign=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{saved.path} is damaged ({' '.join(str(error).split())}); choose another step of the run") from None
-    return model
+    return model.eval()

@@ -2,24 +2,36 @@
 
 A format says what it can express of a GPTConfig and what it calls each of our tensors; both directions read the same table. Neither
 needs transformers, and neither unpickles anything. model/export.py writes a whole folder, data/hf_tokenizer.py does the tokenizers.
+
+A folder may come from anywhere, so nothing in it is believed: its settings are typed and bounded as our own keys are, its tensors are
+read only once their names, shapes and types fit, and whatever does not fit is named.
 """
 
 import json
-from dataclasses import asdict, dataclass
+import os
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
+import msgspec
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from conf.schema import KEYS, check_value, type_name
+from conf.schema import key as declare
 from data import Tokenizer
-from data.hf_tokenizer import FILES, find_folder, read_tokenizer
-from model.gpt import GPT, GPTConfig
+from data.files import open_regular
+from data.hf_tokenizer import FILES, LARGEST_VOCABULARY, find_folder, read_settings, read_tokenizer
+from model.gpt import GPT, GPTConfig, rotary_frequencies
 from model.sharding import load_weights
 
 TABLES = ("embedding.weight", "positions.weight", "head.weight")
+HEAD = "lm_head.weight"
+FLOATS = ("F64", "F32", "F16", "BF16")  # the types of safetensors that weights may have; integers and 8 bits are quantised
 WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json", *FILES)
 TRAINING = {"dropout", "z_loss", "init"}  # keys of GPTConfig that a trained model's logits do not depend on
 GELU = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu2": "relu2"}  # their names of activations to ours; theirs of "gelu" is another
@@ -35,6 +47,7 @@ class Format:
     """How a family of checkpoints is laid out."""
 
     architecture: str
+    keys: dict[str, str]  # the numbers of a shape in config.json, to GPTConfig's; those of REQUIRED have no default
     expresses: dict[str, tuple]  # the values of GPTConfig's keys that it has; keys that are not listed are free
     computable: dict[str, tuple]  # the values of config.json's keys that a GPT has, where there is more than its sizes
     prefix: str  # of every tensor but the head's
@@ -42,11 +55,14 @@ class Format:
     layers: str
     inner: dict[str, tuple[str, ...]]  # the same within a block; several share the rows of ours, in this order
     transposed: bool  # whether linear layers within blocks are kept input x output
+    buffers: str  # names of what older versions kept beside the weights, a regular expression
 
 
 FORMATS = {
     "gpt2": Format(
         "GPT2LMHeadModel",
+        {"vocab_size": "vocab_size", "n_positions": "max_length", "n_layer": "num_layers", "n_head": "num_heads", "n_embd": "width",
+         "n_inner": "mlp_width", "layer_norm_epsilon": "norm_eps", "tie_word_embeddings": "tied"},
         {"norm": ("layernorm",), "positions": ("learned",), "activation": ("gelu", "relu2"), "qk_norm": (False,), "logit_softcap": (None,)},
         {"activation_function": tuple(GELU), "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
          "add_cross_attention": (False,)},
@@ -56,9 +72,13 @@ FORMATS = {
         {"attention_norm": ("ln_1",), "attention.qkv": ("attn.c_attn",), "attention.out": ("attn.c_proj",),
          "mlp_norm": ("ln_2",), "mlp.up": ("mlp.c_fc",), "mlp.down": ("mlp.c_proj",)},
         transposed=True,
+        buffers=r"h\.\d+\.attn\.(masked_)?bias",
     ),
     "llama": Format(
         "LlamaForCausalLM",
+        {"vocab_size": "vocab_size", "max_position_embeddings": "max_length", "num_hidden_layers": "num_layers",
+         "num_attention_heads": "num_heads", "hidden_size": "width", "num_key_value_heads": "num_kv_heads", "intermediate_size": "mlp_width",
+         "rms_norm_eps": "norm_eps", "tie_word_embeddings": "tied", "rope_theta": "rope_base", "attention_bias": "bias", "mlp_bias": "bias"},
         {"norm": ("rmsnorm",), "positions": ("rope",), "activation": ("swiglu",), "qk_norm": (False,), "logit_softcap": (None,)},
         {"hidden_act": ("silu",), "rope_type": ("default", "linear", "llama3"), "partial_rotary_factor": (1.0,)},
         "model.",
@@ -68,8 +88,28 @@ FORMATS = {
          "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
          "mlp.up": ("mlp.up_proj",), "mlp.gate": ("mlp.gate_proj",), "mlp.down": ("mlp.down_proj",)},
         transposed=False,
+        buffers=r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
     ),
 }  # fmt: skip
+
+REQUIRED = ("vocab_size", "max_length", "num_layers", "num_heads", "width")  # keys of GPTConfig that every config.json must have
+ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", *ROPE.values())  # what is read of rope_parameters
+
+
+@dataclass
+class Vocabulary:
+    """The number that a folder has and our configuration does not: it comes from the tokenizer."""
+
+    vocab_size: int = declare(1, "rows of the embedding", low=1, high=LARGEST_VOCABULARY)
+
+
+[VOCABULARY] = fields(Vocabulary)
+
+
+class Index(TypedDict):
+    """What is read of model.safetensors.index.json: the file of each tensor."""
+
+    weight_map: dict[str, str]
 
 
 # Shapes
@@ -120,32 +160,65 @@ def to_config(config: GPTConfig, format: str) -> dict[str, Any]:
 
 
 def from_config(theirs: dict[str, Any]) -> GPTConfig:
-    """The shape that a config.json describes, without dropout. Raises ValueError for what a GPT cannot be, KeyError for what is missing."""
-    if theirs["model_type"] not in FORMATS:
-        raise ValueError(f"model_type={theirs['model_type']} is not among {', '.join(FORMATS)}; choose a model of theirs")
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}  # of transformers 5, and 4, which had rope_theta outside
-    theirs = theirs | rope
+    """Returns the shape that a config.json describes, without dropout. Raises ValueError, naming the key, for what a GPT cannot be."""
+    kind = theirs.get("model_type")
+    if kind not in [*FORMATS]:
+        raise ValueError(f"model_type={show(kind)} is not among {', '.join(FORMATS)}; choose a model of theirs")
+    format = FORMATS[kind]
+    # The rotary keys of transformers 5, and of 4, which had rope_theta outside.
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_parameters={show(rope)} is of the wrong type; it must be an object")
+    theirs = theirs | {key: rope[key] for key in ROPE_KEYS if key in rope}
     theirs["rope_type"] = theirs.get("rope_type") or theirs.get("type", "default")
-    for key, allowed in FORMATS[theirs["model_type"]].computable.items():
+    for key, allowed in format.computable.items():
         if theirs.get(key, allowed[0]) not in allowed:
-            raise ValueError(f"{key}={theirs[key]} is not what a GPT computes ({', '.join(map(str, allowed))}); choose another model")
-    if theirs["model_type"] == "gpt2":
-        return GPTConfig(
-            theirs["vocab_size"], theirs["n_positions"], theirs["n_layer"], theirs["n_head"], theirs["n_embd"], mlp_width=theirs.get("n_inner"),
-            bias=True, norm_eps=theirs.get("layer_norm_epsilon", 1e-5), activation=GELU[theirs.get("activation_function", "gelu_new")],
-            tied=theirs.get("tie_word_embeddings", True), init="gpt2",
-        )  # fmt: skip
-    scaling = theirs["rope_type"].replace("default", "none")
-    config = GPTConfig(
-        theirs["vocab_size"], theirs["max_position_embeddings"], theirs["num_hidden_layers"], theirs["num_attention_heads"], theirs["hidden_size"],
-        num_kv_heads=theirs.get("num_key_value_heads"), mlp_width=theirs["intermediate_size"],
-        bias=theirs.get("attention_bias", False) or theirs.get("mlp_bias", False), norm="rmsnorm", norm_eps=theirs.get("rms_norm_eps", 1e-6),
-        positions="rope", rope_base=theirs.get("rope_theta", 10000.0), rope_scaling=scaling,
-        activation="swiglu", tied=theirs.get("tie_word_embeddings", False), init="gpt2", **{key: theirs[ROPE[key]] for key in SCALING[scaling]},
-    )  # fmt: skip
+            raise ValueError(f"{key}={show(theirs[key])} is not what a GPT computes ({', '.join(map(show, allowed))}); choose another model")
+
+    fixed: dict[str, Any]
+    shape: dict[str, Any] = {ours: value for key, ours in format.keys.items() if (value := stated(theirs, key, ours)) is not None}
+    if kind == "gpt2":
+        fixed = {"norm_eps": 1e-5, "tied": True, "bias": True, "activation": GELU[theirs.get("activation_function", "gelu_new")]}
+    else:
+        scaling = theirs["rope_type"].replace("default", "none")
+        fixed = {"norm_eps": 1e-6, "tied": False, "norm": "rmsnorm", "positions": "rope", "activation": "swiglu", "rope_scaling": scaling}
+        shape["bias"] = any(stated(theirs, key, "bias") for key in ("attention_bias", "mlp_bias"))
+        for ours in SCALING[scaling]:
+            if (value := stated(theirs, ROPE[ours], ours)) is None:
+                raise ValueError(f"{ROPE[ours]} is missing, which rope_type={scaling} needs; fetch the folder again")
+            shape[ours] = value
+    try:
+        config = GPTConfig(**fixed | {"init": "gpt2"} | shape)
+    except ValueError as error:
+        # A GPTConfig names its own keys.
+        names = {ours: key for key, ours in format.keys.items()} | ROPE
+        raise ValueError(re.sub(r"model\.(\w+)", lambda found: names.get(found[1], found[0]), str(error))) from None
     if theirs.get("head_dim") not in (None, config.head_width):
-        raise ValueError(f"head_dim={theirs['head_dim']} is not the width over the heads, {config.head_width}; choose another model")
+        raise ValueError(f"head_dim={show(theirs['head_dim'])} is not the width over the heads, {config.head_width}; choose another model")
     return config
+
+
+def stated(theirs: dict[str, Any], key: str, ours: str) -> Any:
+    """Returns the value of a key in config.json, or None where it says nothing, and the default holds. Raises ValueError, naming the key,
+    where it lacks one that has no default, and for a value that the key `ours` of a model cannot have."""
+    value = theirs.get(key)
+    if value is None and ours in REQUIRED:
+        raise ValueError(f"{key} is missing; fetch the folder again")
+    if value is None:
+        return None
+    entry = VOCABULARY if ours == "vocab_size" else KEYS[f"model.{ours}"]
+    try:
+        value = msgspec.convert(value, entry.type, strict=True)
+    except msgspec.ValidationError:
+        raise ValueError(f"{key}={show(value)} is of the wrong type; it must be {type_name(entry)}; fetch the folder again") from None
+    check_value(key, value, entry.metadata)
+    return value
+
+
+def show(value: Any) -> str:
+    """Returns a value of a JSON file as it stands there, cut where it is long."""
+    text = value if isinstance(value, str) and value and value.isprintable() else json.dumps(value)
+    return text if len(text) <= 60 else text[:60] + "..."
 
 
 # Weights
@@ -175,82 +248,237 @@ def to_tensors(model: GPT, format: Format) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def from_tensors(tensors: dict[str, Tensor], config: GPTConfig, theirs: dict[str, Any]) -> dict[str, Tensor]:
-    """Our state dict, in fp32, out of a checkpoint's tensors and config.json. Raises ValueError for a tensor that is missing, of another
-    shape, or that a GPT has no place for."""
-    format, state = FORMATS[theirs["model_type"]], {}
-    buffers = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq", "lm_head.weight" if config.tied else "\0")
-    tensors = {name.removeprefix(format.prefix): tensor for name, tensor in tensors.items() if not name.endswith(buffers)}
+class StoredTensor(NamedTuple):
+    """A tensor in a file that is open."""
+
+    file: Any
+    name: str
+
+    @property
+    def shape(self) -> list[int]:
+        """Returns its sizes, which cost no reading."""
+        return self.file.get_slice(self.name).get_shape()
+
+    def read(self) -> Tensor:
+        """Returns it in fp32. Raises ValueError for integers, which are quantised weights or none, and for numbers that are not finite."""
+        kind = self.file.get_slice(self.name).get_dtype()
+        if kind not in FLOATS:
+            raise ValueError(f"{self.name} holds {kind}, and weights are {', '.join(FLOATS)}; choose a model that is not quantised")
+        tensor = self.file.get_tensor(self.name).float()
+        if not tensor.isfinite().all():
+            raise ValueError(f"{self.name} holds numbers that are not finite; fetch the folder again, or choose another model")
+        return tensor
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the files of a folder's weights: model.safetensors where it is there, as transformers does, else those that its index names.
+    Raises ValueError where there are none, and for an index that names files elsewhere."""
+    files = [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not os.path.exists(files[0]) and os.path.exists(index):
+        names = sorted(set(read_settings(index, Index)["weight_map"].values()))
+        for name in names:
+            # A link may lead elsewhere, as those of the hub's cache do; a name may not.
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"{index}: weight_map names {show(name)}, which is no .safetensors file of the folder; fetch it again")
+        files = [folder / name for name in names]
+        if not files:
+            raise ValueError(f"{index}: weight_map names no file; fetch it again")
+        if missing := [name for name in names if not os.path.exists(folder / name)]:
+            raise ValueError(f"{folder} has no {show(missing[0])}, which its index names; fetch it again")
+    elif not os.path.exists(files[0]):
+        raise ValueError(f"{folder} has no {files[0].name}; save_pretrained of transformers writes it, from pickled weights (*.bin) too, which are "
+                         "not read here: they can run code")  # fmt: skip
+    return files
+
+
+def open_weights(folder: Path, prefix: str) -> dict[str, StoredTensor]:
+    """Returns the tensors of a folder, which are not read yet, by their names without a prefix. Raises ValueError for files that cannot be
+    read, and for a name that is there twice."""
+    found: dict[str, StoredTensor] = {}
+    for path in weight_files(folder):
+        # A pipe would keep the library waiting, and a Git LFS pointer would be called a damaged header.
+        open_regular(path).close()
+        try:
+            file = safe_open(path, "pt")
+            names = list(file.keys())
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} is cut off or damaged ({error}); fetch it again") from None
+        for name in names:
+            if (short := name.removeprefix(prefix)) in found:
+                raise ValueError(f"{path} holds {name}, which the folder has twice; fetch it again, without files of another model in it")
+            found[short] = StoredTensor(file, name)
+    return found
+
+
+def settle_head(tensors: dict[str, StoredTensor], config: GPTConfig, embedding: str) -> GPTConfig:
+    """Returns the shape of a model by its weights: where config.json says that the head is the embedding, and the file has another head,
+    that head is kept, as transformers does. Takes a head that is the embedding out of `tensors`."""
+    if not config.tied or HEAD not in tensors:
+        return config
+    head = tensors.pop(HEAD)
+    if embedding not in tensors:
+        tensors[embedding] = head
+    elif head.shape != tensors[embedding].shape or not torch.equal(head.read(), tensors[embedding].read()):
+        tensors[HEAD] = head
+        note(f"{HEAD} differs from {tensors[embedding].name}, though config.json says tie_word_embeddings=true: the head is kept, untied")
+        return replace(config, tied=False)
+    return config
+
+
+def drop_buffers(tensors: dict[str, StoredTensor], config: GPTConfig, format: Format) -> None:
+    """Takes out what older versions of transformers kept beside the weights, masks and rotary frequencies, and notes where it is not
+    what a GPT computes: like transformers of today, we compute it anew."""
+    for name in [name for name in tensors if re.fullmatch(format.buffers, name)]:
+        stored = tensors.pop(name)
+        if name.endswith("masked_bias"):
+            continue
+        values = stored.file.get_tensor(stored.name).float()
+        if name.endswith("inv_freq"):
+            expected = rotary_frequencies(config, torch.device("cpu"))
+            same = values.shape == expected.shape and torch.allclose(values, expected, rtol=1e-2)
+        else:
+            same = values.ndim >= 2 and torch.equal(values, torch.ones_like(values).tril())
+        if not same:
+            note(f"{stored.name} is not what config.json gives, which is used, as transformers does")
+
+
+def note(text: str) -> None:
+    """Says on stderr what a user should know, and need not act on."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def read_shape(folder: Path) -> tuple[GPTConfig, dict[str, Any], dict[str, StoredTensor]]:
+    """Returns the shape of a folder's model, its config.json, and its tensors, which are not read yet. Raises ValueError where a GPT cannot
+    have that shape, and where its weights are missing, pickled or of another one."""
+    path = folder / "config.json"
+    try:
+        theirs = read_settings(path, dict[str, Any])
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; name a folder that save_pretrained or model.export wrote") from None
+    try:
+        config = from_config(theirs)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    format = FORMATS[theirs["model_type"]]
+    tensors = open_weights(folder, format.prefix)
+    try:
+        drop_buffers(tensors, config, format)
+        config = settle_head(tensors, config, *their_names("embedding.weight", format))
+        check_sizes(tensors, config, format)
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder}: {error}") from None
+    return config, theirs, tensors
+
+
+def check_sizes(tensors: dict[str, StoredTensor], config: GPTConfig, format: Format) -> None:
+    """Raises ValueError, naming the keys, where a shape has other sizes than the tensors, before a model of that shape is built: of the
+    shape of a damaged config.json it might take for ever."""
+    keys = {ours: f"{key}={getattr(config, ours)}" for key, ours in format.keys.items()}
+    sizes = {
+        "embedding.weight": {keys["vocab_size"]: config.vocab_size, keys["width"]: config.width},
+        "blocks.0.mlp.up.weight": {keys["mlp_width"]: config.hidden_width, keys["width"]: config.width},
+    }
+    if config.positions == "learned":
+        sizes["positions.weight"] = {keys["max_length"]: config.max_length, keys["width"]: config.width}
+    for name, wanted in sizes.items():
+        [their] = their_names(name, format)
+        stored = require(tensors, their)
+        if sorted(stored.shape) != sorted(wanted.values()):
+            raise ValueError(mismatch(stored.name, stored.shape, wanted))
+    [last] = their_names(f"blocks.{config.num_layers - 1}.attention_norm.weight", format)
+    require(tensors, last, f" though config.json says {keys['num_layers']}")
+
+
+def require(tensors: dict[str, StoredTensor], name: str, why: str = "") -> StoredTensor:
+    """Returns a tensor of a folder. Raises ValueError where it is missing."""
+    if name not in tensors:
+        raise ValueError(f"{name} is missing{why}; the folder is incomplete, fetch it again")
+    return tensors[name]
+
+
+def mismatch(name: str, found: Iterable[Any], wanted: Iterable[Any]) -> str:
+    """Returns what is said of a tensor of another shape than config.json gives."""
+    found, wanted = (" x ".join(map(str, shape)) for shape in (found, wanted))
+    return f"{name} does not have the shape that config.json says ({found}, not {wanted}); fetch the folder again"
+
+
+def read_state(folder: Path, config: GPTConfig, theirs: dict[str, Any], tensors: dict[str, StoredTensor]) -> dict[str, Tensor]:
+    """Returns a folder's weights as our state dict, in fp32. Raises ValueError for a tensor that is missing, of another shape or type, not
+    finite, or that a GPT has no place for."""
+    format, left = FORMATS[theirs["model_type"]], set(tensors)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
-    for name, shape in shapes.items():
-        declared = theirs.get("attention_bias" if ".attention." in name else "mlp_bias", format.transposed)
-        if name.endswith(".bias") and not declared:  # of Llama, which has biases in attention, in the MLP, in both or in neither
-            state[name] = torch.zeros(shape)
-            continue
-        parts = [tensors.pop(their, None) for their in their_names(name, format)]
-        if any(part is None for part in parts):
-            raise ValueError(f"{' or '.join(their_names(name, format))} is missing; the folder is incomplete, fetch it again")
-        tensor = torch.cat([part.float() for part in parts if part is not None])
-        if format.transposed and tensor.ndim == 2 and name not in TABLES:
-            tensor = tensor.T.contiguous()
-        if name in ("embedding.weight", "head.weight") and len(tensor) == config.vocab_size:
-            tensor = torch.cat([tensor, torch.zeros(shape[0] - len(tensor), config.width)])
-        if tensor.shape != shape:
-            raise ValueError(f"{their_names(name, format)[0]} does not have the shape that config.json says; fetch the folder again")
-        state[name] = tensor
-    if tensors:
-        raise ValueError(f"{min(tensors)} has no place in a GPT; choose another model")
+    state = {}
+    try:
+        for name, shape in shapes.items():
+            declared = theirs.get("attention_bias" if ".attention." in name else "mlp_bias", format.transposed)
+            # Llama has biases in attention, in the MLP, in both or in neither.
+            if name.endswith(".bias") and not declared:
+                state[name] = torch.zeros(shape)
+                continue
+            names = their_names(name, format)
+            if not left.issuperset(names):
+                raise ValueError(f"{' or '.join(names)} is missing; the folder is incomplete, fetch it again")
+            left.difference_update(names)
+            state[name] = read_tensor(name, shape, [tensors[their] for their in names], config, format)
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder}: {error}") from None
+    if left:
+        raise ValueError(f"{folder}: {min(left)} has no place in a GPT; choose another model")
     return state
+
+
+def read_tensor(name: str, shape: torch.Size, parts: list[StoredTensor], config: GPTConfig, format: Format) -> Tensor:
+    """Returns one tensor of ours, out of those of theirs that share its rows. Raises ValueError where they have another shape."""
+    padded = name in ("embedding.weight", "head.weight")
+    wanted = [config.vocab_size, config.width] if padded else list(shape)
+    if format.transposed and name not in TABLES:
+        wanted.reverse()
+    sizes = [part.shape for part in parts]
+    kv = config.kv_heads * config.head_width
+    expected = [[rows, *wanted[1:]] for rows in (config.width, kv, kv)] if len(parts) == 3 else [wanted]
+    for part, found, size in zip(parts, sizes, expected, strict=True):
+        if found != size:
+            raise ValueError(mismatch(part.name, found, size))
+    tensor = torch.cat([part.read() for part in parts])
+    if format.transposed and tensor.ndim == 2 and name not in TABLES:
+        tensor = tensor.T.contiguous()
+    if padded:
+        tensor = torch.cat([tensor, torch.zeros(shape[0] - len(tensor), config.width)])
+    return tensor
 
 
 # Folders
 
 
-def read_shape(folder: Path) -> tuple[GPTConfig, dict[str, Any]]:
-    """The shape of a folder's model, and its config.json. Raises ValueError where a GPT cannot have that shape."""
-    path = folder / "config.json"
-    try:
-        theirs = json.loads(path.read_text())
-        return from_config(theirs), theirs
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; name a folder that save_pretrained or model.export wrote") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}); fetch it again") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def read_state(folder: Path, config: GPTConfig, theirs: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights of a folder as our state dict. Raises ValueError where they are missing, damaged, pickled or of another shape."""
-    index = folder / "model.safetensors.index.json"
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    if missing := [file for file in files if not (folder / file).exists()]:
-        raise ValueError(f"{folder} has no {missing[0]}; save_pretrained of transformers writes it, from pickled weights (*.bin) too, which are "
-                         "not read here: they can run code")  # fmt: skip
-    try:
-        return from_tensors({name: tensor for file in files for name, tensor in load_file(folder / file).items()}, config, theirs)
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"{folder}: {error}") from None
+def check_rows(given: str, config: GPTConfig, tokenizer: Tokenizer) -> None:
+    """Raises ValueError where a folder's tokenizer has ids that its model has no row for, and that a text may use."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{given} has a model of {config.vocab_size:,} rows, and a tokenizer of {tokenizer.vocab_size:,} ids; in transformers, "
+                         "model.resize_token_embeddings(len(tokenizer)) and save_pretrained give it the others")  # fmt: skip
 
 
 def from_hf(name_or_dir: str | Path) -> GPT:
-    """The GPT, in fp32 and without dropout, of a Hugging Face folder or hub name. Raises ValueError where there is none, where a GPT
-    cannot compute what it does, and for weights that are missing, damaged or pickled."""
+    """Returns the GPT, in fp32, without dropout and in evaluation mode, of a Hugging Face folder or hub name. Raises ValueError where there
+    is none, where a GPT cannot compute what it does, and for weights that are missing, damaged, quantised or pickled."""
     folder = find_folder(name_or_dir, WEIGHTS)
-    config, theirs = read_shape(folder)
+    config, theirs, tensors = read_shape(folder)
+    state = read_state(folder, config, theirs, tensors)
     with torch.device("meta"):
         model = GPT(config)
-    model.load_state_dict(read_state(folder, config, theirs), assign=True)
-    return model
+    model.load_state_dict(state, assign=True)
+    return model.eval()
 
 
 def start_from(model: GPT, name_or_dir: str, tokenizer: Tokenizer) -> None:
     """Copies the weights of a Hugging Face model into ours. Raises ValueError, beside what `from_hf` does, where the shapes differ,
     naming the keys, or the vocabularies."""
     folder = find_folder(name_or_dir, WEIGHTS)
-    config, theirs = read_shape(folder)
+    config, theirs, tensors = read_shape(folder)
     own = read_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+    if own and own.token_bytes == tokenizer.token_bytes:
+        check_rows(f"init.hf={name_or_dir}", config, own)
     if model.config.vocab_size != config.vocab_size or (own and own.token_bytes != tokenizer.token_bytes):
         raise ValueError(f"init.hf={name_or_dir} has a vocabulary of {config.vocab_size:,} entries, and the tokenizer {tokenizer.name} another, "
                          f"of {tokenizer.vocab_size:,}; choose the tokenizer that it was trained with"
@@ -261,4 +489,4 @@ def start_from(model: GPT, name_or_dir: str, tokenizer: Tokenizer) -> None:
     if differing := [key for key in wanted if key not in unused and wanted[key] != ours[key]]:
         has, remedy = (" ".join(override(key, shape[key]) for key in differing) for shape in (ours, wanted))
         raise ValueError(f"init.hf={name_or_dir} has another shape than {has}; set {remedy}")
-    load_weights(model, read_state(folder, config, theirs))
+    load_weights(model, read_state(folder, config, theirs, tensors))

@@ -1,18 +1,21 @@
 """Text from a trained model: python -m model.sample run=DIR prompt="def " tokens=200 temperature=0.8 top_k=200 top_p=1.0 seed=0"""
 
 import codecs
+import io
+import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from omegaconf import MISSING
 from torch import Tensor
 
 from conf.schema import key
-from data import Tokenizer
-from model.checkpoint import checkpoint_path
-from model.gpt import GPT, KeyValueCache, load
+from model.gpt import GPT, KeyValueCache, evaluating
+from model.trained import open_trained
 
 
 @torch.no_grad()
@@ -28,7 +31,8 @@ def generate(
 ) -> Iterator[int]:
     """Yields `num_tokens` token ids that continue the prompt, one by one.
 
-    Temperature 0 takes the likeliest token; top_k keeps the k likeliest, top_p the fewest whose probability reaches p.
+    Dropout is off, whatever mode the model is in. Temperature 0 takes the likeliest token; top_k keeps the k likeliest, top_p the
+    fewest whose probability reaches p.
     Each token reads the keys and values of those before it from a cache, until the context is full: from then on the last
     half of it is read anew as a prompt. Raises ValueError for an empty prompt or a setting out of range."""
     if not prompt:
@@ -44,7 +48,8 @@ def generate(
             caches = [KeyValueCache() for _ in model.blocks]
         else:
             context = tokens[-1:]
-        logits_V = model(torch.tensor([context], device=device), caches)[0, -1].float().cpu()
+        with evaluating(model):
+            logits_V = model(torch.tensor([context], device=device), caches)[0, -1].float().cpu()
         if not use_cache:
             caches = None
         tokens.append(choose(logits_V, temperature, top_k, top_p, generator))
@@ -52,12 +57,14 @@ def generate(
 
 
 def choose(logits_V: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator) -> int:
-    """One token id drawn from softmax(logits / temperature) cut to top_k and top_p."""
+    """Draws one token id from softmax(logits / temperature) cut to top_k and top_p. Raises ValueError for logits that are not finite."""
+    if not logits_V.isfinite().all():
+        raise ValueError("the model's logits are not finite: its weights are damaged or its training diverged; choose another step of the run")
     if temperature == 0:
         return int(logits_V.argmax())
-    logits_V, ids_V = logits_V.div(temperature).sort(descending=True)
-    logits_V = logits_V[:top_k]
-    p_V = logits_V.softmax(0)
+    logits_V, ids_V = logits_V.sort(descending=True)
+    # From the largest down and in fp64, so that no temperature makes a number that is not one.
+    p_V = (logits_V[:top_k].double() - logits_V[0]).div(temperature).softmax(0).float()
     p_V[p_V.cumsum(0) - p_V >= top_p] = 0.0  # the likeliest always stays: nothing comes before it
     return int(ids_V[torch.multinomial(p_V, 1, generator=generator)])
 
@@ -66,7 +73,7 @@ def choose(logits_V: Tensor, temperature: float, top_k: int | None, top_p: float
 class Options:
     """What `python -m model.sample` takes."""
 
-    run: str = key(MISSING, "run folder")
+    run: str = key(MISSING, "run folder, export or Hugging Face folder")
     step: int | None = key(None, "step of the checkpoint; default the newest")
     prompt: str = key("", "text to continue; default the start of a document")
     tokens: int = key(256, "tokens to generate", low=1)
@@ -86,16 +93,32 @@ def main(arguments: list[str]) -> None:
     with user_errors():
         options, _ = parse(Options, arguments)
         device = choose_device(options.device)
-        path = checkpoint_path(options.run, options.step)
-        model, tokenizer = load(options.run, options.step).to(device), Tokenizer.load(path)
+        _, model, tokenizer, _ = open_trained(Path(options.run), options.step)
+        model.to(device)
         prompt = tokenizer.prompt(options.prompt)
-        sys.stdout.write(options.prompt)
-        with autocast(device, choose_precision(options.precision, device)):
+        with stream() as show, autocast(device, choose_precision(options.precision, device)):
+            show(options.prompt)
             tokens = generate(model, prompt, options.tokens, options.temperature, options.top_k, options.top_p, options.seed)
             for text in decode_stream(tokens, tokenizer.decode_bytes):
-                sys.stdout.write(text)
-                sys.stdout.flush()
-        print()
+                show(text)
+            show("\n")
+
+
+@contextmanager
+def stream() -> Iterator[Callable[[str], None]]:
+    """Gives a function that writes to stdout at once, and a ? where its encoding lacks a character. Ends quietly where the reader has gone."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+    def show(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    try:
+        yield show
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def decode_stream(tokens: Iterator[int], decode_bytes: Callable[[list[int]], bytes]) -> Iterator[str]:

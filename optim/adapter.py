@@ -1,6 +1,9 @@
-"""Gradient rules on any nn.Module: an adapter says how to get its logits, and the loss of each target."""
+"""Gradient rules on any nn.Module: an adapter says how to get its logits, and the loss of each target.
 
-from collections.abc import Callable
+What people have at hand works without one: a module that gives logits, a model of transformers, and batches as pairs or as dicts with labels.
+"""
+
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,11 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.gpt import GPT
 from model.logits import IGNORED, Cotangent, Weigh, instance_means, logit_statistics
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The cross-entropy of each target in nats, 0 where it is -100; logits have one dimension more, the classes, last."""
+    """Returns the cross-entropy of each target in nats, 0 where it is -100; logits have one dimension more, the classes, last. Raises
+    ValueError where targets do not fit them."""
+    if logits.shape[:-1] != targets.shape or targets.is_floating_point():
+        raise ValueError(f"targets {tuple(targets.shape)} of {targets.dtype} do not fit logits {tuple(logits.shape)}: give the number of a class for "
+                         "each vector of logits, or optim.Adapter(model, losses=...)")  # fmt: skip
     z = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(z, targets.flatten(), reduction="none", ignore_index=IGNORED).view(targets.shape)
 
@@ -22,10 +30,21 @@ def is_counted(targets: Tensor) -> Tensor:
     return targets != IGNORED
 
 
+def logits_of(module: nn.Module, inputs: Any) -> Tensor:
+    """Returns the logits of a module, which takes a dict by names: what it gives, or the `logits` in that, as models of transformers have
+    them. Raises ValueError where there are none."""
+    output = module(**inputs) if hasattr(inputs, "items") else module(inputs)
+    logits = output.get("logits") if hasattr(output, "items") else getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"{type(module).__name__} gives a {type(output).__name__}, and a rule needs logits; say how to get them: "
+                         "optim.Adapter(model, logits=lambda model, inputs: ...)")  # fmt: skip
+    return logits
+
+
 class Adapter:
     """How a rule sees a module that is no GPT:
 
-    logits(module, inputs) -> logits      default: module(inputs); a Hugging Face model: lambda m, inputs: m(**inputs).logits
+    logits(module, inputs) -> logits      default: module(inputs), by names where inputs are a dict, and of its output the `.logits`
     losses(logits, targets) -> losses     of each target, in the targets' shape; default: cross-entropy
     counted(targets) -> bools             which targets count, in the same shape; default: those that are not -100
 
@@ -35,7 +54,7 @@ class Adapter:
     def __init__(
         self,
         module: nn.Module,
-        logits: Callable[[nn.Module, Any], Tensor] = lambda module, inputs: module(inputs),
+        logits: Callable[[nn.Module, Any], Tensor] = logits_of,
         losses: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
         counted: Callable[[Tensor], Tensor] = is_counted,
     ) -> None:
@@ -87,6 +106,69 @@ class DenseLogits:
     def statistics(self) -> tuple[dict[str, Tensor], float]:
         z = self.z.flatten(0, -2) if self.z.ndim > 1 else self.z[:, None]
         return logit_statistics(z.to(torch.promote_types(z.dtype, torch.float32))), 0.0
+
+
+# Batches
+
+
+def as_groups(batches: Iterable[Any], module: nn.Module) -> list[list[tuple[Any, Tensor]]]:
+    """Returns the groups of micro-batches (inputs, targets) that a caller means: each element of `batches` is one of them or a list, and
+    a pair or a dict by itself is the whole batch. A dict has its targets as "labels". Raises ValueError for anything else."""
+    if is_micro_batch(batches):
+        batches = [batches]
+    groups = [[element] if is_micro_batch(element) or not isinstance(element, list) else element for element in batches]
+    return [[as_pair(micro, module) for micro in group] for group in groups]
+
+
+def is_micro_batch(element: Any) -> bool:
+    """Returns whether something is a pair (inputs, targets), in a tuple or as a DataLoader's list, or a dict."""
+    is_pair = isinstance(element, (tuple, list)) and len(element) == 2 and isinstance(element[1], Tensor)
+    return is_pair or hasattr(element, "items")
+
+
+def as_pair(micro: Any, module: nn.Module) -> tuple[Any, Tensor]:
+    """Returns the inputs and targets of a micro-batch. Labels in a dict are those of transformers, whose language models compare them
+    with the logits of the position before. Raises ValueError, with the remedy, for what is not a micro-batch of this module."""
+    if not is_micro_batch(micro):
+        raise ValueError(f"a {type(micro).__name__} is no micro-batch; give pairs (inputs, targets), or dicts with labels")
+    if not hasattr(micro, "items"):
+        inputs, targets = micro
+    elif not isinstance(micro.get("labels"), Tensor):
+        raise ValueError(f"a dict of {', '.join(micro)} has no labels; add them, or give a pair (inputs, targets)")
+    elif getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        raise ValueError(f"{type(module).__name__} makes its decoder's inputs of its labels; give pairs, and optim.Adapter(model, logits=...)")
+    else:
+        inputs, targets = {name: value for name, value in micro.items() if name != "labels"}, micro["labels"]
+        if is_causal(module) and targets.ndim == 2:
+            targets = nn.functional.pad(targets[:, 1:], (0, 1), value=IGNORED)
+    if isinstance(module, GPT):
+        if hasattr(inputs, "items"):
+            if [*inputs] != ["input_ids"]:
+                raise ValueError(f"a GPT reads tokens, and no {', '.join(inputs.keys() - {'input_ids'})}; give pairs (tokens, targets)")
+            inputs = inputs["input_ids"]
+        if inputs.shape != targets.shape or targets.is_floating_point():
+            raise ValueError(f"targets {tuple(targets.shape)} of {targets.dtype} do not fit tokens {tuple(inputs.shape)}: give the next of each")
+    if targets.ndim == 0:
+        raise ValueError("targets have no dimension of instances; give a target for every instance")
+    return inputs, targets
+
+
+def is_causal(module: nn.Module) -> bool:
+    """Returns whether a module is a language model that predicts the next token: a GPT, or one of transformers, which says so."""
+    return isinstance(module, GPT) or getattr(module, "loss_type", "none") in (None, "ForCausalLM")
+
+
+def refuse_unshifted(inputs: Any, targets: Tensor, module: nn.Module) -> None:
+    """Raises ValueError where a language model is to predict the token that it reads, and not the next one."""
+    tokens = inputs.get("input_ids") if hasattr(inputs, "items") else inputs
+    if not is_causal(module) or not isinstance(tokens, Tensor) or tokens.shape != targets.shape or targets.ndim != 2:
+        return
+    counted = targets != IGNORED
+    same = (tokens == targets) | ~counted
+    shifted = (tokens[:, 1:] == targets[:, :-1]) | ~counted[:, :-1]
+    if counted.any() and same.all() and not shifted.all():
+        raise ValueError("targets are the inputs themselves, which a language model would copy; give the next tokens: inputs tokens[:, :-1] and "
+                         "targets tokens[:, 1:]")  # fmt: skip
 
 
 class _Surrogate(torch.autograd.Function):

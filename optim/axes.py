@@ -120,7 +120,8 @@ def kinds(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str
     output = getattr(module, "unembedding", None)
     if output is None:
         linear = [owner for owner in module.modules() if isinstance(owner, nn.Linear)]
-        output = linear[-1].weight if linear else None
+        # Not `.weight`: of a layer that is parametrised, as by spectral_norm, it is computed, and its buffers with it.
+        output = dict(linear[-1].named_parameters(recurse=False)).get("weight") if linear else None
 
     def kind(parameter: Tensor) -> str:
         owner = owners[id(parameter)]

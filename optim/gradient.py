@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from model.gpt import GPT
 from model.logits import Cotangent
 from model.sharding import Layout, all_sum, compute_device, sharded_modules
-from optim.adapter import Adapter, is_counted
+from optim.adapter import Adapter, as_groups, is_counted, refuse_unshifted
 
 Batch = tuple[Any, Tensor]  # tokens_BxT (or what the adapter takes), targets_BxT
 
@@ -22,7 +22,8 @@ class RuleResult:
     """What a rule reports of a step.
 
     loss              mean loss in nats per counted token at the weights; None where the rule never looked there
-    perturbed_loss    the same at the moved point; None where the rule did not compute it
+    perturbed_loss    the same at the moved point; None where the rule did not compute it: the functional path takes the derivative by the
+                      logits at the clean weights and never compares those of the moved point with targets, so it has none
     tokens            counted targets of the batch
     metrics           what else is logged of this step
     forwards, backwards, head_products     passes through the body, and matrix products with the head, in units of the whole batch
@@ -80,7 +81,7 @@ class Gradient:
         for owner in sharded_modules(self.module):  # gradients are sums here, each loss is divided by the N of all
             owner.set_gradient_divide_factor(1.0)
             owner.set_force_sum_reduction_for_comms(True)
-        self.step, self.rho = 0, 0.0
+        self.step, self.rho, self.looked = 0, 0.0, False
         self.say: Callable[[str], None] = partial(print, file=sys.stderr)
         self.device = compute_device(next(iter(self.parameters.values())))
         self.layout: Layout = getattr(self.module, "layout", Layout())
@@ -94,10 +95,10 @@ class Gradient:
         return result
 
     def groups(self, batches: Sequence[Any], result: RuleResult) -> list[list[Micro]]:
-        """The micro-batches of every element of `batches`, which is one of them or a list. Raises ValueError for none, for gradients that are
-        there already, and where a parameter is trained that was frozen when the rule was made: nobody would tell its gradients of two
-        passes apart."""
-        groups = [element if isinstance(element, list) else [element] for element in batches]
+        """Returns the micro-batches of every element of `batches` (see `optim.adapter.as_groups`). Raises ValueError for none, for gradients
+        that are there already, for targets that are not shifted, and where a parameter is trained that was frozen when the rule was made:
+        nobody would tell its gradients of two passes apart."""
+        groups = as_groups(batches, self.module)
         instances = sum(len(targets) for group in groups for _, targets in group)
         counted = self.model.counted if isinstance(self.model, Adapter) else is_counted
         if not instances:
@@ -107,6 +108,10 @@ class Gradient:
                 raise ValueError(f"{name} was frozen when the rule was made; make another one after the parameters are chosen")
             if parameter.grad is not None and name in self.parameters:
                 raise ValueError(f"{name}.grad is not empty, and would be added to; call optimizer.zero_grad(set_to_none=True) first")
+
+        if not self.looked:  # once: it waits for the device
+            self.looked = True
+            refuse_unshifted(*next(micro for group in groups for micro in group), self.module)
 
         def make(inputs: Any, targets: Tensor) -> Micro:
             counted_B = counted(targets).reshape(len(targets), -1).sum(1)
@@ -171,8 +176,11 @@ def plus(total: Tensor | None, loss: Tensor) -> Tensor:
 
 
 def named_gradients(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every p.grad that there is, by name."""
-    return {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    """Returns every p.grad that there is, by name. Raises ValueError for a sparse one, which has neither a norm nor a place to be moved."""
+    found = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    if sparse := [name for name, gradient in found.items() if gradient.layout != torch.strided]:
+        raise ValueError(f"{sparse[0]} has a sparse gradient, which rules that move the weights do not take; make its embedding with sparse=False")
+    return found
 
 
 def take_gradients(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,8 +1,10 @@
 """Hugging Face in and out: the same logits, the same weights, the same token ids, and refusals that say why."""
 
 import json
+import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -188,11 +190,18 @@ def test_run_is_exported_evaluated_and_started_from(run, train, tmp_path, cache,
     monkeypatch.chdir(tmp_path)
     export.main(["run=run", "out=hf"])
     assert "GPT2LMHeadModel" in capsys.readouterr().out
-    corpus = ["data=text", "data.path=text.txt", "data.validation_split=tail", f"data.cache={cache}", "length=64", "precision=fp32"]
+    corpus = ["data=text", "data.path=text.txt", "data.validation_split=tail", f"data.cache={cache}", "precision=fp32"]
     evaluate.main(["run=run", "precision=fp32"])
-    loss_of_run = capsys.readouterr().out.splitlines()[1]
-    evaluate.main(["run=hf", *corpus])
-    assert capsys.readouterr().out.splitlines()[1] == loss_of_run
+    said = capsys.readouterr().out
+    export.main(["run=run", "out=plain", "format=plain"])
+    assert "GPT(GPTConfig(" in capsys.readouterr().out
+    for folder in ("hf", "plain"):
+        evaluate.main([f"run={folder}", *corpus])  # at the length of the run, which the export tells
+        assert capsys.readouterr().out == said.replace(said.split(",")[0], folder)
+        sample.main([f"run={folder}", "prompt=def f", "tokens=20", "temperature=0", "precision=fp32"])
+        text = capsys.readouterr().out
+        sample.main(["run=run", "prompt=def f", "tokens=20", "temperature=0", "precision=fp32"])
+        assert capsys.readouterr().out == text
     with pytest.raises(SystemExit):
         evaluate.main(["run=hf"])
     assert "error: run=hf is a Hugging Face folder, which names no corpus; add data=stdlib" in capsys.readouterr().err
@@ -289,9 +298,9 @@ def edit(folder: Path, **changes) -> None:
     [
         ("gpt2", {"model_type": "opt"}, "config.json: model_type=opt is not among gpt2, llama"),
         ("gpt2", {"activation_function": "gelu"}, "activation_function=gelu is not what a GPT computes (gelu_new, "),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True is not"),
-        ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "config.json cannot be read (KeyError: 'factor')"),
-        ("llama", {"rope_parameters": SCALED | {"high_freq_factor": 0.5}}, "model.rope_high_factor=0.5 does not exceed model.rope_low_factor=0.6"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=true is not"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "factor is missing, which rope_type=llama3 needs"),
+        ("llama", {"rope_parameters": SCALED | {"high_freq_factor": 0.5}}, "high_freq_factor=0.5 does not exceed low_freq_factor=0.6"),
         ("llama", {"rope_parameters": SCALED | {"rope_type": "yarn"}}, "rope_type=yarn is not what a GPT computes (default, linear, llama3)"),
         ("llama", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_type=dynamic is not"),
         ("llama", {"rope_parameters": SCALED | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not"),
@@ -301,7 +310,7 @@ def edit(folder: Path, **changes) -> None:
         ("gpt2", {"n_layer": 1}, "h.1.attn.c_attn.bias has no place in a GPT"),
         ("llama", {"intermediate_size": 99}, "layers.0.mlp.up_proj.weight does not have the shape that config.json says"),
         ("llama", {"attention_bias": True}, "self_attn.q_proj.bias or layers.0.self_attn.k_proj.bias or layers.0.self_attn.v_proj.bias is missing"),
-        ("gpt2", {"n_embd": None}, "config.json cannot be read (TypeError: "),
+        ("gpt2", {"n_embd": None}, "n_embd is missing"),
     ],
 )
 def test_model_that_a_gpt_is_not_is_refused(name, changes, said, tmp_path):
@@ -318,13 +327,13 @@ def test_folder_without_safe_weights_is_refused(tmp_path, monkeypatch):
     their_model("gpt2").save_pretrained(tmp_path)
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match=r"Error while deserializing"):
+    with pytest.raises(ValueError, match=r"model.safetensors is cut off or damaged \(.*\); fetch it again"):
         from_hf(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"has no model.safetensors; save_pretrained .* writes it, from pickled weights .* they can run code"):
         from_hf(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json cannot be read \(JSONDecodeError"):
+    with pytest.raises(ValueError, match=r"config.json is damaged \(.*\); fetch it again"):
         from_hf(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
@@ -332,6 +341,230 @@ def test_folder_without_safe_weights_is_refused(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=rf"{name} is no folder, nor could the hub give it \(\w+Error: .*\); give a folder") as error:
             from_hf(name)
         assert "\n" not in str(error.value)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A GPT-2 and a Llama as we export them."""
+    found = {"gpt2": tmp_path_factory.mktemp("gpt2") / "out", "llama": tmp_path_factory.mktemp("llama") / "out"}
+    to_hf(our_model("gpt2"), bytes_tokenizer(), found["gpt2"])
+    to_hf(GPT(replace(OURS["llama_grouped"], tied=False, bias=False)), bytes_tokenizer(), found["llama"])
+    return found
+
+
+def change(folder: Path, *removed: str, **changed: torch.Tensor) -> None:
+    """Changes tensors of a folder; the first part of a name, transformer or model, is left out, and __ stands for a dot."""
+    tensors = load_file(folder / WEIGHTS)
+    prefix = "transformer." if "transformer.wte.weight" in tensors else "model."
+    for name in removed:
+        del tensors[prefix + name]
+    tensors |= {("" if name.startswith("lm_head") else prefix) + name.replace("__", "."): tensor for name, tensor in changed.items()}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+
+def replaced(name: str, by: bytes | str) -> Callable[[Path], None]:
+    """Puts bytes, a folder ("folder"), a pipe ("pipe") or a link to itself ("link") in the place of a file."""
+
+    def put(folder: Path) -> None:
+        path = folder / name
+        path.unlink(missing_ok=True)
+        if isinstance(by, bytes):
+            path.write_bytes(by)
+        else:
+            {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "link": lambda: path.symlink_to(path)}[by]()
+
+    return put
+
+
+def indexed(content: object) -> Callable[[Path], None]:
+    """Takes the whole file of weights away and leaves an index."""
+
+    def put(folder: Path) -> None:
+        (folder / WEIGHTS).unlink()
+        (folder / INDEX).write_text(json.dumps(content))
+
+    return put
+
+
+def named(file: str) -> Callable[[Path], None]:
+    return indexed({"weight_map": {"model.norm.weight": file}})
+
+
+def keys(**changes: object) -> Callable[[Path], None]:
+    return lambda folder: edit(folder, **changes)
+
+
+HOSTILE = [
+    # config.json: other JSON, other files
+    ("gpt2", replaced("config.json", b""), "config.json is damaged"),
+    ("gpt2", replaced("config.json", b"[]"), "config.json is damaged (Expected object, got array)"),
+    ("gpt2", replaced("config.json", b"[" * 200_000), "config.json is damaged (it is nested deeper"),
+    ("gpt2", replaced("config.json", b'{"a":' * 200_000), "config.json is damaged"),
+    ("gpt2", replaced("config.json", b"\xff\xfe"), "config.json is damaged"),
+    ("gpt2", replaced("config.json", LFS), "config.json is a Git LFS pointer"),
+    ("gpt2", replaced("config.json", "pipe"), "config.json is no regular file"),
+    ("gpt2", replaced("config.json", "folder"), "config.json is no regular file"),
+    ("gpt2", replaced("config.json", "link"), "config.json cannot be read (Too many levels"),
+    # config.json: keys
+    ("gpt2", keys(model_type=["gpt2"]), 'model_type=["gpt2"] is not among gpt2, llama'),
+    ("gpt2", keys(n_layer=0), "n_layer=0 is out of range; it must be at least 1"),
+    ("gpt2", keys(n_layer=10**9), "though config.json says n_layer=1000000000"),
+    ("gpt2", keys(n_layer=2.5), "n_layer=2.5 is of the wrong type; it must be int"),
+    ("gpt2", keys(n_layer=True), "n_layer=true is of the wrong type"),
+    ("gpt2", keys(n_layer="2"), "n_layer=2 is of the wrong type"),
+    ("gpt2", keys(n_embd=10**13), "n_embd=10000000000000"),
+    ("gpt2", keys(n_inner=10**13), "n_inner=10000000000000"),
+    ("gpt2", keys(n_positions=2**63), "n_positions=9223372036854775808"),
+    ("gpt2", keys(n_head=0), "n_head=0 is out of range"),
+    ("gpt2", keys(n_head=5), "n_embd=48 is not divisible by n_head=5"),
+    ("gpt2", keys(vocab_size=-1), "vocab_size=-1 is out of range"),
+    ("gpt2", keys(vocab_size=10**12), "vocab_size=1000000000000 is out of range"),
+    ("gpt2", keys(layer_norm_epsilon=float("nan")), "layer_norm_epsilon=nan is not finite"),
+    ("gpt2", keys(layer_norm_epsilon=-1e-5), "layer_norm_epsilon=-1e-05 is out of range"),
+    ("gpt2", keys(layer_norm_epsilon=[]), "layer_norm_epsilon=[] is of the wrong type; it must be float"),
+    ("gpt2", keys(tie_word_embeddings="yes"), "tie_word_embeddings=yes is of the wrong type; it must be bool"),
+    ("gpt2", keys(activation_function={}), "activation_function={} is not what a GPT computes"),
+    ("llama", keys(rope_parameters=[1]), "rope_parameters=[1] is of the wrong type"),
+    ("llama", keys(rope_parameters={"rope_theta": 0}), "rope_theta=0.0 is out of range"),
+    ("llama", keys(rope_parameters={"rope_type": "linear", "factor": "8"}), "factor=8 is of the wrong type"),
+    ("llama", keys(rope_parameters={"rope_type": "linear", "factor": float("inf")}), "factor=inf is not finite"),
+    ("llama", keys(num_key_value_heads=3), "num_key_value_heads=3 does not divide num_attention_heads=4"),
+    ("llama", keys(head_dim="12"), "head_dim=12 is not the width over the heads"),
+    ("llama", keys(attention_bias=3), "attention_bias=3 is of the wrong type"),
+    # weights: other files
+    ("gpt2", replaced(WEIGHTS, b""), "model.safetensors is cut off or damaged"),
+    ("gpt2", replaced(WEIGHTS, LFS), "model.safetensors is a Git LFS pointer, its content was not downloaded; run git lfs pull"),
+    ("gpt2", replaced(WEIGHTS, b"\xff" * 100), "model.safetensors is cut off or damaged"),
+    ("gpt2", replaced(WEIGHTS, "pipe"), "model.safetensors is no regular file"),
+    ("gpt2", replaced(WEIGHTS, "folder"), "model.safetensors is no regular file"),
+    ("gpt2", replaced(WEIGHTS, "link"), "has no model.safetensors"),
+    # weights: their index
+    ("llama", replaced(INDEX, LFS), None),
+    ("llama", indexed([]), "index.json is damaged (Expected object, got array)"),
+    ("llama", indexed({"weight_map": {}}), "weight_map names no file"),
+    ("llama", indexed({"weight_map": {"a": 3}}), "index.json is damaged (weight_map[...]: Expected str, got int)"),
+    ("llama", named("../out/model.safetensors"), "weight_map names ../out/model.safetensors, which is no .safetensors file of the folder"),
+    ("llama", named("/etc/passwd"), "weight_map names /etc/passwd, which is no"),
+    ("llama", named("/tmp/model.safetensors"), "weight_map names /tmp/model.safetensors, which is no"),
+    ("llama", named(""), 'weight_map names "", which is no'),
+    ("llama", named("x" * 5000 + ".safetensors"), ", which its index names"),
+    ("llama", named("a\0b.safetensors"), 'has no "a\\u0000b.safetensors", which its index names'),
+    # weights: tensors
+    ("gpt2", lambda folder: change(folder, "h.1.mlp.c_fc.bias"), "h.1.mlp.c_fc.bias is missing"),
+    ("gpt2", lambda folder: change(folder, "wte.weight"), "wte.weight is missing"),
+    ("gpt2", lambda folder: change(folder, score=torch.ones(2)), "score has no place in a GPT"),
+    ("gpt2", lambda folder: change(folder, wte__weight=torch.tensor(1.0)), "wte.weight does not have the shape that config.json says"),
+    ("gpt2", lambda folder: change(folder, wpe__weight=torch.ones(2, 48)), "wpe.weight does not have the shape that config.json says (2 x 48, "),
+    ("gpt2", lambda folder: change(folder, h__1__ln_1__bias=torch.ones(0)), "ln_1.bias does not have the shape that config.json says"),
+    ("gpt2", lambda folder: change(folder, h__1__mlp__c_fc__weight=torch.ones(192, 48)), "(192 x 48, not 48 x 192)"),
+    ("gpt2", lambda folder: change(folder, ln_f__bias=torch.ones(48, dtype=torch.int8)), "ln_f.bias holds I8, and weights are F64, F32, F16, BF16"),
+    ("gpt2", lambda folder: change(folder, wte__weight=torch.ones(257, 48, dtype=torch.int64)), "wte.weight holds I64"),
+    ("gpt2", lambda folder: change(folder, ln_f__bias=torch.ones(48, dtype=torch.bool)), "ln_f.bias holds BOOL"),
+    ("llama", lambda folder: change(folder, norm__weight=torch.ones(48).to(torch.float8_e4m3fn)), "norm.weight holds F8_E4M3"),
+    ("llama", lambda folder: change(folder, norm__weight=torch.full((48,), torch.nan)), "norm.weight holds numbers that are not finite"),
+    ("llama", lambda folder: change(folder, norm__weight=torch.full((48,), 1e300).double()), "norm.weight holds numbers that are not finite"),
+    ("llama", lambda folder: change(folder, layers__0__self_attn__k_proj__weight=torch.ones(48, 48)), "k_proj.weight does not have the shape"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "spoil", "said"), HOSTILE)
+def test_a_hostile_folder_is_refused_in_a_line(name, spoil, said, folders, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(folders[name], folder)
+    spoil(folder)
+    if said is None:  # what is not read does no harm
+        from_hf(folder)
+        return
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        from_hf(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_hostile_folder_is_one_line_of_every_command(folders, train, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folders["gpt2"], "out")
+    edit(tmp_path / "out", n_layer=10**9)
+    line = "error: out: h.999999999.ln_1.weight is missing though config.json says n_layer=1000000000; the folder is incomplete, fetch it again\n"
+    for main in (evaluate.main, sample.main):
+        with pytest.raises(SystemExit) as ended:
+            main(["run=out"])
+        assert (ended.value.code, capsys.readouterr().err) == (2, line)
+    refused = train("model=tiny", "init.hf=out", "schedule.steps=1", "dir=run", "data=stdlib", "batch.length=16")
+    assert (refused.returncode, refused.stderr.splitlines()[-1]) == (2, line.strip())
+
+
+# A model keeps its own word
+
+
+def test_a_head_that_differs_is_kept_though_the_folder_says_tied(tmp_path, capsys):
+    theirs = randomise(AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA, tie_word_embeddings=False)))
+    theirs.save_pretrained(tmp_path)
+    edit(tmp_path, tie_word_embeddings=True)
+    ours = from_hf(tmp_path)
+    assert not ours.config.tied and gap(ours, theirs) < 1e-5 and gap(ours, AutoModelForCausalLM.from_pretrained(tmp_path)) < 1e-5
+    assert "note: lm_head.weight differs from model.embed_tokens.weight, though config.json says tie_word_embeddings=true" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"has another shape than model.tied=true; set model.tied=false"):
+        start_from(GPT(replace(ours.config, tied=True)), str(tmp_path), bytes_tokenizer())
+
+
+@pytest.mark.parametrize("kept", ["both", "head"])
+def test_a_head_that_is_the_embedding_is_tied(kept, folders, tmp_path, capsys):
+    shutil.copytree(folders["gpt2"], tmp_path / "out")
+    table = load_file(tmp_path / "out" / WEIGHTS)["transformer.wte.weight"]
+    change(tmp_path / "out", *(["wte.weight"] if kept == "head" else []), lm_head__weight=table)
+    ours = from_hf(tmp_path / "out")
+    assert ours.config.tied and gap(ours, AutoModelForCausalLM.from_pretrained(tmp_path / "out")) < 1e-5 and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("index", [{"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}, [], "LFS"])
+def test_a_whole_file_wins_over_a_stale_index(index, folders, tmp_path):
+    shutil.copytree(folders["llama"], tmp_path / "out")
+    (tmp_path / "out" / INDEX).write_text(json.dumps(index))
+    theirs = from_hf(folders["llama"])
+    assert all(torch.equal(one, other) for one, other in zip(from_hf(tmp_path / "out").parameters(), theirs.parameters(), strict=True))
+
+
+def test_what_old_versions_kept_beside_the_weights_is_compared(folders, tmp_path, capsys):
+    for name, buffer, right in (("gpt2", "h__0__attn__bias", torch.ones(1, 1, 64, 64).tril()),
+                                ("llama", "layers__0__self_attn__rotary_emb__inv_freq", 5e5 ** -(torch.arange(0, 12, 2) / 12))):  # fmt: skip
+        shutil.copytree(folders[name], tmp_path / name)
+        for values, said in ((right, ""), (right + 1, f"{buffer.replace('__', '.')} is not what config.json gives, which is used")):
+            change(tmp_path / name, **{buffer: values})
+            from_hf(tmp_path / name)
+            assert said in (err := capsys.readouterr().err) and bool(said) == bool(err)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_tokenizer_with_an_id_more_than_the_model_has_rows(special, train, tmp_path, cache, capsys, monkeypatch):
+    """A [PAD] that was added without resizing: no text has it where it is special, and transformers runs."""
+    monkeypatch.chdir(tmp_path)
+    FOLDERS["llama2"](tmp_path / "theirs")
+    content = json.loads((tmp_path / "theirs/tokenizer.json").read_text())
+    rows = len(content["model"]["vocab"])
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": rows, "content": "[PAD]", "special": special})
+    (tmp_path / "theirs/tokenizer.json").write_text(json.dumps(content))
+    randomise(AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA | {"vocab_size": rows}))).save_pretrained("theirs")
+    (tmp_path / "text.txt").write_text("".join(f"def f{i}(x): [PAD] {i}\n---\n" for i in range(100)))
+    data = ["data=text", "data.path=text.txt", "data.separator=---", f"data.cache={cache}"]
+    start = ["tokenizer=hf", "init.hf=theirs", "model.num_layers=2", "model.num_heads=4", "model.width=48", "model.mlp_width=100",
+             "model.norm=rmsnorm", "model.positions=rope", "model.activation=swiglu", "model.max_length=64", "model.tied=false", "schedule.steps=1",
+             "batch.length=32", "precision=fp32", "dir=run", "evaluation.tokens=null", *data]  # fmt: skip
+    if not special:
+        said = rf"theirs has a model of {rows:,} rows, and a tokenizer of {rows + 1:,} ids; in transformers, model.resize_token_embeddings"
+        with pytest.raises(SystemExit):
+            evaluate.main(["run=theirs", *data])
+        assert said in capsys.readouterr().err and said in train(*start).stderr
+        return
+    evaluate.main(["run=theirs", "length=32", "precision=fp32", *data])
+    loss = float(re.search(r"loss (\S+),", capsys.readouterr().out)[1])
+    done = train(*start)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])["val/loss"] == pytest.approx(loss, abs=1e-4)
+    assert "[PAD]" in AutoTokenizer.from_pretrained("theirs").get_vocab()
 
 
 def test_start_from_another_scaling_is_refused(tmp_path):

@@ -1,12 +1,19 @@
 """Sampling: the cache changes no token, and each setting keeps what it says."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from model import GPT, GPTConfig
+from data.tokenizer import bytes_tokenizer
+from model import GPT, GPTConfig, load, sample
+from model.export import to_hf
+from model.hf import from_hf
 from model.sample import choose, decode_stream, generate
+from tests.runs import ROOT
 
 MODEL = GPT(GPTConfig(50, 16, 2, 2, 16, positions="rope", norm="rmsnorm"), seed=1)
 
@@ -52,6 +59,36 @@ def test_the_narrowest_settings_are_greedy():
     assert take(top_k=1) == take(top_p=1e-9) == take(temperature=0)
 
 
+def test_dropout_is_off_whatever_the_mode_of_the_model():
+    model = GPT(GPTConfig(50, 16, 2, 2, 16, dropout=0.5), seed=1)
+    assert model.training
+    drawn = list(generate(model, [3, 7], 12, temperature=0))
+    assert model.training and drawn == list(generate(model.eval(), [3, 7], 12, temperature=0))
+
+
+def test_what_is_loaded_is_in_evaluation_mode(reference, tmp_path):
+    """The run has dropout, and its weights cost less without it."""
+    model = load(reference)
+    assert not model.training and model.config.dropout > 0
+    tokens = torch.arange(60)[None]
+    assert torch.equal(model(tokens), load(reference).eval()(tokens))
+    for format in ("gpt2", "plain"):
+        to_hf(model, bytes_tokenizer(), tmp_path / format, format)
+    assert not from_hf(tmp_path / "gpt2").training
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-45, 1e-300, 5e-324])
+def test_the_lowest_temperatures_are_greedy(temperature):
+    assert take(temperature=temperature) == take(temperature=0)
+    assert choose(torch.tensor([0.0, 3e38, -3e38]), temperature, 2, 0.5, torch.Generator()) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_said_to_be(temperature):
+    with pytest.raises(ValueError, match="logits are not finite"):
+        choose(torch.tensor([0.0, float("nan")]), temperature, None, 1.0, torch.Generator())
+
+
 def draws(logits: torch.Tensor, number: int = 4000, **settings) -> torch.Tensor:
     arguments = {"temperature": 1.0, "top_k": None, "top_p": 1.0} | settings
     generator = torch.Generator().manual_seed(0)
@@ -91,3 +128,40 @@ def test_a_character_waits_for_its_last_byte():
     assert "".join(parts) == content.decode()
     assert list(itertools.accumulate(parts))[3] == "na" + "ï"
     assert "".join(decode_stream(iter(content[:-1]), lambda ids: bytes(ids))).endswith("€\ufffd")
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """A model of bytes that was never trained: it writes any of them."""
+    model, folder = GPT(GPTConfig(257, 8, 1, 2, 16, tied=False), seed=1), tmp_path_factory.mktemp("sampled") / "export"
+    to_hf(model, bytes_tokenizer(), folder, "plain")
+    return folder
+
+
+def command(export, *options: str, **keys) -> subprocess.Popen:
+    arguments = [sys.executable, "-m", "model.sample", f"run={export}", "device=cpu", "precision=fp32", *options]
+    return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **keys)
+
+
+def test_a_closed_pipe_ends_it_quietly(export):
+    process = command(export, "tokens=3000", "prompt=abc")
+    assert process.stdout.read(3) == b"abc"
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_terminal_that_is_not_utf_8_sees_other_characters(encoding, export):
+    process = command(export, "tokens=40", "prompt=naïve €\U0001f600: ", env=os.environ | {"PYTHONIOENCODING": encoding})
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, b"")
+    assert out.decode(encoding).startswith("naïve €\U0001f600: ".encode(encoding, "replace").decode(encoding))
+
+
+@pytest.mark.parametrize("prompt", ["echo ${HOME}/bin", "a=b, [c] {d} 'e' \"f\"", "null", "${oc.env:HOME}", "1e5", ""])
+def test_a_prompt_is_text(prompt, export, capsys):
+    sample.main([f"run={export}", f"prompt={prompt}", "tokens=1", "device=cpu"])
+    assert capsys.readouterr().out.startswith(prompt)

@@ -52,7 +52,7 @@ def main() -> None:
     tokens_BxT = torch.randint(0, 256, (4, 64), device=device)
 
     def step() -> None:
-        rule.gradient([(tokens_BxT, tokens_BxT)])
+        rule.gradient([(tokens_BxT, tokens_BxT.roll(-1, 1))])
         optimizer.step()
         optimizer.zero_grad()
 
