@@ -176,11 +176,8 @@ def plus(total: Tensor | None, loss: Tensor) -> Tensor:
 
 
 def named_gradients(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns every p.grad that there is, by name. Raises ValueError for a sparse one, which has neither a norm nor a place to be moved."""
-    found = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-    if sparse := [name for name, gradient in found.items() if gradient.layout != torch.strided]:
-        raise ValueError(f"{sparse[0]} has a sparse gradient, which rules that move the weights do not take; make its embedding with sparse=False")
-    return found
+    """Every p.grad that there is, by name."""
+    return {name: p.grad for name, p in parameters.items() if p.grad is not None}
 
 
 def take_gradients(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

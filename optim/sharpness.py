@@ -209,6 +209,13 @@ class SharpnessAware(Gradient):
                     micro.spent.free()
         return True
 
+    def backward(self, value: Tensor, last: bool) -> None:
+        """Adds the gradient of a micro-batch to p.grad. Raises ValueError for a sparse one, which has neither a norm nor a place to be moved."""
+        super().backward(value, last)
+        for name, p in self.parameters.items():
+            if p.grad is not None and p.grad.layout != torch.strided:
+                raise ValueError(f"{name} has a sparse gradient, which rules that move the weights do not take; make its embedding with sparse=False")
+
     def along(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """q of every parameter that moves, by name."""
         q: dict[str, Tensor] = {}

@@ -16,7 +16,7 @@ from model import GPT, GPTConfig
 from tests.hf_folders import llama2
 
 TEXTS = ["def f(x):\n    return x\n", "a, b = 1, 2  # é", "import os\n\nprint(os.name)\n" * 3]
-T = 11
+T = 13
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_loss_and_bits_are_those_of_a_plain_loop(sequences, tokenizer, tmp_path)
     model = model_of(tokenizer, dropout=0.3, z_loss=0.1)
     sets = {"one": TEXTS, "two": TEXTS[1:]}
     validation = {name: Validation(tokens_of(texts, tokenizer, tmp_path / name), T, tokenizer) for name, texts in sets.items()}
-    assert all((len(found.source) - 1) % T for found in validation.values())
+    assert (len(validation["one"].source) - 1) % T
     row = evaluate(model, validation, sequences, nullcontext)
     assert model.training
     for prefix, texts in (("val/", TEXTS), ("val/two/", TEXTS[1:])):

@@ -27,6 +27,7 @@ def gradient(model, batches) -> torch.Tensor:
 
 def test_a_pair_outside_a_list_is_the_batch():
     pair = whole(token_batches())
+    pair[1][:, -1] = -100  # for which the labels of transformers have no place
     expected = gradient(gpt(), [pair])
     for given in (pair, [*pair], [[*pair]], iter([pair]), {"input_ids": pair[0], "labels": shift_back(*pair)}):
         assert torch.equal(gradient(gpt(), given), expected)
@@ -35,8 +36,7 @@ def test_a_pair_outside_a_list_is_the_batch():
 
 
 def shift_back(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The labels of transformers for some targets, whose last one has no place there."""
-    targets[:, -1] = -100
+    """The labels of transformers for some targets."""
     return torch.cat([torch.full_like(tokens[:, :1], -100), targets[:, :-1]], 1)
 
 
@@ -51,8 +51,8 @@ def test_a_model_of_transformers_and_its_batches_need_no_adapter(path):
     theirs = twin(**batch).loss
     theirs.backward()
     result = Gradient(model).gradient(batch)
-    assert result.loss.item() == pytest.approx(theirs.item(), rel=1e-12) and result.tokens == int((labels[:, 1:] != -100).sum())
-    torch.testing.assert_close(taken(model), taken(twin), rtol=1e-9, atol=1e-12)
+    assert result.loss.item() == pytest.approx(theirs.item(), rel=1e-6) and result.tokens == int((labels[:, 1:] != -100).sum())
+    torch.testing.assert_close(taken(model), taken(twin), rtol=1e-4, atol=1e-7)  # their loss is taken in fp32
     with_adapter = Adapter(twin, logits=lambda m, inputs: m(**inputs).logits)
     targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     SharpnessAware(with_adapter, adamw(twin), path=path, rho=0.3).gradient([({"input_ids": tokens, "attention_mask": mask}, targets)])
