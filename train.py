@@ -28,7 +28,7 @@ from launch.console import Console, harmless_output
 from launch.evaluate import evaluate
 from launch.folder import FILES, read_rows, read_summary
 from launch.lock import RunLock
-from launch.plan import Plan, describe, make_plan
+from launch.plan import Plan, describe, make_plan, refuse_here
 from launch.preemption import EXIT_DIVERGED, EXIT_PREEMPTED, Preemption
 from launch.process import (
     autocast,
@@ -61,9 +61,6 @@ FIRST = 6.0  # times parallel.timeout that may pass until the first step is done
 @harmless_output()
 def main(settings: Config) -> int:
     """One run, from its configuration to the exit code of the process."""
-    if settings.help:
-        print(config.table())
-        return 0
     plan = make_plan(settings)
     name = identity.run_name(settings)
     if settings.plan_only:
@@ -71,6 +68,7 @@ def main(settings: Config) -> int:
         print(describe(settings, plan, name))
         return 0
     refuse_copies(settings.parallel)
+    refuse_here(settings, plan)
     folder = Path(settings.dir or f"runs/{name}")
     with ExitStack() as stack:
         layout = Layout(*rank_and_world())

@@ -33,9 +33,9 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from conf.schema import DataConfig, TokenizerConfig
+from conf.schema import DataConfig, TokenizerConfig, expand
 from data.corpora import BadRow, EmptySplit, File, NoText, Piece, TextCorpus, digest, documents, empty_split, extent, skip, spans
-from data.files import DamagedFile, expand, read_json, write_atomically
+from data.files import DamagedFile, read_json, write_atomically
 from data.hf_tokenizer import known_tokenizer
 from data.hub import HubCorpus, HubPiece
 from data.overlap import leaks, note_once

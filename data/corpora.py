@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conf.schema import DataConfig
-from data.files import expand, open_regular
+from conf.schema import DataConfig, expand
+from data.files import open_regular
 
 PIECE_BYTES = 2**24  # large enough that a shard is worth a file, small enough that a process holds its text and tokens easily
 SUFFIXES = (".txt", ".jsonl", ".parquet")

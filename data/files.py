@@ -101,16 +101,6 @@ def open_regular(path: str | Path) -> io.BufferedReader:
     return file
 
 
-def expand(key: str, path: str) -> str:
-    """Returns a path with the home folder in place of a leading ~. Raises ValueError, naming the key, where there is none."""
-    if not path.startswith("~"):
-        return path
-    expanded = os.path.expanduser(path)
-    if expanded.startswith("~") or (os.environ.get("HOME") == "" and path.partition("/")[0] == "~"):
-        raise ValueError(f"{key}={path}: {path.partition('/')[0]} stands for no folder here (HOME is not set); write the path out")
-    return expanded
-
-
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces a file such that a crash at any moment leaves the old or the new one, whole; what a full disk refuses leaves nothing behind."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of this process: a dying one may still be at work

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conf.schema import DataConfig
+from conf.schema import DataConfig, expand
 from data.corpora import BadRow, File, NoText, Text, column_texts, is_held_out, list_files, skip
-from data.files import expand, parse_json, read_bytes, write_atomically
+from data.files import parse_json, read_bytes, write_atomically
 from data.shards import key, shard_name
 
 PIECE_BYTES = 2**25  # of text: a terabyte makes thirty thousand shards, and a process works a few seconds on one

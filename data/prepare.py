@@ -2,15 +2,26 @@
 
 import sys
 import time
+from dataclasses import dataclass
 
 from data import prepare
 
 
+@dataclass
+class Options:
+    """Turns text into token shards, in the cache where a run with the same data finds them. It takes every override of a run.
+
+    python -m data.prepare data=stdlib tokenizer=bpe
+    python -m data.prepare data=c4 tokenizer=gpt2 data.documents=1000000
+    """
+
+
 def main(overrides: list[str]) -> None:
     """Prepares the corpus of a configuration and prints what it came to."""
-    from launch.config import compose, user_errors
+    from launch.config import compose, offer_help, user_errors
 
     with user_errors():
+        offer_help(Options, overrides, ("data", "tokenizer"))
         config = compose(overrides)
         start = time.perf_counter()
         try:

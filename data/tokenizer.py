@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.files import DamagedFile, expand, read_bytes, read_json, write_atomically
+from conf.schema import expand
+from data.files import DamagedFile, read_bytes, read_json, write_atomically
 
 if TYPE_CHECKING:
     import tiktoken

@@ -17,9 +17,9 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from conf.schema import DataConfig, TokenizerConfig
+from conf.schema import DataConfig, TokenizerConfig, expand
 from data.corpora import find_files
-from data.files import DamagedFile, expand, open_regular, read_json, write_atomically
+from data.files import DamagedFile, open_regular, read_json, write_atomically
 from data.hf_tokenizer import known_tokenizer
 from data.overlap import leaks, note_once
 from data.shards import MAGIC, VERSION, Corpus, Header, Meta, Shard, Tokens, is_old, key, shard_name, verify_once

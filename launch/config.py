@@ -1,37 +1,45 @@
-"""From the command line to a checked `Config`.
+"""From the command line to a checked `Config`, and to the options of the other commands.
 
 A user's mistake, whether Hydra finds it or we do, ends before anything is built: exit code 2 and one line that names the
-key, the value and the remedy.
+key, the value and the remedy. launch/overrides.py reads what is typed, launch/usage.py writes the help.
 """
 
-import difflib
+import argparse
 import errno
-import json
 import os
 import re
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import hydra
+import msgspec
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from conf.schema import KEYS, Config, DataConfig, LauncherConfig, RuleConfig, SourceConfig, SweeperConfig, check_value, lookup, meaning, type_name
+from conf.schema import KEYS, Config, DataConfig, LauncherConfig, RuleConfig, SourceConfig, SweeperConfig, check_value, expand, lookup
+from data.files import read_yaml
 from launch.launcher import register
+from launch.overrides import (
+    CONF,
+    HELP,
+    asks_for_help,
+    check_overrides,
+    explain,
+    for_hydra,
+    no_such_option,
+    wrong_type,
+)
 from launch.process import num_processes, rank_and_world
+from launch.usage import command_help, default_of, run_help, show
 from optim import check_axes
 
-CONF = str(Path(__file__).resolve().parent.parent / "conf")
 EXIT_USER_ERROR = 2
 T = TypeVar("T")
 
@@ -69,7 +77,7 @@ def refused(error: OSError) -> str:
     return f"{place}{error.strerror or error}; {remedy}, and give the same command again"
 
 
-def fail(line: str) -> None:
+def fail(line: str) -> NoReturn:
     """Ends the process as a user's mistake."""
     if rank_and_world()[0] == 0:  # the others would say the same
         print(f"error: {line}", file=sys.stderr)
@@ -91,19 +99,43 @@ def main(run: Callable[[Config], int]) -> None:
         if code:
             sys.exit(code)
 
-    flags = any(argument.startswith("-") for argument in sys.argv[1:])  # -m, --cfg and their like are Hydra's own business
+    arguments = sys.argv[1:]
     with user_errors():
-        if flags:
-            for argument in sys.argv[1:]:
-                if argument.startswith("-") and "=" in argument and (plain := argument.lstrip("-")).partition("=")[0] in (*KEYS, *groups()):
-                    raise ValueError(f"{argument}: keys take no dashes; write {plain}")
-            check_overrides([argument for argument in sys.argv[1:] if argument[:1] in "+~" or ("=" in argument and not argument.startswith("-"))])
+        if asks_for_help(arguments):
+            show(run_help(defaults()))
+            sys.exit(0)
+        if any(argument.startswith("-") for argument in arguments):
+            sys.argv[1:] = for_hydra_application(arguments)
             job()
         else:
-            config = compose(sys.argv[1:])
+            config = compose(arguments)
             if config.print_only:
                 raise ValueError("print_only=true is for sweeps, python train.py -m ...; use plan_only=true for one run")
             sys.exit(run(config))
+
+
+def for_hydra_application(arguments: list[str]) -> list[str]:
+    """Returns a command line with options as Hydra's application takes it: options first, and checked overrides in its grammar."""
+    from hydra._internal.utils import get_args_parser
+
+    if hasattr(argparse.ArgumentParser, "_check_help"):
+        # Python 3.14 refuses help that is no string, as Hydra's of --shell-completion is.
+        vars_of_parser: Any = argparse.ArgumentParser
+        vars_of_parser._check_help = lambda _parser, _action: None
+    parser = get_args_parser()
+    known = [option for action in parser._actions for option in action.option_strings]
+
+    def refuse(message: str) -> NoReturn:
+        unknown = next((text for text in arguments if text.startswith("-") and text.partition("=")[0] not in known), None)
+        raise ValueError(no_such_option(unknown, known) if unknown else f"{message}; --help lists what there is")
+
+    vars(parser)["error"] = refuse
+    given = parser.parse_intermixed_args(arguments)
+    if given.shell_completion or given.hydra_help:
+        return arguments
+    check_overrides(given.overrides, given.multirun)
+    options = [argument for argument in arguments if argument not in given.overrides]
+    return [*options, *(for_hydra(override, given.multirun) for override in given.overrides)]
 
 
 def compose(overrides: list[str]) -> Config:
@@ -111,55 +143,91 @@ def compose(overrides: list[str]) -> Config:
 
     Raises a HydraException, an OmegaConfBaseException or a ValueError for a user's mistake (see `user_errors`)."""
     check_overrides(overrides)
+    return check(composed(overrides), overrides)
+
+
+def composed(overrides: list[str]) -> DictConfig:
+    """Returns what Hydra makes of overrides."""
     with hydra.initialize_config_dir(CONF, version_base="1.3"):
-        return check(hydra.compose("config", overrides), overrides)
+        return hydra.compose("config", [for_hydra(override, False) for override in overrides])
+
+
+def defaults() -> Config:
+    """Returns the configuration of no overrides, unchecked: help works where nothing else does."""
+    typed: Any = OmegaConf.to_object(composed([]))
+    return typed
 
 
 def parse(options: type[T], arguments: list[str], others: tuple[str, ...] = ()) -> tuple[T, list[str]]:
-    """The key=value arguments of a tool as its typed `options`, and those whose first part is among `others`. Raises ValueError for
-    an argument that is neither, a missing one, a wrong type or a value out of range."""
-    entries = {entry.name: entry for entry in fields(options)}  # type: ignore[arg-type]
-    parsed, rest = OmegaConf.structured(options), []
+    """Reads the arguments of a command.
+
+    Prints its help and exits where that is asked for, or where nothing is given.
+
+    Args:
+        options: dataclass of the command's keys; its docstring says what the command is for, with examples
+        arguments: words of the command line
+        others: first parts of the overrides of a run that the command takes as well
+
+    Returns:
+        the typed options, and the overrides of `others`
+
+    Raises:
+        ValueError: an argument is neither, or missing, or has a wrong type or a value out of range
+    """
+    offer_help(options, arguments, others)
+    entries: dict[str, Any] = {entry.name: entry for entry in fields(options)}  # type: ignore[arg-type]
+    positional = next((name for name, entry in entries.items() if "positional" in entry.metadata), None)
+    given, rest = dict[str, Any](), list[str]()
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        if equals and re.split("[.@]", name)[0] in others:
+        if positional and not argument.startswith("-") and (not equals or Path(argument).is_dir()):
+            given.setdefault(positional, []).append(argument)
+        elif equals and re.split("[.@]", name)[0] in others:
             rest.append(argument)
-            continue
-        if not equals or name not in entries:
-            near = difflib.get_close_matches(name, entries, 1)
-            raise ValueError(f"{argument}: no such option; " + (f"did you mean {near[0]}=? " if near else "") + f"it takes {', '.join(entries)}")
-        try:
-            parsed[name] = None if value == "null" and entries[name].type is not str else value
-        except OmegaConfBaseException:
-            raise ValueError(wrong_type(entries[name], argument)) from None
+        elif equals and name in entries and name != positional:
+            given[name] = typed(entries[name], value, argument)
+        else:
+            known = [f"{entry}=" for entry in entries if entry != positional]
+            raise ValueError(f"{no_such_option(argument, [*known, *HELP])}: {', '.join(known)}")
     for name, entry in entries.items():
-        if OmegaConf.is_missing(parsed, name):
+        if name not in given and default_of(entry) == MISSING:
             raise ValueError(f"{name} is missing; give {name}=..., {entry.metadata['meaning']}")
-        check_value(name, parsed[name], entry.metadata)
-    typed: Any = OmegaConf.to_object(parsed)
-    return typed, rest
+        if name in given and given[name] is not None:
+            check_value(entry.metadata.get("positional", name), given[name], entry.metadata)
+            if "path" in entry.metadata:
+                given[name] = expanded(name, given[name])
+    return options(**given), rest
 
 
-def check_overrides(overrides: list[str]) -> None:
-    """Raises ValueError for an override that is malformed, of neither key nor group, or by `+` or `~`: Hydra would drop a key of the
-    schema without a word. A number for a bool, which OmegaConf would take, is refused as well."""
-    choices = groups()
-    for text in overrides:
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except HydraException:
-            raise ValueError(f"{text} is malformed; write key=value, and quotes around a value with any of , = : ( ) [ ] {{ }} in it") from None
-        name, value = override.key_or_group, override.value()
-        if name.startswith(("hydra.", "hydra/")):
-            continue
-        if override.type != OverrideType.CHANGE:
-            raise ValueError(f"{text}: keys are neither added nor taken away; write {name}=VALUE")
-        if override.package or not (name in choices or any(f"{name}.".startswith(f"{key}.") for key in KEYS)):
-            raise ValueError(no_such_key(name, text))
-        if name in choices and (value is None or isinstance(value, (int, float))):
-            raise ValueError(f"{text}: no such choice; choose one of {', '.join(choices[name])}")
-        if name in KEYS and KEYS[name].type in (bool, bool | None) and isinstance(value, (int, float)) and not isinstance(value, bool):
-            raise ValueError(wrong_type(KEYS[name], text))
+def offer_help(options: Any, arguments: list[str], others: tuple[str, ...] = ()) -> None:
+    """Prints what a command takes, and exits, where that is asked for or nothing is given."""
+    if not arguments or asks_for_help(arguments):
+        show(command_help(options, defaults(), others))
+        # A script whose variables are unset has not done what it was for.
+        sys.exit(0 if arguments else EXIT_USER_ERROR)
+
+
+def typed(entry: Any, value: str, argument: str) -> Any:
+    """Returns the value of an option: text as it stands, anything else by its type. Raises ValueError for one of another type."""
+    if entry.type is str or (entry.type == str | None and value.lower() != "null"):
+        return value
+    try:
+        if "bool" in str(entry.type) and value.lower() not in ("true", "false", "null"):
+            raise ValueError
+        return msgspec.convert(value, entry.type, strict=False)
+    except ValueError:
+        raise ValueError(wrong_type(entry, argument)) from None
+
+
+def expanded(name: str, value: Any) -> Any:
+    """Returns a path, or a list or mapping of paths, with ~ as the home folder."""
+    if isinstance(value, str):
+        return expand(name, value)
+    if isinstance(value, list):
+        return [expanded(name, item) for item in value]
+    if isinstance(value, dict):
+        return {key: expanded(f"{name}.{key}", item) for key, item in value.items()}
+    return value
 
 
 def check(composed: DictConfig, overrides: list[str]) -> Config:
@@ -170,10 +238,17 @@ def check(composed: DictConfig, overrides: list[str]) -> Config:
     if config.tokenizer.name == "hf" and config.tokenizer.path is None:
         config.tokenizer.path = config.init.hf
     for name, entry in KEYS.items():
-        check_value(name, lookup(config, name), entry.metadata)
+        value = lookup(config, name)
+        check_value(name, value, entry.metadata)
+        # A default is expanded where it is used: who reads the run may have another home.
+        if "path" in entry.metadata and value != entry.default:
+            *section, last = name.split(".")
+            vars(lookup(config, ".".join(section)) if section else config)[last] = expanded(name, value)
+    for name, source in config.data.sources.items():
+        check_value(f"data.sources.{name}.path", source.path, {})
+        source.path = expanded(f"data.sources.{name}.path", source.path)
+    check_names(config)
     check_contradictions(config)
-    if "optim.path=none" in overrides and config.optim.name != "adamw":
-        raise ValueError(f"optim.path=none is the plain gradient, and the run would be called {config.optim.name}; use optim=adamw")
     given = [re.split("[=@]", override.lstrip("+~"))[0] for override in overrides]
     if idle := [name for name in given if name in KEYS and not is_read(config, name)]:
         print(f"note: not read by this run, so left out of its name and identity: {', '.join(idle)}", file=sys.stderr)
@@ -193,6 +268,24 @@ def name_files(data: DataConfig) -> None:
     if not isinstance(data.validation, (dict, type(None))):
         raise ValueError(f"data.validation={data.validation} is malformed; write data.validation='{{NAME: FILES}}'")
     data.validation = {str(name): files for name, files in (data.validation or {}).items()}
+
+
+def check_names(config: Config) -> None:
+    """Raises ValueError where a run would be called by the name of a choice that it is not: a report takes it for that."""
+    moves, claims = config.optim.path != "none", claimed("optim", config.optim.name, "path")
+    if moves and claims == "none":
+        method = "sam" if config.optim.path == "full" else f"{config.optim.path}_sam"
+        raise ValueError(f"optim.path={config.optim.path} moves the weights, and the run would be called {config.optim.name}; use optim={method}")
+    if not moves and claims not in ("none", None):
+        raise ValueError(f"optim.path=none is the plain gradient, and the run would be called {config.optim.name}; use optim=adamw")
+    source = config.data.source
+    if claimed("data", config.data.name, "source") not in (source, None):
+        raise ValueError(f"data.source={source} is another corpus, and the run would be called {config.data.name}; use data={source}")
+
+
+def claimed(group: str, name: str, key: str) -> Any:
+    """Returns what the choice of a group says of a key; None where there is no such choice, or it does not say."""
+    return read_yaml(Path(CONF) / group / f"{name}.yaml", dict, {}).get(key)
 
 
 def check_contradictions(config: Config) -> None:
@@ -228,10 +321,10 @@ def check_contradictions(config: Config) -> None:
     files_of |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
     files_of |= {f"data.validation.{name}": files for name, files in data.validation.items()}
     for name, files in files_of.items():
-        if not files or not all(isinstance(file, str) and file for file in (files if isinstance(files, list) else [files])):
+        if not files or not all(isinstance(file, str) for file in (files if isinstance(files, list) else [files])):
             raise ValueError(f"{name}={files} names no files; give a file, a glob or a list of them")
     for name, source in data.sources.items():
-        check_value(f"data.sources.{name}.weight", source.weight, {"above": 0.0})
+        check_value(f"data.sources.{name}.weight", source.weight, {"above": 0.0, "high": 1e9})
     names = [(name, lookup(config, name)) for name in ("model.name", "optim.name", "data.name")]
     for name, value in names + [("data.sources", name) for name in data.sources] + [("data.validation", name) for name in data.validation]:
         if not re.fullmatch(r"\w[\w.+-]*", str(value)):
@@ -297,56 +390,3 @@ def num_groups(config: Config) -> int:
 def micro_sequences(config: Config) -> int:
     """Sequences per forward on each process: batch.micro, else all of a group."""
     return config.batch.micro or config.batch.sequences // (num_groups(config) * num_processes(config.parallel))
-
-
-def explain(error: Exception) -> str:
-    """One line for an error of Hydra or OmegaConf: the key, the value and the remedy."""
-    text, cause = (" ".join(str(part).split()) for part in (error, error.__cause__ or error))
-    full_key = match[1] if (match := re.search(r"full_key: (\S+)", text + " " + cause)) else ""
-    if match := re.search(r"Could not find '([^']*)/([^'/]*)'(?: Available options in \S+ (.*?) Config search path)?", text):
-        return f"{match[1]}={match[2]}: no such choice; choose one of {(match[3] or '').replace(' ', ', ')}"
-    if (match := re.match(r"Error merging override (([^=]*)=.*)", text)) and match[2] in KEYS:
-        return wrong_type(KEYS[match[2]], match[1])
-    if match := re.search(r"Could not override '([^']*)'", text):
-        return no_such_key(match[1], match[1])
-    if re.search(r"Key '[^']*' (not in|is not in struct)", text):
-        return no_such_key(full_key, full_key)
-    reason = text.split(" full_key")[0].split(" See https")[0]
-    return (f"{full_key}: " if full_key else "") + f"{reason}; overrides are written key=value, and python train.py help=true lists all"
-
-
-def no_such_key(name: str, text: str) -> str:
-    near = [known for known in KEYS if known.endswith(f".{name}")] or difflib.get_close_matches(name, [*KEYS, *groups()], 1)
-    return f"{text}: no such key; " + (f"did you mean {' or '.join(near)}? " if near else "") + "python train.py help=true lists all"
-
-
-def wrong_type(entry: Any, text: str) -> str:
-    return f"{text} has the wrong type; give {text.split('=')[0]}=<{type_name(entry)}>, {meaning(entry)}"
-
-
-def groups() -> dict[str, list[str]]:
-    """The groups of conf/ and their choices."""
-    files = sorted(Path(CONF).glob("*/*.yaml"))
-    return {group: [file.stem for file in files if file.parent.name == group] for group in sorted({file.parent.name for file in files})}
-
-
-def table() -> str:
-    """Every group and every key: type, default, meaning."""
-    choices, defaults = groups(), compose([])
-    values = {name: lookup(defaults, name) for name in KEYS}
-    shown = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
-    rows = [(name, type_name(entry), shown[name], meaning(entry)) for name, entry in KEYS.items()]
-    rows += [(f"hydra.launcher.{entry.name}", type_name(entry), json.dumps(getattr(LauncherConfig(), entry.name)), meaning(entry))
-             for entry in fields(LauncherConfig) if entry.metadata]  # fmt: skip
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(
-        [
-            "Groups: choices",
-            *(
-                textwrap.fill(f"{group:{widths[0]}}  {' | '.join(names)}", 150, subsequent_indent=" " * (widths[0] + 2), break_on_hyphens=False)
-                for group, names in choices.items()
-            ),
-        ]
-        + ["", "Keys: type, default (another choice of a group may set another), meaning"]
-        + [f"{name:{widths[0]}}  {kind:{widths[1]}}  {default:{widths[2]}}  {text}" for name, kind, default, text in rows]
-    )

@@ -23,12 +23,16 @@ WIDE, HIGH = 12, 8  # of a panel, where a report is 24 wide
 
 @dataclass
 class Options:
-    """What `python -m launch.dashboard` takes."""
+    """Creates a workspace and a report on W&B; what cannot be created there goes into a file.
+
+    python -m launch.dashboard entity=my-group project=flatgpt
+    python -m launch.dashboard offline=true out=dashboard.json
+    """
 
     entity: str | None = key(None, "W&B entity; default tracking.entity, else WANDB_ENTITY, else your own")
     project: str | None = key(None, "W&B project; default tracking.project, else WANDB_PROJECT, else flatgpt")
     offline: bool = key(False, "write what would be created, and ask nobody")
-    out: str = key("dashboard.json", "file for what would be created")
+    out: str = key("dashboard.json", "file for what would be created", path=True)
 
 
 def sections() -> list[tuple[str, str, list[Any]]]:

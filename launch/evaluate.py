@@ -16,7 +16,7 @@ import torch
 from omegaconf import MISSING
 from torch import Tensor
 
-from conf.schema import key
+from conf.schema import STEPS, key
 from data import Validation, prepare
 from model import GPT
 from model.gpt import evaluating
@@ -84,12 +84,16 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 @dataclass
 class Options:
-    """What `python -m launch.evaluate` takes beside overrides of data."""
+    """Prints the full loss of a model on each validation set of a corpus, by default the run's own.
 
-    run: str = key(MISSING, "run folder, export or Hugging Face folder")
-    step: int | None = key(None, "step of the checkpoint; default the newest")
-    length: int | None = key(None, "tokens per sequence; default those of the training, of another's Hugging Face folder at most 1024", low=1)
-    sequences: int = key(16, "sequences per forward", low=1)
+    python -m launch.evaluate run=runs/NAME
+    python -m launch.evaluate run=runs/NAME data=text data.path=FILES
+    """
+
+    run: str = key(MISSING, "run folder, export or Hugging Face folder", path=True)
+    step: int | None = key(None, "step of the checkpoint; default the newest", low=0, high=STEPS)
+    length: int | None = key(None, "tokens per sequence; default those of the training, else at most 1024", low=1, high=2**24)
+    sequences: int = key(16, "sequences per forward", low=1, high=2**20)
     device: str = key("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"))
     precision: str = key("auto", "as in training", choices=("auto", "bf16", "fp32"))
 

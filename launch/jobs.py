@@ -21,12 +21,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from hydra.core.override_parser.types import Quote, QuotedString
-
 from conf.schema import LauncherConfig
 from data.files import DamagedFile, read_bytes, read_json, write_atomically
 from launch.folder import read_summary
 from launch.lock import is_in_use
+from launch.overrides import quoted
 from launch.preemption import EXIT_PREEMPTED
 from launch.snapshot import ROOT
 
@@ -121,11 +120,6 @@ class Job:
         """Whether it was ever started."""
         logs = [self.exit_code, self.log(), *([Path(self.scheduler_log)] if self.scheduler_log else [])]
         return any(log.exists() for log in logs)
-
-
-def quoted(key: str, value: str) -> str:
-    """An override that holds whatever text."""
-    return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
 
 
 def read_jobs(folder: Path) -> list[Job]:

@@ -1,5 +1,6 @@
 """What follows from a configuration before anything is built: sizes, steps, FLOPs, memory, hours."""
 
+import os
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, fields
@@ -18,6 +19,7 @@ from optim.axes import choose
 
 DEVICES = {"A100 40 GB": 39, "A100 80 GB": 79, "H100 80 GB": 79, "H200 141 GB": 139}  # GiB that torch sees
 USABLE = 0.93  # of a device; the rest is for CUDA's context, NCCL's buffers and what the allocator cannot use
+MOST_MEMORY = 2.0**46  # bytes, 64 TiB: no device has as much
 ASSUMED_MFU = 0.4  # of the dense bf16 peak, for the estimate of hours
 
 
@@ -71,7 +73,7 @@ def make_plan(config: Config) -> Plan:
         perturbed = forward.of(*passes(optim, store=optim.cotangent != "rebuild", instances=config.batch.sequences // num_groups(config)))
     schedule = build_schedule(config.schedule, optim, tokens_per_step, counted, perturbed / plain)
     tenth = max(1, schedule.steps // 10)
-    return Plan(
+    plan = Plan(
         model=shape,
         schedule=schedule,
         num_parameters=model.num_parameters(),
@@ -86,6 +88,30 @@ def make_plan(config: Config) -> Plan:
         checkpoint_every=config.checkpoint.every or tenth,
         tracking_every=config.tracking.every or (1 if schedule.steps < 1000 else 10),
     )
+    refuse_more_than(MOST_MEMORY, "any device", config, plan)
+    return plan
+
+
+def refuse_more_than(size: float, whose: str, config: Config, plan: Plan) -> None:
+    """Raises ValueError where a step of a process needs more than so many bytes by the least that it can need: weights and gradients,
+    the residuals that every layer keeps, and the tokens of a batch. That needs no look at the model, and refuses nothing that fits."""
+    world, shape = num_processes(config.parallel), plan.model
+    shards = {"single": 1, "fsdp": world, "hsdp": max(1, world // config.parallel.replicas)}[config.parallel.name]
+    residuals = 4 * shape.num_layers * shape.width * plan.micro * config.batch.length
+    least = 8 * plan.num_parameters / shards + residuals + 8 * plan.tokens_per_step
+    if least > size:
+        raise ValueError(f"{plan.num_parameters:,} parameters and batches of {plan.tokens_per_step:,} tokens, {plan.micro} sequences at a time, "
+                         f"need at least {human(least)} a process, where {whose} has {human(size)}; lower model.*, batch.length or batch.micro, or "
+                         "take more processes with parallel=fsdp")  # fmt: skip
+
+
+def refuse_here(config: Config, plan: Plan) -> None:
+    """Raises ValueError where this machine cannot hold a step, whatever else it does."""
+    if planned_device(config) == "cuda" and torch.cuda.is_available() and not config.parallel.cpu_offload:
+        size = torch.cuda.get_device_properties().total_memory
+    else:
+        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    refuse_more_than(size, "this machine", config, plan)
 
 
 def refuse_nothing_to_move(model: GPT, optim: OptimConfig) -> None:

@@ -17,9 +17,14 @@ from conf.schema import key
 
 @dataclass
 class Options:
-    """What `python -m launch.report` takes beside folders."""
+    """Compares runs: tables and plots in one HTML file that needs no network, with the same as Markdown and CSV beside it.
 
-    out: str | None = key(None, "the page, an .html file; default report.html in the first folder")
+    python -m launch.report runs
+    python -m launch.report runs/a runs/b out=comparison.html axis=flops
+    """
+
+    folders: list[str] = key([], "run folders, or folders that hold such at any depth", positional="DIR ...", path=True)
+    out: str | None = key(None, "the page, an .html file; default report.html in the first folder", path=True)
     axis: str = key("step", "what curves other than those of the validation loss, which are drawn against all of these, are drawn against",
                     choices=("step", "tokens", "flops", "seconds"))  # fmt: skip
 
@@ -30,8 +35,8 @@ def main(arguments: list[str]) -> None:
     from launch.record import find_runs
 
     with user_errors():
-        folders = [Path(argument) for argument in arguments if "=" not in argument or Path(argument).is_dir()]
-        options, _ = parse(Options, [argument for argument in arguments if Path(argument) not in folders])
+        options, _ = parse(Options, arguments)
+        folders = [Path(folder) for folder in options.folders]
         if not folders:
             raise ValueError("no folder given; python -m launch.report DIR [DIR ...] [out=FILE.html]")
         runs = list(find_runs(folders))

@@ -25,6 +25,13 @@ OF_RECORDS = {"finished": "done", "running": "running", "waiting": "waiting", "s
 
 @dataclass
 class Options:
+    """Says how the runs of a sweep, or of a folder, fare: done, running, waiting, stopped or failed, and why.
+
+    python -m launch.status runs/radii
+    python -m launch.status runs/radii resubmit=true
+    """
+
+    folders: list[str] = key([], "folder of a sweep (hydra.sweep.dir), or one of run folders", positional="DIR", path=True)
     resubmit: bool = key(False, "start again what stopped or failed, and what was never started")
 
 
@@ -40,18 +47,17 @@ class Line:
 @harmless_output()
 def main(arguments: list[str]) -> int:
     """Prints the runs of a folder by state; returns the exit code. Raises ValueError for a folder without runs."""
-    named = [argument for argument in arguments if "=" not in argument]
-    if len(named) != 1:
-        raise ValueError(f"{len(named)} folders; name one, python -m launch.status DIR")
-    options, _ = parse(Options, [argument for argument in arguments if "=" in argument])
-    folder = Path(named[0]).expanduser().resolve()
+    options, _ = parse(Options, arguments)
+    if len(options.folders) != 1:
+        raise ValueError(f"{len(options.folders)} folders; name one, python -m launch.status DIR")
+    folder = Path(options.folders[0]).resolve()
     if options.resubmit:
         return resubmit(folder)
     jobs = read_jobs(folder)
     found = states(jobs, sweeping=is_in_use(folder))
     lines = [line_of(job, found[job.run]) for job in jobs] + plain_runs(folder, jobs)
     if not lines:
-        raise ValueError(f"{named[0]} holds no runs; name the folder of a sweep (hydra.sweep.dir) or one of run folders")
+        raise ValueError(f"{options.folders[0]} holds no runs; name the folder of a sweep (hydra.sweep.dir) or one of run folders")
     show(lines)
     return 0
 

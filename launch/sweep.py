@@ -21,9 +21,10 @@ from data.files import remove_temporary
 from launch.config import EXIT_USER_ERROR, check
 from launch.console import harmless_output
 from launch.identity import run_name
-from launch.jobs import Job, queue, quoted, read_jobs, reason, state, write_jobs
+from launch.jobs import Job, queue, read_jobs, reason, state, write_jobs
 from launch.local import run_all
 from launch.lock import RunLock, is_in_use
+from launch.overrides import quoted
 from launch.plan import ASSUMED_MFU, Plan, human_hours, make_plan
 from launch.process import rank_and_world
 from launch.slurm import submit
@@ -46,7 +47,7 @@ def sweep(combinations: list[Combination], launcher: LauncherConfig, folder: Pat
     """Starts the runs of the combinations whose folders lie in `folder`; returns the exit code. Prints what there is to do first.
 
     Raises ValueError for a mistake; one in a combination is printed with those of the others, before anything is started."""
-    check_launcher(launcher)
+    check_launcher(launcher, folder)
     if not combinations:
         raise ValueError("the sweep has no combinations, for a list or range of values is empty; give each swept key at least one value")
     runs, mistakes = plan_runs(combinations, launcher, folder.resolve())
@@ -99,8 +100,9 @@ def note(jobs: list[Job], folder: Path) -> None:
     write_jobs(folder.resolve(), (known | {job.run: job for job in jobs}).values())
 
 
-def check_launcher(launcher: LauncherConfig) -> None:
-    """Raises ValueError where the settings cannot be meant."""
+def check_launcher(launcher: LauncherConfig, folder: Path) -> None:
+    """Raises ValueError where the settings, or the sweep's folder, cannot be meant."""
+    check_value("hydra.sweep.dir", str(folder.resolve()), {})
     for entry in fields(launcher):
         check_value(f"hydra.launcher.{entry.name}", getattr(launcher, entry.name), entry.metadata)
     if launcher.gpus_per_node and launcher.tasks != launcher.gpus_per_node:
@@ -132,8 +134,8 @@ def plan_runs(combinations: list[Combination], launcher: LauncherConfig, folder:
 
 def plan_run(overrides: list[str], composed: DictConfig, launcher: LauncherConfig, folder: Path) -> Planned:
     """The run of a combination. Raises ValueError for a mistake in it."""
-    if composed.plan_only or composed.help:
-        raise ValueError("plan_only=true and help=true are for one run; print_only=true prints the runs of a sweep")
+    if composed.plan_only:
+        raise ValueError("plan_only=true is for one run; print_only=true prints the runs of a sweep")
     given, world = composed.parallel.processes, launcher.nodes * launcher.tasks
     if launcher.scheduler == "slurm" and given not in (None, world):
         raise ValueError(f"parallel.processes={given}, but hydra.launcher gives a run {launcher.nodes} nodes x {launcher.tasks} tasks; leave it out")

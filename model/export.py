@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from conf.schema import key
+from conf.schema import STEPS, key
 from data import Tokenizer
 from data.hf_tokenizer import to_files
 from model.checkpoint import checkpoint_path
@@ -91,11 +91,15 @@ def is_replaceable(out: Path) -> bool:
 
 @dataclass
 class Options:
-    """What `python -m model.export` takes."""
+    """Writes a run as a Hugging Face folder, which appears whole or not at all.
 
-    run: str = key(MISSING, "run folder")
-    out: str = key(MISSING, "folder to write")
-    step: int | None = key(None, "step of the checkpoint; default the newest")
+    python -m model.export run=runs/NAME out=DIR
+    python -m model.export run=runs/NAME out=DIR step=1000 format=plain
+    """
+
+    run: str = key(MISSING, "run folder", path=True)
+    out: str = key(MISSING, "folder to write", path=True)
+    step: int | None = key(None, "step of the checkpoint; default the newest", low=0, high=STEPS)
     format: str = key("auto", "auto: gpt2 for LayerNorm and learned positions, llama for RMSNorm, RoPE and SwiGLU; plain: any model",
                       choices=("auto", *FORMATS, PLAIN))  # fmt: skip
 

@@ -13,7 +13,7 @@ import torch
 from omegaconf import MISSING
 from torch import Tensor
 
-from conf.schema import key
+from conf.schema import STEPS, key
 from model.gpt import GPT, KeyValueCache, evaluating
 from model.trained import open_trained
 
@@ -71,16 +71,20 @@ def choose(logits_V: Tensor, temperature: float, top_k: int | None, top_p: float
 
 @dataclass
 class Options:
-    """What `python -m model.sample` takes."""
+    """Continues a prompt with a trained model, and streams the text.
 
-    run: str = key(MISSING, "run folder, export or Hugging Face folder")
-    step: int | None = key(None, "step of the checkpoint; default the newest")
-    prompt: str = key("", "text to continue; default the start of a document")
-    tokens: int = key(256, "tokens to generate", low=1)
-    temperature: float = key(0.8, "0 takes the likeliest token", low=0.0)
-    top_k: int | None = key(200, "draw among the k likeliest tokens", low=1)
+    python -m model.sample run=runs/NAME prompt='def '
+    python -m model.sample run=runs/NAME tokens=50 temperature=0
+    """
+
+    run: str = key(MISSING, "run folder, export or Hugging Face folder", path=True)
+    step: int | None = key(None, "step of the checkpoint; default the newest", low=0, high=STEPS)
+    prompt: str = key("", "text to continue; default the start of a document", text=True, empty=True)
+    tokens: int = key(256, "tokens to generate", low=1, high=STEPS)
+    temperature: float = key(0.8, "0 takes the likeliest token", low=0.0, high=1e6)
+    top_k: int | None = key(200, "draw among the k likeliest tokens", low=1, high=STEPS)
     top_p: float = key(1.0, "draw among the fewest tokens whose probability reaches p", above=0.0, high=1.0)
-    seed: int = key(0, "seed of the draws", low=0)
+    seed: int = key(0, "seed of the draws", low=0, high=2**63 - 1)
     device: str = key("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"))
     precision: str = key("auto", "as in training", choices=("auto", "bf16", "fp32"))
 

@@ -1,9 +1,10 @@
 """How long a run is, and its learning rate at every step."""
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 
-from conf.schema import OptimConfig, ScheduleConfig
+from conf.schema import STEPS, OptimConfig, ScheduleConfig
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def build_schedule(config: ScheduleConfig, optim: OptimConfig, tokens_per_step: 
     optim.compute_matched it is the longest one whose FLOPs do not exceed those of the plain gradient over the full horizon, where a perturbed
     step costs `perturbed_cost` plain ones; what rows measure (logit statistics, diagnostics) is not counted there.
 
-    Raises ValueError where the warm-up, the decay or the first perturbed step lies beyond the horizon."""
+    Raises ValueError where the horizon is longer than any, or the warm-up, the decay or the first perturbed step lies beyond the horizon."""
     if config.name == "chinchilla":
         steps = math.ceil(config.tokens_per_parameter * num_parameters / tokens_per_step)
     elif config.tokens is not None:
@@ -88,12 +89,18 @@ def build_schedule(config: ScheduleConfig, optim: OptimConfig, tokens_per_step: 
         assert config.steps is not None
         steps = config.steps
 
+    if steps > STEPS:
+        given = f"tokens_per_parameter={config.tokens_per_parameter:g}" if config.name == "chinchilla" else f"tokens={config.tokens:g}"
+        raise ValueError(f"schedule.{given} makes {steps:.3g} steps of {tokens_per_step:,} tokens, where {STEPS:,} are the most; lower it")
+
     def cost(horizon: int) -> float:
         return horizon + (perturbed_cost - 1) * len(range(*span(optim, horizon), optim.period))
 
     if optim.path != "none" and optim.compute_matched:
         budget = steps * (1 + 1e-12)
-        steps = next((horizon for horizon in range(steps, 0, -1) if cost(horizon) <= budget), 1)
+        # The cost rises with the horizon but for the rounding of the first and last perturbed step, which a few horizons make up for.
+        near = bisect_right(range(1, steps + 1), budget, key=cost) + math.ceil(4 * perturbed_cost)
+        steps = next((horizon for horizon in range(min(steps, near), 0, -1) if cost(horizon) <= budget), 1)
     return over(steps, config, optim)
 
 

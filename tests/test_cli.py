@@ -1,8 +1,10 @@
 """The commands as a person types them: from training to text, and what is said to a mistake."""
 
 import argparse
+import contextlib
 import io
 import json
+import os
 import re
 import runpy
 import shlex
@@ -120,20 +122,31 @@ def test_sample_streams_and_repeats_with_its_seed(run, monkeypatch):
     assert greedy[0] == greedy[1]
     assert sampled(run, monkeypatch, "top_k=1").getvalue() == greedy[0]
     assert sampled(run, monkeypatch, "top_k=null", "top_p=1e-9", "step=10").getvalue() == greedy[0]
-    assert sampled(run, monkeypatch, "prompt=a=b, [c] {d").getvalue().startswith("a=b, [c] {d")  # a prompt is taken as it stands
+    for prompt in ("a=b, [c] {d", "???", "echo ${HOME}/bin", "null", "'é'\n\t~#", "${", ""):  # a prompt is taken as it stands
+        assert sampled(run, monkeypatch, f"prompt={prompt}").getvalue().startswith(prompt)
 
 
 @pytest.mark.parametrize(
     ("main", "arguments", "said"),
     [
-        (model.sample.main, [], "run is missing; give run=..., run folder"),
-        (model.sample.main, ["run="], "run="),
+        (model.sample.main, ["tokens=3"], "run is missing; give run=..., run folder"),
+        (model.sample.main, ["run="], "run= is empty, as an unset shell variable is; give a value, or leave run out"),
+        (model.sample.main, ["run=a\x1bb"], "run='a\\x1bb' has the control character '\\x1b' in it"),
+        (model.sample.main, ["run=~nobody-is-called-so/x"], "run=~nobody-is-called-so/x: no user has this name; write ./~nobody"),
         (model.sample.main, ["run=nowhere"], "run=nowhere has no checkpoints; name the folder of a run"),
-        (model.sample.main, ["RUN", "temprature=1"], "temprature=1: no such option; did you mean temperature=? it takes run, step, prompt"),
-        (model.sample.main, ["RUN", "optim.lr=1"], "optim.lr=1: no such option; it takes"),
+        (
+            model.sample.main,
+            ["RUN", "temprature=1"],
+            "temprature=1: no such option; did you mean temperature=? --help lists all: run=, step=",
+        ),
+        (model.sample.main, ["RUN", "optim.lr=1"], "optim.lr=1: no such option; --help lists all: run=, step="),
         (model.sample.main, ["RUN", "--temperature=1"], "--temperature=1: no such option; did you mean temperature=?"),
         (model.sample.main, ["RUN", "seed"], "seed: no such option; did you mean seed=?"),
+        (model.sample.main, ["RUN", "--hlep"], "--hlep: no such option; did you mean --help?"),
         (model.sample.main, ["runs/x"], "runs/x: no such option"),
+        (model.sample.main, ["RUN", "temperature=1e-320"], "temperature=1e-320 is out of range; it is 0 in fp32"),
+        (model.sample.main, ["RUN", "tokens=10000000000000"], "tokens=10000000000000 is out of range"),
+        (model.sample.main, ["RUN", "tokens=true"], "tokens=true has the wrong type"),
         (model.sample.main, ["RUN", "temperature=-1"], "temperature=-1.0 is out of range; it must be at least 0.0"),
         (model.sample.main, ["RUN", "temperature=nan"], "temperature=nan is not finite"),
         (model.sample.main, ["RUN", "temperature=hot"], "temperature=hot has the wrong type; give temperature=<float>"),
@@ -146,7 +159,8 @@ def test_sample_streams_and_repeats_with_its_seed(run, monkeypatch):
         (model.sample.main, ["RUN", "top_p=1.1"], "top_p=1.1 is out of range"),
         (model.sample.main, ["RUN", "device=tpu"], "device=tpu is unknown; choose one of auto, cpu, cuda"),
         (model.sample.main, ["RUN", "step=3"], "step=3 is not among the checkpoints"),
-        (launch.evaluate.main, [], "run is missing; give run=..., run folder"),
+        (launch.evaluate.main, ["length=3"], "run is missing; give run=..., run folder"),
+        (launch.evaluate.main, ["RUN", "data=[text,stdlib]"], "data=[text,stdlib]: no such choice"),
         (launch.evaluate.main, ["run=nowhere"], "run=nowhere has no checkpoints"),
         (launch.evaluate.main, ["RUN", "lenght=3"], "lenght=3: no such option; did you mean length=?"),
         (launch.evaluate.main, ["RUN", "batch.length=32"], "batch.length=32: no such option; did you mean length=?"),
@@ -157,6 +171,8 @@ def test_sample_streams_and_repeats_with_its_seed(run, monkeypatch):
         (launch.evaluate.main, ["RUN", "data.pth=x"], "data.pth=x: no such key; did you mean data.path?"),
         (prepare, ["data.pth=x"], "data.pth=x: no such key; did you mean data.path?"),
         (prepare, ["temprature=1"], "temprature=1: no such key"),
+        (prepare, ["--workers=2"], "--workers=2: keys take no dashes; write data.workers=2"),
+        (prepare, ["data=text", "data.path="], "data.path= is empty"),
         (prepare, ["data=text", "data.path=nowhere.txt"], "data.path=nowhere.txt matches no file"),
         (prepare, ["data=text", "data.path=runs"], "metrics.jsonl: line 1 has no text in field 'text'"),
         (prepare, ["tokenizer=nope"], "tokenizer=nope: no such choice"),
@@ -241,10 +257,101 @@ def test_mistakes_end_the_real_process_with_one_line_and_nothing_on_disk(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_of_hydra_points_to_ours(tmp_path):
-    process = subprocess.run([*TRAIN, "--help"], cwd=tmp_path, capture_output=True, text=True)
-    assert process.stdout.startswith("python train.py help=true lists every key")
+# Help
+
+
+COMMANDS = {"data.prepare": ["data.path", "tokenizer.vocab_size"], "model.sample": ["run", "top_p"], "model.export": ["run", "out"],
+            "launch.evaluate": ["run", "length", "data.path"], "launch.report": ["DIR ...", "out", "axis"], "launch.status": ["DIR", "resubmit"],
+            "launch.dashboard": ["entity", "offline", "out"]}  # fmt: skip
+
+
+def answers(tmp_path, *commands: list[str]) -> list[subprocess.CompletedProcess]:
+    """What commands print that run beside each other in an empty folder, which stays so."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    started = [subprocess.Popen([sys.executable, *command], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+               for command in commands]  # fmt: skip
+    found = [subprocess.CompletedProcess(process.args, 0, *process.communicate()) for process in started]
+    for answer, process in zip(found, started, strict=True):
+        answer.returncode = process.returncode
     assert not list(tmp_path.iterdir())
+    return found
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command(tmp_path, name):
+    """However it is asked for, and beside whatever else; called bare a command acts on nothing."""
+    ways = ([], ["-h"], ["--help"], ["help=true"], ["HELP=True", "nonsense=3"])
+    bare, *asked = answers(tmp_path, *(["-m", name, *way] for way in ways))
+    assert (bare.returncode, bare.stderr) == (2, "")
+    for answer in asked:
+        assert (answer.returncode, answer.stderr, answer.stdout) == (0, "", bare.stdout)
+    purpose, *lines = bare.stdout.splitlines()
+    assert purpose[0].isupper() and purpose.endswith(".")
+    assert sum(line.startswith(f"python -m {name} ") for line in lines) == 2
+    for key in COMMANDS[name]:
+        assert any(re.match(rf"{re.escape(key)} +[\w| \[\]]+  \S+", line) for line in lines), key
+
+
+def test_help_of_training(tmp_path):
+    ways = (["-h"], ["--help"], ["help=true"], ["-m", "seed=0,1", "--help"], ["optim.rhoo=1", "help=true"])
+    found = answers(tmp_path, *([TRAIN[1], *way] for way in ways))
+    for answer in found:
+        assert (answer.returncode, answer.stderr, answer.stdout) == (0, "", found[0].stdout)
+    assert len(re.findall(r"(?m)^    python train\.py ", found[0].stdout)) == 4
+
+
+def test_help_may_be_cut_short(tmp_path):
+    for command in ([TRAIN[1], "-h"], ["-m", "launch.evaluate", "-h"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        process = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+        os.close(writer)
+        assert (process.returncode, process.stderr) == (0, "")
+
+
+def test_tab_completion(tmp_path):
+    """Hydra's script, and the choices and keys that it offers."""
+    script, *offers = (
+        subprocess.run([*TRAIN, "-sc", f"{what}=bash"], cwd=tmp_path, capture_output=True, text=True,
+                       env={**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line))})
+        for what, line in (("install", ""), ("query", "python train.py optim=fun"), ("query", "python train.py optim.cotangent_"))
+    )  # fmt: skip
+    assert (script.returncode, script.stderr) == (0, "") and "complete" in script.stdout
+    assert offers[0].stdout.split() == ["optim=functional_sam"]
+    assert offers[1].stdout.split() == ["optim.cotangent_share="]
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_work_on_pythons_that_check_help_texts(tmp_path, monkeypatch, capsys):
+    """Python 3.14's argparse refuses help that is no string, as an option of Hydra has."""
+
+    def check(parser, action):
+        if action.help and "%" not in action.help:
+            return
+
+    add = argparse._ActionsContainer._add_action
+    monkeypatch.setattr(argparse.ArgumentParser, "_check_help", check, raising=False)
+    monkeypatch.setattr(argparse.ArgumentParser, "_add_action", lambda parser, action: (parser._check_help(action), add(parser, action))[1])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--cfg", "job"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.chdir(tmp_path)
+    config.main(training.main)
+    assert "optim:" in capsys.readouterr().out
+
+
+# A run's folder where a tilde says
+
+
+def test_tilde_is_the_home_of_every_command(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(run.parent.resolve()))
+    assert sampled(run, monkeypatch, f"run=~/{run.name}", "tokens=1").getvalue()
+    for argument in ("plan_only=true", "print_only=true"):
+        monkeypatch.setattr(sys, "argv", ["train.py", *(["-m"] if "print" in argument else []), argument, "model=tiny", "hydra.sweep.dir=~/sweep"])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        with pytest.raises(SystemExit) if "plan" in argument else contextlib.nullcontext():
+            config.main(training.main)
+    assert f"runs in {run.parent.resolve()}/sweep" in capsys.readouterr().out
+    assert not Path("~").exists()
 
 
 def test_bug_is_not_passed_off_as_a_mistake(monkeypatch):

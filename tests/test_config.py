@@ -4,8 +4,10 @@ import copy
 import json
 import math
 import re
+import shlex
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,13 +15,16 @@ import hydra
 import pytest
 import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 import train
-from conf.schema import KEYS, Config, OptimConfig, lookup, walk
-from launch import config
-from launch.config import CONF, compose, groups
+from conf.schema import KEYS, Config, LauncherConfig, OptimConfig, lookup, walk
+from launch import config, overrides
+from launch.config import CONF, compose
 from launch.identity import run_name
+from launch.overrides import LAUNCHER_KEYS, groups
 from launch.plan import describe, make_plan
+from launch.sweep import check_launcher
 from optim import build_schedule
 
 CHOICES = [(group, name) for group, names in groups().items() if group != "local" for name in names]
@@ -63,7 +68,8 @@ def conf(tmp_path, monkeypatch):
     """A copy of conf/ that train.py reads instead."""
     folder = tmp_path / "conf"
     shutil.copytree(CONF, folder, ignore=shutil.ignore_patterns("local", "__pycache__"))
-    monkeypatch.setattr(config, "CONF", str(folder))
+    for module in (config, overrides):
+        monkeypatch.setattr(module, "CONF", str(folder))
     return folder
 
 
@@ -130,10 +136,14 @@ def test_shapes_have_the_published_sizes(name, millions):
         (["data=nope"], "data=nope: no such choice; choose one of "),
         (["experiment=nope"], "experiment=nope: no such choice"),
         (["optim=null"], "optim=null: no such choice; choose one of adamw"),
-        (["seed=1,2"], "'seed=1,2'"),
+        (["seed=1,2"], "seed=1,2: several values are a sweep; give one, or start a sweep with python train.py -m"),
         (["+foo=1"], "+foo=1: keys are neither added"),
         (["+optim.rho=0.3"], "write optim.rho=VALUE"),
         (["++optim.rho=0.3"], "write optim.rho=VALUE"),
+        (["data.path=" + "[" * 3000 + "]" * 3000], "[[[... is malformed; no value is as long or as deep"),
+        (["seed=" + "9" * 5000], "999... is malformed; no value is as long or as deep"),
+        (["+épée=3"], "+épée=3: keys are neither added nor taken away"),
+        (["é=3"], "é=3: no such key"),
         (["~optim.rho"], "~optim.rho: keys are neither added nor taken away"),
         (["~model"], "~model: keys are neither added nor taken away"),
         (["optim.rho"], "optim.rho is malformed; write key=value"),
@@ -159,8 +169,7 @@ def test_shapes_have_the_published_sizes(name, millions):
         (["data=c4", "data.validation={v: 3}"], "data.validation.v=3 names no files"),
         (["data=c4", "data.documents=0"], "data.documents=0 is out of range"),
         (["data=text", FILE, "data.sources={a: {path: x}}"], "data=text needs one of the two"),
-        (["data=text", "data.path="], "data.path= names no files; give a file"),
-        (["data=text", "data.path=3"], "data.path=3 names no files"),
+        (["data=text", "data.path="], "data.path= is empty, as an unset shell variable is"),
         (["data=text", "data.path={a: b}"], "data.path={'a': 'b'} names no files"),
         (["data=text", "data.path=[a,3]"], "data.path=['a', 3] names no files"),
         (["data=text", "data.sources=3"], "data.sources=3 is malformed; write data.sources='{NAME: {path: FILES, weight: 1.0}}'"),
@@ -181,7 +190,7 @@ def test_shapes_have_the_published_sizes(name, millions):
         (["data=text", FILE, "data.validation={a/b: y}"], "data.validation=a/b goes into a folder's name"),
         (["model.name=a/b"], "model.name=a/b goes into a folder's name; use letters, digits"),
         (["optim.name=.."], "optim.name=.. goes into a folder's name"),
-        (["data.name="], "data.name= goes into a folder's name"),
+        (["data.name="], "data.name= is empty"),
         (["init.step=3"], "init.step=3 needs a run to take it from; set init.run=DIR"),
         (["init.optimizer=true"], "init.optimizer=true needs a run"),
         (["optim=samm"], "optim=samm: no such choice; choose one of adamw, angle_sam, asam"),
@@ -198,6 +207,33 @@ def test_shapes_have_the_published_sizes(name, millions):
         (["optim=preconditioned_sam", "optim.base=sgd"], "optim.metric=adam needs Adam's second moment, which optim.base=sgd does not keep of every "
                                                          "weight; use optim.base=adamw or optim.metric=euclidean"),
         (["optim=preconditioned_functional_sam", "optim.base=muon"], "which optim.base=muon does not keep"),
+        (["optim=adamw", "optim.path=full"], "optim.path=full moves the weights, and the run would be called adamw; use optim=sam"),
+        (["optim.path=functional"], "and the run would be called adamw; use optim=functional_sam"),
+        (["optim=sam", "optim.name=adamw"], "optim.path=full moves the weights, and the run would be called adamw"),
+        (["optim.name=sam"], "optim.path=none is the plain gradient, and the run would be called sam; use optim=adamw"),
+        (["data.source=text", FILE], "data.source=text is another corpus, and the run would be called stdlib; use data=text"),
+        (["optim.lr=1e-3é"], "optim.lr=1e-3é is malformed at é; give optim.lr=<float>"),
+        (["dir=[a]"], """a text is written 'dir="[a]"', with both layers of quotes"""),
+        (["data.path=[it's,b]"], "is malformed at 's,b]; a text is written"),
+        (["data.path=~nobody-is-called-so", "data=text"], "~nobody-is-called-so: no user has this name; write ./~nobody-is-called-so for a"),
+        (["seed=range(0,3)"], "seed=range(0,3): several values are a sweep"),
+        (["-m", "seed=range(0,-5)"], "seed=range(0,-5) has no values, so the sweep has no runs"),
+        (["-m", "seed=range(0,5,0)"], "seed=range(0,5,0) takes steps of 0"),
+        (["-m", "optim.lr=range(0.0,1.0,0.0)"], "takes steps of 0; write range(START,STOP,STEP)"),
+        (["-m", "seed=interval(0,1)"], "seed=interval(0,1) is a range without steps"),
+        (["-m", "optim=glob(nope*)"], "optim=glob(nope*) has no values"),
+        (["-m", "seed=range(0,1000000000)"], "makes a sweep of more than 10,000 runs"),
+        (["-m", "seed=range(0,1000)", "optim.lr=range(0.0,1.0,0.001)"], "makes a sweep of more than 10,000 runs"),
+        (["-m", "optim=[adamw,sam],adamw"], "optim=[adamw,sam],adamw: no such choice"),
+        (["-m", "seed=0,1", "hydra.launcher.partion=x"], "hydra.launcher.partion: no such key; did you mean hydra.launcher.partition?"),
+        (["--plan-only"], "--plan-only: keys take no dashes; write plan_only=VALUE"),
+        (["--lr=3"], "--lr=3: keys take no dashes; write optim.lr=3"),
+        (["--multirn", "seed=0,1"], "--multirn: no such option; did you mean --multirun?"),
+        (["--cfg", "jobb"], "invalid choice: 'jobb'"),
+        (["schedule=chinchilla", "schedule.tokens_per_parameter=1e9"], "schedule.tokens_per_parameter=1e+09 makes"),
+        (["schedule.tokens=1e18"], "schedule.tokens=1e+18 makes 2.44e+14 steps of 4,096 tokens, where 2,147,483,647 are the most; lower it"),
+        (["model.num_heads=1024", "model.width=1048576", "model.num_layers=1000", "plan_only=true"], "where any device has 64.0 TiB; lower"),
+        (["batch.sequences=1048576", "batch.length=1024"], "tokens, 1048576 sequences at a time, need at least"),
         (["optim=sam", "optim.path=none"], "optim.path=none is the plain gradient, and the run would be called sam; use optim=adamw"),
         (["optim=sam", "optim.start=2.5"], "optim.start=2.5 is no whole step; give one, or a fraction of the horizon below 1"),
         (["optim=sam", "optim.stop=1.5"], "optim.stop=1.5 is no whole step"),
@@ -267,9 +303,11 @@ def objection(composed, name: str, value: Any) -> str:
 def beyond(name: str) -> list[Any]:
     """Values that lie just outside the range of a key."""
     rules, kind = KEYS[name].metadata, str(KEYS[name].type)
-    step, values = 1e-9 if "float" in kind else 1, [math.nan, math.inf, -math.inf] if "float" in kind else []
-    beside = {"low": -step, "high": step, "above": 0}
-    values += [rules[bound] + distance for bound, distance in beside.items() if bound in rules]
+    values = [math.nan, math.inf, -math.inf, 1e300, 1e-320] if "float" in kind else [10**13]
+    for bound, end in (("low", -math.inf), ("high", math.inf), ("above", None)):
+        if bound in rules:
+            step = math.copysign(1, end) if end else 0
+            values.append(math.nextafter(rules[bound], end or rules[bound]) if "float" in kind else rules[bound] + int(step))
     return [[value] for value in values] if kind.startswith("list") else values
 
 
@@ -278,12 +316,41 @@ NUMBERS = [name for name, entry in KEYS.items() if re.search("int|float", str(en
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_number_out_of_range_is_refused(composed, name):
-    assert {"low", "above"} & set(KEYS[name].metadata), f"{name} takes any number; give it a low or above in conf/schema.py"
+    rules = set(KEYS[name].metadata)
+    assert {"low", "above"} & rules and "high" in rules, f"{name} takes any number; give it a low or above and a high in conf/schema.py"
     for value in beyond(name):
         said = objection(composed, name, value)
         shown = value[0] if isinstance(value, list) else float(value) if "float" in str(KEYS[name].type) else value
-        finite = "is out of range; it must be (at least|above|at most)" if math.isfinite(shown) else "is not finite; give a number"
+        finite = "is out of range; it (must be (at least|above|at most)|is 0 in fp32)" if math.isfinite(shown) else "is not finite; give a number"
         assert re.match(rf"{name}={re.escape(str(shown))} {finite}", said)
+
+
+EXTREMES = ("1e300", "1e-320", "2147483648", "2147483647", "1000000000", "1e13", "nan", "inf", "-1", "0", "0.5", "high")
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_extreme_number_is_answered_at_once(composed, name):
+    """One line, or a plan that works."""
+    methods = {"alpha": "gsam", "angle": "angle_sam", "delta_sigma": "delta_sam", "num_groups": "msam"}
+    for given in EXTREMES:
+        value = yaml.safe_load(str(KEYS[name].metadata["high"]) if given == "high" else given)
+        changed = copy.deepcopy(composed)
+        changed.plan_only = True
+        changed.optim.name, changed.optim.path = methods.get(name.split(".")[-1], "sam"), "full"
+        if name.startswith("model.rope"):
+            changed.model.positions, changed.model.rope_scaling = "rope", "llama3"
+        if name == "parallel.processes":
+            changed.parallel.name = "fsdp"
+        if name.startswith("schedule"):
+            changed.optim.cotangent, changed.optim.compute_matched = "store", True
+        started = time.monotonic()
+        try:
+            OmegaConf.update(changed, name, [value] if "list" in str(KEYS[name].type) else value)
+            settings = config.check(changed, [])
+            assert describe(settings, make_plan(settings), "x")
+        except (ValueError, OmegaConfBaseException) as error:
+            assert name in str(error) or "a process, where any device has" in str(error), error
+        assert time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize("override", ["optim.lr=0", "optim.lr=nan", "optim.clip=inf", "optim.lr=1e999", "seed=-1", "seed=99999999999"])
@@ -320,6 +387,130 @@ def test_rule_that_begins_beyond_the_horizon_is_refused():
 def test_mistake_in_a_file_is_named(conf, refusal, text, said):
     (conf / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
     assert re.search(said, refusal("experiment=mine"))
+
+
+# Texts, as they are typed
+
+
+@pytest.mark.parametrize(
+    ("name", "typed", "kept"),
+    [
+        ("data.separator", "<|endoftext|>", None),
+        ("data.separator", "a=b, [c] {d} (e): ${HOME} \\${x} #&%~é'\"", None),
+        ("data.separator", "\f", None),
+        ("data.separator", "[SEP]", None),
+        ("data.separator", "'quoted'", "quoted"),
+        ("data.separator", "null", "NONE"),
+        ("data.path", "épée (2), [v2] #1.txt", None),
+        ("data.path", "[a,é b.txt]", ["a", "é b.txt"]),
+        ("data.path", "x~y,100%&z.txt", None),
+        ("data.path", "2024", None),
+        ("data.path", "it's.txt", None),
+        ("data.path", "half${open", None),
+        ("data.field", "1e3", None),
+        ("data.revision", "0123", None),
+        ("tracking.tags", "[é,b#1,a=b,'c,d']", ["é", "b#1", "a=b", "c,d"]),
+        ("tracking.tags", "[]", []),
+        ("optim.parameters", "*.mlp.*", None),
+        ("dir", "${oc.env:FLATGPT_TEST_DIR}/x", "/there/x"),
+    ],
+)
+def test_text_is_taken_as_it_is_typed(monkeypatch, name, typed, kept):
+    monkeypatch.setenv("FLATGPT_TEST_DIR", "/there")
+    wanted = {None: typed, "NONE": None}[kept] if kept in (None, "NONE") else kept
+    composed = compose(["data=text", FILE, f"{name}={typed}"])
+    assert lookup(composed, name) == wanted
+
+
+def test_sweep_splits_texts_at_commas(monkeypatch):
+    said = {"data.path=é a.txt,b.txt": "data.path='é a.txt','b.txt'", "data.path=[a,b],c": "data.path=[a,b],'c'",
+            "data.path='a,b',c": "data.path='a,b','c'", "data.path=choice(a,b)": "data.path=choice(a,b)",
+            "data.separator=<|x|>": "data.separator='<|x|>'", "seed=1,2": "seed=1,2",
+            "hydra.launcher.partition=a,b": "hydra.launcher.partition='a,b'",
+            "tracking.tags=[a:b],[c]": "tracking.tags=['a:b'],['c']"}  # fmt: skip
+    for typed, quoted in said.items():
+        assert overrides.for_hydra(typed, sweep=True) == quoted
+        assert overrides.for_hydra(quoted, sweep=True) == quoted  # as a sweep hands it on
+
+
+def test_advice_for_a_text_works_as_printed(refusal, command):
+    said = refusal("data.path=[it's.txt]", "data=text")
+    printed = re.search("a text is written (.+), with both", said)[1]
+    (argument,) = shlex.split(printed)
+    assert command("model=tiny", "plan_only=true", "data=text", argument)[0] == 0
+
+
+TEXTS = [name for name, entry in KEYS.items() if re.search("str|Any", str(entry.type))]
+
+
+@pytest.mark.parametrize("name", [*KEYS, *LAUNCHER_KEYS, *groups(), "hydra.sweep.dir", "hydra/launcher"])
+def test_empty_value_is_refused(name):
+    for value in ("", "''", '""'):
+        with pytest.raises(ValueError, match=f"{name}= is empty, as an unset shell variable is; give a value, or leave {name} out"):
+            overrides.check_overrides([f"{name}={value}"])
+
+
+@pytest.mark.parametrize("group", groups())
+def test_group_has_one_choice(group):
+    for value in (f"[{','.join(groups()[group][:2])}]", "{a: b}", "3", "null", "true"):
+        with pytest.raises(ValueError, match=": no such choice; choose one of "):
+            overrides.check_overrides([f"{group}={value}"])
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_control_character_is_refused(composed, name):
+    rules, kind = KEYS[name].metadata, str(KEYS[name].type)
+    if name == "data.sources":
+        values = [{"web": {"path": "a\nb"}}, {"a\nb": {"path": "x"}}]
+    else:
+        values = [["a\nb"] if "list" in kind else "a\nb", ["a\x1b"] if "list" in kind else "a\x1b"]
+    if "text" in rules or "choices" in rules:
+        return
+    for value in values:
+        assert re.search("control character|goes into a folder's name|is malformed", objection(composed, name, value))
+
+
+@pytest.mark.parametrize("name", [name for name, entry in LAUNCHER_KEYS.items() if re.search("str|dict", str(entry.type))])
+def test_control_character_never_reaches_sbatch(name):
+    field = name.split(".")[-1]
+    if "choices" in LAUNCHER_KEYS[name].metadata:
+        return
+    for text in ("a\nrm -rf x", "a\rb", "\x00", "\x7f", "\x85"):
+        kinds = {"setup": [["ok", text]], "additional_parameters": [{"exclude": text}, {text: 1}, {"a": [text]}, {"a": {"b": text}}]}
+        for value in kinds.get(field, [text]):
+            with pytest.raises(ValueError, match=f"{name}=.* has the control character"):
+                check_launcher(LauncherConfig(**{field: value}), Path("x"))
+    with pytest.raises(ValueError, match=r"hydra\.sweep\.dir=.* has the control character"):
+        check_launcher(LauncherConfig(), Path("a\nb"))
+
+
+# Paths
+
+
+@pytest.mark.parametrize("name", [name for name, entry in KEYS.items() if "path" in entry.metadata and name != "data.validation"])
+def test_home_is_meant_by_a_tilde(monkeypatch, name):
+    monkeypatch.setenv("HOME", "/home/me")
+    rest = ["data=text", *([FILE] if name != "data.path" else []), *(["tokenizer=gpt2"] if name == "tokenizer.path" else [])]
+    assert lookup(compose([*rest, f"{name}=~/a b"]), name) == "/home/me/a b"
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}["nobody"])
+    with pytest.raises(ValueError, match=f"{name}=~/x: no home folder is known; set HOME, or give {name} a path without ~"):
+        compose([*rest, "data.cache=/tmp/x", f"{name}=~/x"])
+
+
+def test_home_is_meant_in_lists_and_mappings(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert compose(["data=text", "data.path=[~/a,b]"]).data.path == ["/home/me/a", "b"]
+    data = compose(["data=text", "data.sources={w: {path: ~/a#.txt}}", "data.validation={v: [~/b]}"]).data
+    assert (data.sources["w"].path, data.validation) == ("/home/me/a#.txt", {"v": ["/home/me/b"]})
+
+
+def test_default_stays_as_it_is_for_another_home(monkeypatch):
+    assert compose([]).data.cache == "~/.cache/flatgpt"
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}["nobody"])
+    with pytest.raises(ValueError, match=r"data\.cache=~/\.cache/flatgpt: no home folder is known"):
+        compose([])
 
 
 # Keys that a run does not read

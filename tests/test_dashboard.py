@@ -119,7 +119,7 @@ def test_without_a_key_or_offline_nobody_is_asked(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     with Server() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        dashboard.main([])
+        dashboard.main(["offline=false"])
         monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
         dashboard.main(["offline=true", "project=p", "out=other.json"])
     assert server.asked == []

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from launch.config import compose, groups
+from launch.config import compose
+from launch.overrides import groups
 from launch.plan import gpt_config
 from model import GPT, GPTConfig, KeyValueCache, gpt
 

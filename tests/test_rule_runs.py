@@ -22,7 +22,8 @@ from torch.nn.functional import cross_entropy
 
 import train as training
 from conf.schema import Config
-from launch.config import check_contradictions, compose, groups
+from launch.config import check_contradictions, compose
+from launch.overrides import groups
 from launch.plan import make_plan
 from launch.preemption import EXIT_PREEMPTED
 from model import GPT

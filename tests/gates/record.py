@@ -42,8 +42,9 @@ PLANS = {
 
 def names() -> dict[str, str]:
     """Returns the name of a run of every preset."""
-    from launch.config import compose, groups
+    from launch.config import compose
     from launch.identity import run_name
+    from launch.overrides import groups
 
     found = {}
     for group, choices in groups().items():
