@@ -129,6 +129,9 @@ def main(arguments: list[str]) -> None:
 
     with user_errors():
         options, _ = parse(Options, arguments)
+        out = Path(options.out)
+        if out.is_dir() or not out.parent.is_dir():
+            raise ValueError(f"out={out} cannot be written; name a file in a folder that exists")
         try:
             import wandb
             import wandb_workspaces  # noqa: F401
@@ -147,8 +150,11 @@ def main(arguments: list[str]) -> None:
                 return
             except Exception as error:  # whatever the network or the server makes of it
                 why = f"{type(error).__name__}: {error}".splitlines()[0]
-        write_atomically(Path(options.out), json.dumps(specification(*build(entity or "", project)), indent=1) + "\n")
-        print(f"W&B: {why}; {options.out} holds what would be created")
+        try:
+            write_atomically(out, json.dumps(specification(*build(entity or "", project)), indent=1) + "\n")
+        except OSError as error:
+            raise ValueError(f"out={out} cannot be written ({error.strerror}); name another file") from None
+        print(f"W&B: {why}; {out} holds what would be created")
 
 
 if __name__ == "__main__":

@@ -129,6 +129,16 @@ def test_without_a_key_or_offline_nobody_is_asked(tmp_path, monkeypatch, capsys)
     assert (default["workspace"]["project"], other["workspace"]["project"]) == ("flatgpt", "p")
 
 
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for out in (".", "nowhere/pages.json", "/proc/pages.json"):
+        with pytest.raises(SystemExit) as stopped:
+            dashboard.main(["offline=true", f"out={out}"])
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and error.startswith(f"error: out={out} cannot be written") and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_missing_library_and_wrong_option_are_one_line(monkeypatch, capsys):
     imported = builtins.__import__
 
