@@ -324,7 +324,8 @@ class TrackingConfig:
     project: str | None = key(None, "W&B project; default WANDB_PROJECT, else flatgpt", mutable=True)
     entity: str | None = key(None, "W&B entity; default WANDB_ENTITY, else your own", mutable=True)
     group: str | None = key(None, "W&B group; default WANDB_RUN_GROUP, else the name of the sweep, else model and data", mutable=True)
-    tags: list[str] = key([], "W&B tags beside method and model; default WANDB_TAGS", mutable=True)
+    tags: list[str] = key([], "W&B tags beside method and model, default WANDB_TAGS; launch.report chooses settings by runs with role=tune and "
+                              "reports those with role=report", mutable=True)  # fmt: skip
     timeout: float = key(5.0, "seconds to wait for W&B before going on offline", above=0.0, high=86400.0, mutable=True)
 
 

@@ -1,18 +1,21 @@
-"""The charts of a report, as SVG that stands in the page: text is text, and black follows the colour scheme of the page."""
+"""The charts of a report: on its page SVG in which text is text and black follows the colour
+scheme, or a file of its own."""
 
 import io
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from launch.comparison import BASELINE, Section, Setting
+from launch.meanings import LONE, MEANINGS, meaning, title
 from launch.record import Record
 
 INK = "#010203"  # becomes currentColor
@@ -23,36 +26,27 @@ MARKERS = "osD^vP*X"
 DIVERGED = "a seed diverged"
 POINTS = 150  # of a line that is not of evaluations
 WIDTH = 5.0  # inches, 360 units: about a telephone's width, so that text has its size there
+SHARPEST = 300  # dots per inch of a PNG
+STEADY = 0.01  # share of its mean by which a constant may vary: digits of rounding are no news
 RC: Any = {"svg.fonttype": "none", "font.size": 11, "text.parse_math": False, "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK,
       "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#80808050",
       "grid.linewidth": 0.6, "legend.frameon": False, "legend.fontsize": 9.5, "lines.linewidth": 1.5, "lines.markersize": 4.5,
-      "figure.facecolor": "none", "axes.facecolor": "none"}  # fmt: skip
-MEANINGS = {
-    "sharpness/gap": "Loss at the moved weights minus the clean loss (nats per token).",
-    "sharpness/perturbed_loss": "Loss at the moved weights (nats per token).",
-    "sharpness/clean_loss": "Loss at the weights as they are, of rules whose own pass does not tell it (nats per token).",
-    "sharpness/curvature": "Curvature along the ascent: the slope there minus the slope here, over the distance (nats per token per unit of weight, "
-    "squared).",
-    "sharpness/slope": "Slope of the loss along the ascent, at the weights as they are (nats per token per unit of weight).",
-    "sharpness/rule_slope": "Slope along the ascent by the rule's own gradient, at the moved weights (nats per token per unit of weight).",
-    "sharpness/gradient_norm": "Norm of the clean gradient, along which the weights move (nats per token per unit of weight).",
-    "sharpness/rule_norm": "Norm of the gradient that the rule hands on, before clipping (nats per token per unit of weight).",
-    "sharpness/cosine": "Cosine of the rule's gradient and the plain one.",
-    "sharpness/rho": "Radius that the schedule asks for, in the norm of the rule's metric (units of weight where that is euclidean).",
-    "sharpness/realised_radius": "Length of what the compute precision left of the move (units of weight).",
-    "sharpness/realised_cosine": "Cosine of the move and of what the compute precision left of it.",
-    "sharpness/share_embedding": "Share of the move's squared length in the embeddings.",
-    "sharpness/share_body": "Share of the move's squared length in the blocks and norms.",
-    "sharpness/share_head": "Share of the move's squared length in the head.",
-    "sharpness/delta_func": "Norm of the functional part of SAM's change of the gradient (nats per token per unit of weight).",
-    "sharpness/delta_logit": "Norm of the logit part of SAM's change of the gradient (nats per token per unit of weight).",
-    "sharpness/cosine_func_logit": "Cosine of the functional and the logit part.",
-    "sharpness/cosine_func_gradient": "Cosine of the functional part and the plain gradient.",
-    "sharpness/cosine_logit_gradient": "Cosine of the logit part and the plain gradient.",
-    "grad/norm": "Norm of the gradient before clipping (nats per token per unit of weight).",
-    "perf/tokens_per_second": "Tokens per second, without evaluations and checkpoints.",
-}
-Line = tuple[str, np.ndarray, np.ndarray, np.ndarray]  # method, x, mean, standard error
+      "figure.facecolor": "none", "axes.facecolor": "none", "pdf.fonttype": 42}  # fmt: skip
+PRINT = "#010101"  # on a coloured cell, in any colour scheme
+SHADES = LinearSegmentedColormap.from_list("losses", ["#6fb1ec", "#eef3f8"])
+
+
+class Line(NamedTuple):
+    """A method's curve: its x, and a row of values for every seed."""
+
+    method: str
+    x: np.ndarray
+    seeds: np.ndarray
+
+    @property
+    def mean(self) -> np.ndarray:
+        """The mean over the seeds."""
+        return self.seeds.mean(axis=0)
 
 
 class Style(NamedTuple):
@@ -64,8 +58,8 @@ class Style(NamedTuple):
 
 
 def styles(methods: Iterable[str]) -> dict[str, Style]:
-    """A look for every method: a colour each for ten, and other dashes for the second five of them; then the colours again. AdamW and its
-    variants are black, and differ by their dashes."""
+    """A look for every method: a colour each for ten, and other dashes for the second five of them;
+    then the colours again. AdamW and its variants are black, and differ by their dashes."""
     found: dict[str, Style] = {}
     ordered = sorted(set(methods))
     black = [method for method in ordered if method.split()[0] == BASELINE]
@@ -78,29 +72,59 @@ def styles(methods: Iterable[str]) -> dict[str, Style]:
 
 
 @matplotlib.rc_context(RC)
-def loss_chart(section: Section, looks: dict[str, Style], axis: str) -> str:
-    """Validation loss of the best settings against what was spent: "step" (with tokens above), "flops" or "seconds"."""
-    lines = [averaged(method, setting.runs, axis, "val/loss") for method, setting in section.best.items()]
-    lines, unit = in_units(lines, axis)
+def loss_chart(section: Section, looks: dict[str, Style], axis: str) -> Figure | None:
+    """Draws the validation loss of the best settings against "step" (with tokens above), "tokens",
+    "flops" or "seconds", a dot for every seed; None where nothing was evaluated."""
+    lines, unit = in_units(lines_of(section, axis, "val/loss"), axis)
+    if not lines:
+        return None
     figure, axes = start()
-    draw(axes, lines, looks, markers=True)
+    draw(axes, lines, looks, dots=True)
     axes.set(xlabel=unit, ylabel="validation loss (nats per token)")
     axes.set_xlim(left=0)
     frame_late(axes, lines)
-    if axis == "step":
-        run = next(iter(section.best.values())).runs[0]
-        tokens = run.summary["tokens"] / max(1, run.step)
-        power, prefix = si(tokens * max((x[-1] for _, x, _, _ in lines if len(x)), default=1.0))
-        top = axes.secondary_xaxis("top", functions=(lambda x: np.multiply(x, tokens / power), lambda x: np.divide(x, tokens / power)))
-        top.set_xlabel(f"tokens{prefix}")
-    return finish(figure, axes, f"loss against {axis} {section.title}", above=0.5 if axis == "step" else 0.12)
+    if axis != "step":
+        return lay_out(figure, axes)
+    tokens = section.keys["batch.sequences"] * section.keys["batch.length"]
+    power, prefix = si(tokens * max(line.x[-1] for line in lines))
+    top = axes.secondary_xaxis("top", functions=(lambda x: np.multiply(x, tokens / power), lambda x: np.divide(x, tokens / power)))
+    top.set_xlabel(f"tokens{prefix}")
+    return lay_out(figure, axes, above=0.5)
 
 
 @matplotlib.rc_context(RC)
-def training_chart(section: Section, looks: dict[str, Style], axis: str = "step") -> str | None:
-    """Training loss of the best settings against "step", "tokens", "flops" or "seconds"; None where no rule has it for free."""
-    lines = [averaged(method, setting.runs, axis, "train/loss") for method, setting in section.best.items()]
-    lines, unit = in_units([line for line in lines if len(line[1])], axis)
+def difference_chart(section: Section, looks: dict[str, Style]) -> Figure | None:
+    """Draws the validation loss minus the baseline's of the same seed, by step: a thin line for
+    every seed, a thick one for their mean. None where no method has seeds in common with the
+    baseline and runs as long as its."""
+    if section.baseline is None:
+        return None
+    theirs = {run.settings["seed"]: run for run in section.best[section.baseline].runs}
+    lines = []
+    for method, setting in section.best.items():
+        pairs = [(run, theirs[run.settings["seed"]]) for run in setting.runs if run.settings["seed"] in theirs and method != section.baseline]
+        # A shorter schedule is further on at the same step.
+        together = [evaluated_together(run, other) for run, other in pairs if run.step == other.step]
+        lines += [line] if len((line := joined(method, [(x, x, y) for x, y in together])).x) else []
+    if not lines:
+        return None
+    figure, axes = start()
+    for line in lines:
+        look = looks[line.method]
+        axes.plot(line.x, line.seeds.T, color=look.color, linestyle=look.dash, linewidth=0.6, alpha=0.7)
+        axes.plot(line.x, line.mean, color=look.color, linestyle=look.dash, label=line.method, linewidth=2.0)
+    axes.axhline(0.0, color=INK, linewidth=0.8, label=section.baseline)
+    axes.set(xlabel="steps", ylabel=f"loss minus {BASELINE}'s (nats)")
+    axes.set_xlim(left=0)
+    frame_late(axes, lines)
+    return lay_out(figure, axes)
+
+
+@matplotlib.rc_context(RC)
+def training_chart(section: Section, looks: dict[str, Style], axis: str = "step") -> Figure | None:
+    """Draws the training loss of the best settings against "step", "tokens", "flops" or "seconds";
+    None where no rule has it for free."""
+    lines, unit = in_units(lines_of(section, axis, "train/loss"), axis)
     if not lines:
         return None
     figure, axes = start()
@@ -108,14 +132,16 @@ def training_chart(section: Section, looks: dict[str, Style], axis: str = "step"
     axes.set(xlabel=unit, ylabel="training loss (nats per token)")
     axes.set_xlim(left=0)
     frame_late(axes, lines)
-    return finish(figure, axes, f"training loss {section.title}")
+    return lay_out(figure, axes)
 
 
 @matplotlib.rc_context(RC)
-def response_chart(section: Section, looks: dict[str, Style], key: str) -> str | None:
-    """Final validation loss against "rho" or "lr", the other at its best; None where nobody tried two values."""
-    slices = {method: [setting for setting in settings if on_slice(setting, section.best.get(method), key)]
-              for method, settings in section.methods.items()}  # fmt: skip
+def response_chart(section: Section, looks: dict[str, Style], key: str) -> Figure | None:
+    """Draws the final validation loss against "rho" or "lr", the other at its best, a dot for every
+    seed; None where nobody tried two values."""
+    slices = {}
+    for method, settings in section.methods.items():
+        slices[method] = [setting for setting in settings if on_slice(setting, section.best.get(method), key)]
     tried = {getattr(setting, key) for settings in slices.values() for setting in settings if len(settings) > 1}
     if not tried:
         return None
@@ -123,68 +149,153 @@ def response_chart(section: Section, looks: dict[str, Style], key: str) -> str |
     shown = {method: settings for method, settings in slices.items() if settings and method not in flat}
     figure, axes = start()
     for method, setting in flat.items():
-        look, (mean, error, *_) = looks[method], setting.final
-        axes.axhline(mean, color=look.color, linestyle=look.dash, label=f"{method} (no radius)")
-        axes.axhspan(mean - np.nan_to_num(error), mean + np.nan_to_num(error), color=look.color, alpha=0.12, linewidth=0)
+        axes.axhline(setting.final.mean, color=looks[method].color, linestyle=looks[method].dash, label=f"{method} (no radius)")
     for method, settings in shown.items():
-        look, finished = looks[method], [setting for setting in settings if setting.runs]
+        look, finished = looks[method], [setting for setting in settings if setting.chosen_by]
         x, y = [getattr(setting, key) for setting in finished], [setting.final.mean for setting in finished]
-        axes.errorbar(x, y, [np.nan_to_num(setting.final.error) for setting in finished], color=look.color, linestyle=look.dash, marker=look.marker,
-                      capsize=2.5, label=method)  # fmt: skip
+        axes.plot(x, y, color=look.color, linestyle=look.dash, marker=look.marker, label=method)
+        for place, setting in zip(x, finished, strict=True):
+            losses = [run.loss for run in setting.chosen_by]
+            axes.scatter([place] * len(losses), losses, 9, look.color, alpha=0.6, linewidths=0)
     failed = [(getattr(setting, key), looks[method].color) for method, settings in shown.items() for setting in settings if setting.diverged]
     if failed:
         places, colours = ([one[part] for one in failed] for part in (0, 1))
         axes.scatter(places, [0.97] * len(failed), 30, colours, marker="x", transform=axes.get_xaxis_transform(), label=DIVERGED)
     name = {"rho": "radius rho", "lr": "peak learning rate"}[key]
-    axes.set(xlabel=name, ylabel="final validation loss (nats per token)")
-    values = sorted({getattr(setting, key) for settings in shown.values() for setting in settings})
-    log_ticks(axes, values)
-    return finish(figure, axes, f"response to {key} {section.title}")
+    axes.set(xlabel=name, ylabel="final validation loss (nats)")
+    log_ticks(axes, sorted({getattr(setting, key) for settings in shown.values() for setting in settings}))
+    return lay_out(figure, axes)
 
 
 @matplotlib.rc_context(RC)
-def measured_charts(section: Section, looks: dict[str, Style], axis: str = "step") -> dict[str, str]:
-    """A chart, on the axis of `training_chart`, for each figure of sharpness that the best settings logged, the gradient's norm and the
-    speed, by its meaning."""
-    logged = {name for setting in section.best.values() for run in setting.runs for name in run.columns}
+def grid_chart(section: Section) -> Figure | None:
+    """Draws the final validation loss as a map of learning rate by radius, a panel for each method
+    that tried two values of both, on one scale; None where there is none."""
+    swept = {}
+    for method, settings in section.methods.items():
+        known = [setting for setting in settings if setting.chosen_by or setting.diverged]
+        rates, radii = {setting.lr for setting in known}, {setting.rho for setting in known}
+        if len(rates) > 1 and len(radii) > 1:
+            swept[method] = (sorted(rates), sorted(radii, key=lambda rho: rho or 0.0))
+    losses = [setting.final.mean for method in swept for setting in section.methods[method] if setting.chosen_by]
+    if not losses:
+        return None
+    heights = [0.9 + 0.36 * len(radii) for _, radii in swept.values()]
+    figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(swept), height_ratios=heights, squeeze=False)[:, 0]
+    # The colours tell the good half apart; one bad corner would leave them all alike.
+    scale = (min(losses), max(np.nextafter(min(losses), np.inf), min(max(losses), 2 * np.median(losses) - min(losses))))
+    for axes, (method, tried) in zip(panels, swept.items(), strict=True):
+        draw_grid(axes, section.methods[method], *tried, scale)
+        axes.set_title(method, fontsize=11)
+        axes.set(xlabel="peak learning rate", ylabel="radius rho")
+    return figure
+
+
+def draw_grid(axes: Axes, settings: list[Setting], rates: list[float], radii: list[float | None], scale: tuple[float, float]) -> None:
+    """Draws one panel: a coloured cell with its loss for every setting, a word where it has none."""
+    values = np.full((len(radii), len(rates)), np.nan)
+    for setting in settings:
+        place = (radii.index(setting.rho), rates.index(setting.lr)) if setting.rho in radii and setting.lr in rates else None
+        if place and setting.chosen_by:
+            values[place] = setting.final.mean
+        if place and (setting.chosen_by or setting.diverged):
+            text = (f"{setting.final.mean:.4f}" if setting.chosen_by else "") + (" x" if setting.diverged else "")
+            colour = PRINT if setting.chosen_by else INK
+            axes.text(place[1], place[0], text.strip(), ha="center", va="center", fontsize=9 if len(rates) < 8 else 6.5, color=colour)
+    axes.grid(visible=False)
+    axes.pcolormesh(np.ma.masked_invalid(values), shading="nearest", cmap=SHADES, vmin=scale[0], vmax=scale[1], edgecolors="#80808050")
+    axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+    axes.set_yticks(range(len(radii)), ["none" if rho is None else f"{rho:g}" for rho in radii])
+
+
+def measured_charts(section: Section, looks: dict[str, Style], axis: str = "step") -> tuple[dict[str, Figure], list[str]]:
+    """Returns (a chart, on the axis of `training_chart`, of each figure of sharpness that the best
+    settings logged, of the gradient's norm and the speed, by the figure's name; a sentence for each
+    that never changed)."""
+    drawn, constant = {}, []
+    for name in figures_of(section):
+        lines, unit = in_units(lines_of(section, axis, name), axis)
+        if lines and all(np.ptp(line.mean) <= STEADY * abs(line.mean.mean()) for line in lines):
+            constant.append(f"{meaning(name)} {', '.join(f'{line.method}: {line.mean.mean():.4g}' for line in lines)}")
+        elif lines:
+            drawn[name] = measured_chart(lines, looks, unit, name)
+    return drawn, constant
+
+
+def figures_of(section: Section) -> list[str]:
+    """Returns the names of the figures that are charted beside the losses, in the order of
+    MEANINGS."""
+    logged = {name for runs in section.drawn.values() for run in runs for name in run.columns}
     names = sorted(name for name in logged if name.startswith("sharpness/") or name in MEANINGS)
-    charts = {}
-    for name in sorted(names, key=lambda name: [*MEANINGS, name].index(name)):
-        lines = [averaged(method, setting.runs, axis, name) for method, setting in section.best.items()]
-        lines, unit = in_units([line for line in lines if len(line[1])], axis)
-        if not lines:
-            continue
-        figure, axes = start()
-        draw(axes, lines, looks)
-        axes.set(xlabel=unit, ylabel=name)
-        axes.set_xlim(left=0)
-        values = np.concatenate([mean for _, _, mean, _ in lines])
-        if np.ptp(values) < 0.01 * abs(values.mean()):  # as good as constant: digits of rounding are no news
-            axes.set_ylim(*sorted((0.95 * values.mean(), 1.05 * values.mean())))
-        if values.min() > 0 and values.max() > 30 * values.min():
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.yaxis.set_minor_locator(NullLocator())
-        charts[MEANINGS.get(name, name)] = finish(figure, axes, f"{name} {section.title}")
-    return charts
+    wanted = [name for name in names if name not in LONE or len(section.runs) == 1]
+    return sorted(wanted, key=lambda name: [*MEANINGS, name].index(name))
 
 
-def averaged(method: str, runs: list[Record], axis: str, figure: str) -> Line:
-    """The mean over runs, with its standard error, at the steps that all of them logged; x is their mean too."""
-    curves = [[run.curve(name, figure) for name in ("step", axis)] for run in runs]
-    curves = [curve for curve in curves if len(curve[0][0])]
+@matplotlib.rc_context(RC)
+def measured_chart(lines: list[Line], looks: dict[str, Style], unit: str, name: str) -> Figure:
+    """Draws one figure."""
+    figure, axes = start()
+    draw(axes, lines, looks)
+    axes.set(xlabel=unit, ylabel=title(name))
+    axes.set_xlim(left=0)
+    values = np.concatenate([line.mean for line in lines])
+    if values.min() > 0 and values.max() > 30 * values.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+    return lay_out(figure, axes)
+
+
+def chart(section: Section, looks: dict[str, Style], name: str, axis: str) -> Figure:
+    """Draws the one chart of this name. Raises ValueError where this comparison has none."""
+    named: dict[str, Callable[[], Figure | None]] = {
+        "loss": lambda: loss_chart(section, looks, axis),
+        "difference": lambda: difference_chart(section, looks),
+        "training": lambda: training_chart(section, looks, axis),
+        "rho": lambda: response_chart(section, looks, "rho"),
+        "lr": lambda: response_chart(section, looks, "lr"),
+        "grid": lambda: grid_chart(section),
+    }
+    drawn = named[name]() if name in named else measured_charts(section, looks, axis)[0].get(name)
+    if drawn is None:
+        there = [*(known for known, make in named.items() if make()), *measured_charts(section, looks, axis)[0]]
+        raise ValueError(f"chart={name}: these runs have no such chart; choose one of {', '.join(there) or 'none, for nothing is logged yet'}")
+    return drawn
+
+
+def lines_of(section: Section, axis: str, figure: str) -> list[Line]:
+    """Returns the curves of a figure, of every method that has one."""
+    found = []
+    for method, runs in section.drawn.items():
+        line = joined(method, [(*run.curve("step", figure)[:1], *run.curve(axis, figure)) for run in runs], figure != "val/loss")
+        found += [line] if len(line.x) else []
+    return found
+
+
+def joined(method: str, curves: list[tuple[np.ndarray, np.ndarray, np.ndarray]], thin: bool = False) -> Line:
+    """Returns the line of curves, each of (steps, x, y), at the steps that all of them have, `thin`
+    as means of consecutive points; x is the mean over the curves."""
+    curves = [curve for curve in curves if len(curve[0])]
     if not curves:
-        return method, np.empty(0), np.empty(0), np.empty(0)
-    common = curves[0][0][0]
+        return Line(method, np.empty(0), np.empty((0, 0)))
+    common = curves[0][0]
     for curve in curves[1:]:
-        common = np.intersect1d(common, curve[0][0])
-    chosen = [np.searchsorted(curve[0][0], common) for curve in curves]
-    x, y = (np.array([curve[1][part][index] for curve, index in zip(curves, chosen, strict=True)]) for part in (0, 1))
+        common = np.intersect1d(common, curve[0])
+    chosen = [np.intersect1d(common, steps, return_indices=True)[2] for steps, _, _ in curves]
+    x, y = (np.array([curve[part][index] for curve, index in zip(curves, chosen, strict=True)]) for part in (1, 2))
     size = len(common) // POINTS
-    if size > 1 and figure != "val/loss":  # means of consecutive points
+    if size > 1 and thin:
         x, y = (part[:, : len(common) // size * size].reshape(len(curves), -1, size).mean(axis=2) for part in (x, y))
-    errors = y.std(axis=0, ddof=1) / math.sqrt(len(y)) if len(y) > 1 else np.full(y.shape[1], np.nan)
-    return method, x.mean(axis=0), y.mean(axis=0), errors
+    return Line(method, x.mean(axis=0), y)
+
+
+def evaluated_together(run: Record, other: Record) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (steps at which both runs were evaluated, the loss of the first minus that of the
+    second)."""
+    (ours, losses), (theirs, others) = run.curve("step", "val/loss"), other.curve("step", "val/loss")
+    steps, here, there = np.intersect1d(ours, theirs, return_indices=True)
+    return steps, losses[here] - others[there]
 
 
 def on_slice(setting: Setting, best: Setting | None, key: str) -> bool:
@@ -192,19 +303,21 @@ def on_slice(setting: Setting, best: Setting | None, key: str) -> bool:
     return best is not None and (setting.lr == best.lr if key == "rho" else setting.rho == best.rho)
 
 
-def draw(axes: Axes, lines: list[Line], looks: dict[str, Style], markers: bool = False) -> None:
-    """Means as lines with a band of a standard error to both sides."""
-    for method, x, mean, error in lines:
-        look, error = looks[method], np.nan_to_num(error)
-        style = {"marker": look.marker} if markers else {"linewidth": 1.1}
-        axes.plot(x, mean, color=look.color, linestyle=look.dash, label=method, **style)
-        axes.fill_between(x, mean - error, mean + error, color=look.color, alpha=0.15, linewidth=0)
+def draw(axes: Axes, lines: list[Line], looks: dict[str, Style], dots: bool = False) -> None:
+    """Draws means as lines; the seeds as dots, or as a band from the lowest to the highest."""
+    for line in lines:
+        look = looks[line.method]
+        axes.plot(line.x, line.mean, color=look.color, linestyle=look.dash, label=line.method, linewidth=1.1 if not dots else 1.5)
+        if dots:
+            axes.plot(line.x, line.seeds.T, color=look.color, linestyle="none", marker=look.marker, markersize=3, alpha=0.6, markeredgewidth=0)
+        elif len(line.seeds) > 1:
+            axes.fill_between(line.x, line.seeds.min(axis=0), line.seeds.max(axis=0), color=look.color, alpha=0.15, linewidth=0)
 
 
 def frame_late(axes: Axes, lines: list[Line]) -> None:
-    """Cuts off the fall of the first fifth, beside which the differences at the end would not show; of the rest means and bands fit."""
-    edges = [(x, mean + sign * np.nan_to_num(error)) for _, x, mean, error in lines if len(x) for sign in (-1, 1)]
-    late = np.concatenate([edge[x >= 0.2 * x[-1]] for x, edge in edges] or [np.zeros(1)])
+    """Cuts off the fall of the first fifth, beside which the differences at the end would not show;
+    of the rest every seed fits."""
+    late = np.concatenate([line.seeds[:, line.x >= line.x.min() + 0.2 * np.ptp(line.x)].ravel() for line in lines])
     room = 0.06 * (late.max() - late.min()) or 0.1
     axes.set_ylim(late.min() - room, late.max() + room)
 
@@ -231,15 +344,16 @@ def si(largest: float) -> tuple[float, str]:
 
 
 def in_units(lines: list[Line], axis: str) -> tuple[list[Line], str]:
-    """The lines with their x in units that suit the longest of them, and the label of that axis."""
-    longest = max((x[-1] for _, x, _, _ in lines if len(x)), default=1.0)
+    """Returns the lines with their x in units that suit the longest of them, and the title of that
+    axis."""
+    longest = max((line.x[-1] for line in lines), default=1.0)
     if axis == "seconds":
         size, name = next(((size, name) for size, name in ((3600.0, "hours"), (60.0, "minutes")) if longest > 2 * size), (1.0, "seconds"))
         label = f"training time ({name}, without evaluations)"
     else:
         size, power = (1.0, "") if axis == "step" else si(longest)
         label = {"step": "steps", "tokens": "tokens", "flops": "training FLOPs"}[axis] + power
-    return [(method, x / size, mean, error) for method, x, mean, error in lines], label
+    return [line._replace(x=line.x / size) for line in lines], label
 
 
 def start() -> tuple[Figure, Axes]:
@@ -250,9 +364,9 @@ def start() -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def finish(figure: Figure, axes: Axes, name: str, above: float = 0.12) -> str:
-    """The figure as an SVG element that fits its place. The legend stands below the axes, in two columns where they fit; `above` the axes so
-    many inches are free."""
+def lay_out(figure: Figure, axes: Axes, above: float = 0.12) -> Figure:
+    """Fits the figure to its place: the legend below the axes, in two columns where they fit;
+    `above` the axes so many inches are free."""
     handles, labels = zip(*sorted(zip(*axes.get_legend_handles_labels(), strict=True), key=lambda pair: pair[1] == DIVERGED), strict=True)
     half = -(-len(labels) // 2)
     fits = max(map(len, labels[:half])) + max(map(len, labels[half:]), default=0) <= 46
@@ -261,11 +375,27 @@ def finish(figure: Figure, axes: Axes, name: str, above: float = 0.12) -> str:
     figure.set_size_inches(WIDTH, height)
     axes.set_position((0.19, below / height, 0.78, plot / height))
     figure.legend(handles, labels, loc="lower center", ncols=1 + fits, borderaxespad=0.1, labelspacing=0.25, columnspacing=1.2)
+    return figure
+
+
+def svg(figure: Figure, name: str) -> str:
+    """Returns the figure as an SVG element for a page; `name` sets the targets of its references
+    apart from those of others."""
     out = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
+    with matplotlib.rc_context(RC | {"svg.hashsalt": name}):
         figure.savefig(out, format="svg", metadata={"Date": None})
-    svg = out.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r' id="[^"]*_\d+"', "", svg)  # of groups: nobody refers to them, and every chart has the same
-    svg = re.sub(r'(<svg [^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1)
-    return svg.replace(INK, "currentColor").replace("<svg ", '<svg role="img" ', 1).strip()
+    found = out.getvalue()
+    found = re.sub(r"<metadata>.*?</metadata>", "", found[found.index("<svg") :], flags=re.DOTALL)
+    found = re.sub(r' id="[^"]*_\d+"', "", found)  # of groups: nobody refers to them, and every chart has the same
+    for size in ("width", "height"):
+        found = re.sub(rf'(<svg [^>]*?) {size}="[^"]*"', r"\1", found, count=1)
+    return found.replace(INK, "currentColor").replace("<svg ", '<svg role="img" ', 1).strip()
+
+
+def encoded(figure: Figure, suffix: str) -> bytes:
+    """Returns the figure as the content of a .png, .svg or .pdf file, on white."""
+    out = io.BytesIO()
+    undated: dict[str, dict] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
+    with matplotlib.rc_context(RC | {"svg.hashsalt": "flatgpt"}):
+        figure.savefig(out, format=suffix[1:], dpi=SHARPEST, facecolor="white", metadata=undated[suffix])
+    return out.getvalue()

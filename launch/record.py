@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from conf.schema import Config
 from data.files import DamagedFile, read_bytes, read_json
 from launch.folder import Row, lines_of, load_config, parse_row, read_summary
 from launch.identity import canonical
@@ -18,7 +19,9 @@ from launch.lock import is_in_use, owner_in
 from launch.watchdog import Failure
 from model.checkpoint import checkpoints, read_state
 
-KEPT = (b'"val/loss"', b'"sharpness/delta_func"')  # rows with one of these are always read: they are few
+# Rows with one of these are always read: they are few.
+KEPT = (b'"val/loss"', b'"sharpness/delta_func"', b'"sharpness/fidelity"')
+ANCESTORS = 10  # runs that a run goes back to, one from another, that are asked for their settings
 SAMPLED = 400  # rows that are read of the others
 FILES = {"metrics.jsonl", "summary.json", "lock"}  # beside config.yaml, what tells a run's folder from others
 
@@ -29,15 +32,25 @@ class Start:
 
     devices: list[str] = field(default_factory=list)
     cpu: str = ""
+    folder: str = ""
 
 
 @dataclass
+class Measured:
+    """What the state of a checkpoint tells of the data."""
+
+    data: str | None = None
+
+
+@dataclass(eq=False)
 class Record:
     """One run, as its folder tells it.
 
     state       finished; diverged; crashed; running; waiting (a job of a sweep that was never started); stopped; damaged (a file of it)
     reason      why, where the folder tells
     settings    every key that the run reads and that may change its result, by dotted name
+    parent      the same of the run that it started from, by "parent.KEY"; "parent.run", its folder, where that is gone
+    tags        its tracking.tags
     columns     its rows, by name of the figure: arrays of one length, nan where a row has none
     summary     its final figures
     measured_on what its validation loss was taken on, as far as the folder tells
@@ -48,6 +61,8 @@ class Record:
     state: str = "waiting"
     reason: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+    parent: dict[str, Any] = field(default_factory=dict)
+    tags: list[str] = field(default_factory=list)
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     measured_on: dict[str, Any] = field(default_factory=dict)
@@ -66,9 +81,11 @@ class Record:
 
     def curve(self, axis: str, figure: str) -> tuple[np.ndarray, np.ndarray]:
         """(values of the axis, values of the figure) where the figure is known."""
-        values = self.columns.get(figure, np.empty(0))
-        known = np.isfinite(values)
-        return (self.columns[axis][known] if len(values) else values), values[known]
+        values, along = self.columns.get(figure, np.empty(0)), self.columns.get(axis, np.empty(0))
+        if not (len(values) and len(along)):
+            return np.empty(0), np.empty(0)
+        known = np.isfinite(values) & np.isfinite(along)
+        return along[known], values[known]
 
 
 def find_runs(folders: Iterable[Path]) -> Iterator[Path]:
@@ -103,27 +120,55 @@ def read_run(folder: Path) -> Record:
     """The record of a run folder; where a file of it is damaged, its state and reason say so."""
     record = Record(folder)
     try:
-        record.settings, evaluated = read_settings(folder)
-        record.measured_on["evaluation.tokens"] = evaluated
+        record.settings, config = read_settings(folder)
+        if config:
+            record.measured_on["evaluation.tokens"] = config.evaluation.tokens
+            record.parent = read_parent(folder, config)
+            record.tags = config.tracking.tags
         rows = read_sampled(folder / "metrics.jsonl")
         record.columns = columns(rows)
         record.summary = read_summary(folder) or {}
         record.state, record.reason = ending(folder, record.summary, rows)
-        last_start = [Start(), *read_json(folder / "code" / "environment.json", list[Start], absent=[])][-1]
-        record.hardware = ", ".join(last_start.devices) or last_start.cpu
+        start = last_start(folder)
+        record.hardware = ", ".join(start.devices) or start.cpu
         record.measured_on |= {"data": data} if (data := data_of(folder)) else {}
     except (OSError, ValueError) as error:
         record.state, record.reason = "damaged", " ".join(str(error).split())
     return record
 
 
-def read_settings(folder: Path) -> tuple[dict[str, Any], int | None]:
-    """(settings of a run, the tokens it evaluated on) from its config.yaml. A run that never began has no settings. Raises ValueError for
-    a file that is damaged."""
+def read_settings(folder: Path) -> tuple[dict[str, Any], Config | None]:
+    """(settings of a run, its whole configuration) from its config.yaml; none of a run that never began. Raises ValueError for a file that is
+    damaged."""
     if not os.path.lexists(folder / "config.yaml"):
         return {}, None
     config = load_config(folder)
-    return canonical(config), config.evaluation.tokens
+    return canonical(config), config
+
+
+def last_start(folder: Path) -> Start:
+    """Returns what the run's last start ran on."""
+    return [Start(), *read_json(folder / "code" / "environment.json", list[Start], absent=[])][-1]
+
+
+def read_parent(folder: Path, config: Config, ancestors: int = ANCESTORS) -> dict[str, Any]:
+    """Returns the settings of the run that the run in `folder` started from, by "parent.KEY", those of its own parent by
+    "parent.parent.KEY"; nothing where it started from none, and only the folder where nothing is known of it."""
+    if not config.init.run:
+        return {}
+    named = Path(config.init.run)
+    try:
+        # Where the run was started, and beside it: folders of runs are copied together.
+        places = (last_start(folder).folder / named, folder.parent / named.name)
+        parent = next((place for place in places if (place / "config.yaml").exists()), places[0])
+        settings, theirs = read_settings(parent) if ancestors else ({}, None)
+    except (OSError, ValueError):
+        parent, settings, theirs = named, {}, None
+    if theirs is None:
+        return {"parent.run": str(parent)}
+    # The path of a run is no part of what it is.
+    known = settings | read_parent(parent, theirs, ancestors - 1)
+    return {f"parent.{name}": value for name, value in known.items() if name != "init.run"}
 
 
 def read_sampled(file: Path) -> list[Row]:
