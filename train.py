@@ -54,6 +54,7 @@ from model.sample import decode_stream, generate
 from model.sharding import Layout, full_norm
 from optim import build_optimizer, build_rule
 from optim.adamw import describe_groups
+from optim.axes import takes_ieee_passes
 
 FIRST = 6.0  # times parallel.timeout that may pass until the first step is done: it compiles
 
@@ -130,7 +131,7 @@ class Run:
         parallelize(self.model, settings.compile, settings.activation_checkpointing, self.device)
         parallel, home = settings.parallel, self.device
         if layout.mesh is not None:
-            gathered = self.dtype if self.dtype == torch.bfloat16 and settings.optim.compute == "precision" else None
+            gathered = self.dtype if self.dtype == torch.bfloat16 and not takes_ieee_passes(settings.optim) else None
             shard(self.model, layout, parallel.reshard_after_forward, gathered, parallel.cpu_offload)
             home = torch.device("cpu") if parallel.cpu_offload else home
         self.model.to_empty(device=home)
@@ -285,7 +286,9 @@ class Run:
             "grad/norm": norm,
             "skipped": progress.skipped,
             **progress.measured,
-            **self.interval.speeds(progress, self.prefetcher.seconds_waiting, self.plan, self.settings.activation_checkpointing, self.device),
+            **self.interval.speeds(
+                progress, self.prefetcher.seconds_waiting, self.plan, self.settings.activation_checkpointing, self.device, self.layout.world
+            ),
         }
         progress.loss_sum, progress.loss_tokens, progress.measured = 0.0, 0, {}
         self.interval = Interval(progress, self.prefetcher.seconds_waiting)

@@ -252,7 +252,12 @@ class OptimConfig(RuleConfig):
     num_groups: int = key(1, "groups of the global batch that are perturbed apart", low=1, high=2**20, read_when=("optim.scope", ("micro_batch",)))
     compute_matched: bool = key(False, "shorten the run until its FLOPs equal AdamW's over the full schedule", read_when=MOVED)
     diagnostics_every: int | None = key(
-        None, "logged steps between diagnostics that cost a pass; default never", low=1, high=STEPS, mutable=True, read_when=MOVED
+        None,
+        "logged steps between diagnostics that cost passes: fidelity, parts of SAM's change; never by default",
+        low=1,
+        high=STEPS,
+        mutable=True,
+        read_when=MOVED,
     )
 
 

@@ -29,8 +29,6 @@ FIGURES = {"steps": "step", "flops": "flops", "seconds": "seconds"}  # the name 
 TUNE = "role=tune"  # tracking.tags of runs that only choose a setting
 REPORT = "role=report"  # and of those that only report on it
 UNEVEN = 0.1  # share by which seconds per FLOP of runs on one machine may differ
-FAITHFUL = 0.9  # cosine of the gradient's change with the same in fp32 below which a reader is warned
-ALONG = 0.1  # share by which the realised move, along the intended one, may miss the radius
 
 
 @dataclass
@@ -373,20 +371,13 @@ def doubt_about_time(section: Section) -> str:
 
 
 def imprecise(section: Section) -> dict[str, str]:
-    """Returns the methods whose gradient the compute precision distorts, as far as their runs
-    measured it, and how far."""
+    """Returns the methods to whose rule rounding does harm, as far as their runs measured it, and
+    which."""
     found = {}
     for method in section.best:
-        runs = {id(run): run for axis in AXES for run in section.chosen[axis][method].runs}.values()
-        fidelity = np.concatenate([run.curve("step", "sharpness/fidelity")[1] for run in runs])
-        along = np.concatenate([run.curve("step", "sharpness/realised_along")[1] for run in runs])
-        told = []
-        if len(fidelity) and fidelity.min() < FAITHFUL:
-            told.append(f"the cosine of the gradient's change with the same in fp32 is down to {fidelity.min():.2f}")
-        if len(along) and abs(along - 1).max() > ALONG:
-            told.append(f"the realised move is {along[abs(along - 1).argmax()]:.2f} of the radius along the intended one")
-        if told:
-            found[method] = " and ".join(told)
+        harms = [run.harm for axis in AXES for run in section.chosen[axis][method].runs if run.harm]
+        if harms:
+            found[method] = harms[0]
     return found
 
 

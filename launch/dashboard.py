@@ -74,11 +74,12 @@ def sections() -> list[tuple[str, str, list[Any]]]:
             lines("log-normaliser", "step", "logits/log_normaliser"),
             lines("entropy of predictions (nats)", "step", "logits/entropy"),
         ]),
-        ("Sharpness", "The realised radius and cosine say whether bf16 followed the move; where the cosine is low, curvature means nothing.", [
+        ("Sharpness", "The component along says whether bf16 followed the move, fidelity whether the rule's change of the gradient did.", [
             lines("curvature along the ascent", "step", "sharpness/curvature"),
             lines("loss at the moved weights minus clean loss (nats)", "step", "sharpness/gap"),
             lines("cosine of clean and rule's gradient", "step", "sharpness/cosine"),
-            lines("realised cosine of the move", "step", "sharpness/realised_cosine"),
+            lines("realised move: cosine with the intended one, component along it", "step", "sharpness/realised_cosine", "sharpness/realised_along"),
+            lines("fidelity: cosine of the change of the gradient with its fp32 self", "step", "sharpness/fidelity"),
             lines("radius: wanted and realised", "step", "sharpness/rho", "sharpness/realised_radius"),
             lines("functional and logit part of SAM's change (optim.diagnostics_every)", "step", "sharpness/delta_func", "sharpness/delta_logit"),
         ]),

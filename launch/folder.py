@@ -15,6 +15,7 @@ from conf.schema import KEYS, Config, check_value, lookup
 from data.files import DamagedFile, check, parse_json, read_bytes, read_json
 from launch.config import name_files
 from model.checkpoint import read_config
+from optim.diagnostics import unfaithful
 
 MOST = 2**34  # bytes of metrics.jsonl
 REMEDY = "bring it back, or go on from the checkpoint in another folder, dir=NEW init.run=THIS init.optimizer=true"
@@ -82,6 +83,14 @@ def parse_row(line: bytes, number: int, file: Path) -> Row:
 def read_rows(file: Path) -> list[Row]:
     """Returns the rows of a metrics.jsonl, oldest first. Raises DamagedFile for a line that is none."""
     return [parse_row(line, number, file) for number, line in enumerate(lines_of(file), 1)]
+
+
+def harm(file: Path) -> str:
+    """Returns what rounding does to the rule of a run, by the first row of its metrics.jsonl that tells; nothing where none does."""
+    try:
+        return next(filter(None, map(unfaithful, read_rows(file))), "")
+    except DamagedFile:
+        return ""  # whoever needs the rows says so
 
 
 def counted_lines(file: Path, logged: int, counted: Counted | None) -> list[bytes]:

@@ -11,6 +11,7 @@ from types import FrameType
 
 import torch
 
+from launch.folder import harm
 from launch.jobs import PATIENCE, Job, reason
 from launch.preemption import EXIT_PREEMPTED, IN_ORDER, SIGNALS
 
@@ -101,6 +102,8 @@ def run_all(jobs: list[Job], n_jobs: int | None) -> int:
                     how = "done" if not code else "stopped" if signals or code == EXIT_PREEMPTED else "failed"
                     ended[how].append(run.job)
                     print(f"{how} {run.job.run.name}", flush=True)
+                    if text := harm(run.job.run / "metrics.jsonl"):
+                        print(f"warning: {run.job.run.name}: {text}", flush=True)
             time.sleep(POLL)
     finally:
         for number, handler in previous.items():

@@ -21,9 +21,9 @@ from torch import nn
 from conf.schema import Config, ParallelConfig
 from launch.config import micro_sequences, num_groups
 from launch.process import choose_precision, num_processes
-from model.gpt import GPT, QUERIES, SHORT, VOCAB_MULTIPLE, GPTConfig
+from model.gpt import GPT, QUERIES, SHORT, GPTConfig
 from model.logits import BLOCK_ELEMENTS, CHUNK_ELEMENTS, even
-from optim.axes import choose, needs_gradient, terms_of
+from optim.axes import choose, needs_gradient, takes_ieee_passes, terms_of
 
 Parts = Counter[str]  # bytes of what lives at a moment, by what it is; they add up
 LOOKED_AT = 512  # tokens whose logits a logged row describes
@@ -79,16 +79,11 @@ class Head:
     """The head over the `tokens` of a micro-batch (see model.logits.sweep), on a kind of device, s = `size`."""
 
     width: int
-    vocab_size: int
+    V: int  # rows of the unembedding
     softcap: bool
     tokens: int
     device: str
     size: int
-
-    @property
-    def V(self) -> int:
-        """Rows of the unembedding."""
-        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
     def table(self) -> int:
@@ -154,6 +149,7 @@ class Passes:
     checkpointing: bool
     parallel: ParallelConfig
     shards: int | None  # None without FSDP
+    gathered_size: int  # bytes of a number of a block that FSDP gathers
 
     @property
     def gradients(self) -> int:
@@ -172,14 +168,15 @@ class Passes:
 
     @property
     def casts(self) -> Parts:
-        """The casts of weights that autocast keeps; FSDP gathers in the compute precision, which leaves nothing to cast."""
-        return Parts({"casts of weights": 2 * self.shape.num_layers * self.held.block * (self.head.size == 2 and self.shards is None)})
+        """The casts of weights that autocast keeps; there is nothing to cast where FSDP gathers in the compute precision."""
+        casts = self.head.size == 2 and (self.shards is None or self.gathered_size == 4)
+        return Parts({"casts of weights": 2 * self.shape.num_layers * self.held.block * casts})
 
     def gathered(self, blocks: int) -> Parts:
         """The root and so many blocks."""
         if self.shards is None:
             return Parts()
-        return Parts({"gathered": 4 * self.held.root + self.head.size * blocks * self.held.block})
+        return Parts({"gathered": 4 * self.held.root + self.gathered_size * blocks * self.held.block})
 
     def forward(self, live: Parts, gradients: bool) -> Parts:
         """A forward that keeps nothing, at its head, whose r may be spent on another point."""
@@ -216,7 +213,8 @@ class Passes:
             found = Parts({"gradients": known + 4 * self.shape.width * self.shape.hidden_width + pending if known else 4 * (done + grown)})
         else:
             reduced, blocks = 4 * n.block if done and not self.waits else 0, left if self.staying else min(left, 2)
-            found = self.gathered(blocks) + Parts({"gathered": reduced + s * grown, "gradients": known or self.share(done)})
+            grown *= self.gathered_size
+            found = self.gathered(blocks) + Parts({"gathered": reduced + grown, "gradients": known or self.share(done)})
         return found + Parts({"head": 4 * self.head.table})
 
     def share(self, numbers: int) -> int:
@@ -245,22 +243,23 @@ def planned_precision(config: Config) -> torch.dtype:
     return torch.bfloat16 if elsewhere else choose_precision(config.precision, torch.device(planned_device(config)))
 
 
-def passes_of(config: Config, shape: GPTConfig) -> Passes:
-    """The passes of a configuration."""
+def passes_of(config: Config, shape: GPTConfig, exact: bool = False) -> Passes:
+    """The passes of a configuration, or those that it takes in IEEE fp32 (`exact`)."""
     optim, parallel, world, device = config.optim, config.parallel, num_processes(config.parallel), planned_device(config)
     moves = optim.path != "none"
-    size = 4 if moves and optim.compute == "fp32" else planned_precision(config).itemsize
+    size = 4 if exact or (moves and optim.compute == "fp32") else planned_precision(config).itemsize
     shards = None if parallel.name == "single" else world // (parallel.replicas if parallel.name == "hsdp" else 1)
     micro = micro_sequences(config)
     return Passes(
         shape,
         held(shape, optim.parameters if moves else "all", shards or 1),
         block(shape, config.batch.length, device, size),
-        Head(shape.width, shape.vocab_size, shape.logit_softcap is not None, micro * config.batch.length, device, size),
+        Head(shape.width, shape.padded_vocab_size, shape.logit_softcap is not None, micro * config.batch.length, device, size),
         config.batch.sequences // (micro * world * num_groups(config)),
         config.activation_checkpointing,
         parallel,
         shards,
+        4 if takes_ieee_passes(optim) else size,
     )
 
 
@@ -296,7 +295,7 @@ def moments(config: Config, shape: GPTConfig, logged: bool) -> Iterator[tuple[st
     kept = Parts({"cotangents": h * (rebuild or terms.logit != 0)})
     if optim.weights == "delta":
         noise = moved * (1 if optim.delta_probe == "central" else 3)
-        yield "probe", passes.forward(before + others + Parts({"copies of the rule": noise + moved}), gradients=False)
+        yield "probe", passes_of(config, shape, exact=True).forward(before + others + Parts({"copies of the rule": noise + moved}), gradients=False)
     if takes:
         yield from passes.moments(before + kept, 0, logged, passes.head.sweep(stored=store))
         yield from passes.moments(before + kept + others, 0, False, passes.head.sweep(stored=store))

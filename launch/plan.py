@@ -70,7 +70,10 @@ def make_plan(config: Config) -> Plan:
     perturbed = plain
     if optim.path != "none":
         refuse_nothing_to_move(model, optim)
-        perturbed = forward.of(*passes(optim, store=optim.cotangent != "rebuild", instances=config.batch.sequences // num_groups(config)))
+        groups = config.parallel.replicas if optim.scope == "replica" else num_groups(config)
+        rough = planned_precision(config) != torch.float32 and optim.compute == "precision"
+        cost = passes(optim, store=optim.cotangent != "rebuild", instances=config.batch.sequences // groups, rough=rough)
+        perturbed = forward.of(*cost)
     schedule = build_schedule(config.schedule, optim, tokens_per_step, counted, perturbed / plain)
     tenth = max(1, schedule.steps // 10)
     plan = Plan(
@@ -143,7 +146,7 @@ def describe(config: Config, plan: Plan, name: str) -> str:
         ("tokens per parameter", f"{tokens / plan.num_non_embedding:.2f} without embeddings, {tokens / plan.num_parameters:.2f} with"),
         ("evaluation", f"every {plan.evaluation_every:,} steps; rows every {plan.tracking_every:,}; checkpoints every {plan.checkpoint_every:,}"),
         ("FLOPs", f"{plan.flops:.3e} in all, {plan.flops_per_step:.3e} a {'plain ' * bool(moved)}step "
-                  "(forward and backward, the head counted exactly)"),
+                  "(forward and backward, the head with its padded rows)"),
         *([("perturbed steps", f"{moved:,}, each {plan.flops_per_perturbed_step / plan.flops_per_step:.2f} plain ones in FLOPs")] if moved else []),
         ("memory, about", f"{human(memory.total)}{' a process' * (world > 1)} on {where}, fullest in the {memory.moment} = "
                           + " + ".join(f"{human(size)} {part}" for part, size in memory.parts.items() if size)),

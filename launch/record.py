@@ -18,6 +18,7 @@ from launch.jobs import Job, read_jobs, reason
 from launch.lock import is_in_use, owner_in
 from launch.watchdog import Failure
 from model.checkpoint import checkpoints, read_state
+from optim.diagnostics import unfaithful
 
 # Rows with one of these are always read: they are few.
 KEPT = (b'"val/loss"', b'"sharpness/delta_func"', b'"sharpness/fidelity"')
@@ -54,6 +55,7 @@ class Record:
     columns     its rows, by name of the figure: arrays of one length, nan where a row has none
     summary     its final figures
     measured_on what its validation loss was taken on, as far as the folder tells
+    harm        what rounding did to its rule, where a row that was read tells
     hardware    what its last start ran on
     """
 
@@ -66,6 +68,7 @@ class Record:
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     measured_on: dict[str, Any] = field(default_factory=dict)
+    harm: str = ""
     hardware: str = ""
 
     @property
@@ -128,6 +131,7 @@ def read_run(folder: Path) -> Record:
         rows = read_sampled(folder / "metrics.jsonl")
         record.columns = columns(rows)
         record.summary = read_summary(folder) or {}
+        record.harm = next(filter(None, map(unfaithful, rows)), "")
         record.state, record.reason = ending(folder, record.summary, rows)
         start = last_start(folder)
         record.hardware = ", ".join(start.devices) or start.cpu

@@ -93,9 +93,19 @@ class Interval:
         yield
         self.began += time.perf_counter() - began
 
-    def speeds(self, progress: Progress, waited: float, plan: Plan, recomputes: bool, device: torch.device) -> dict[str, float]:
-        """Tokens a second and the share of time that `waited`, seconds of waiting for data, grew by; on GPUs their memory and, where their
-        peak is known, the share of it that AdamW's passes would need (mfu) and that was executed, recomputed blocks included."""
+    def speeds(self, progress: Progress, waited: float, plan: Plan, recomputes: bool, device: torch.device, world: int) -> dict[str, float]:
+        """Returns the speeds of a row: tokens a second over all processes and the share of time spent waiting for data; on GPUs their memory
+        and, where their peak is known, the shares of all devices' peak that AdamW's passes would need (mfu) and that was executed, recomputed
+        blocks included (hardware_mfu).
+
+        Args:
+            progress: how far the run has come
+            waited: seconds of waiting for data so far
+            plan: what a step costs
+            recomputes: whether the backward runs the forward of each block again
+            device: of this process
+            world: the number of processes, each with a device of its own
+        """
         seconds = time.perf_counter() - self.began
         found = {"perf/tokens_per_second": (progress.tokens - self.first.tokens) / seconds, "perf/data_wait": (waited - self.waited) / seconds}
         if device.type == "cuda":
@@ -104,7 +114,8 @@ class Interval:
             useful = plan.flops_per_step * (progress.step - self.first.step)
             recomputed = recomputes * (plan.forward.body + plan.forward.attention) * plan.tokens_per_step
             executed = progress.flops - self.first.flops + recomputed * (progress.backwards - self.first.backwards)
-            found |= {"perf/mfu": useful / seconds / peak, "perf/hardware_mfu": executed / seconds / peak}
+            available = seconds * peak * world
+            found |= {"perf/mfu": useful / available, "perf/hardware_mfu": executed / available}
         return found
 
 

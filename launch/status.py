@@ -14,7 +14,7 @@ from conf.schema import key
 from data.files import DamagedFile
 from launch.config import parse, user_errors
 from launch.console import harmless_output
-from launch.folder import read_rows
+from launch.folder import harm, read_rows
 from launch.jobs import Job, queue, read_jobs, reason, state
 from launch.lock import is_in_use
 from launch.record import find_runs, read_run
@@ -99,9 +99,11 @@ def show(lines: list[Line]) -> None:
 
 
 def line_of(job: Job, kind: str) -> Line:
-    """Returns what there is to say about a job: how far it is, or why it ended."""
+    """Returns what there is to say about a job: how far it is, or why it ended, and what rounding does to its rule, if it does."""
+    harmed = harm(job.run / "metrics.jsonl")
+    warning = f"\n         warning: {harmed}" if harmed else ""
     if kind == "running":
-        return Line(kind, job.run.name, progress(job.run, job.steps))
+        return Line(kind, job.run.name, progress(job.run, job.steps) + warning)
     if kind == "waiting":
         return Line(kind, job.run.name, f"  job {job.job_id}" if job.job_id else "")
     if kind == "new":
@@ -109,7 +111,7 @@ def line_of(job: Job, kind: str) -> Line:
     if kind in ("stopped", "failed"):
         line, log = reason(job)
         return Line(kind, job.run.name, f"\n         {line}\n         {log}")
-    return Line(kind, job.run.name, "")
+    return Line(kind, job.run.name, warning)
 
 
 def plain_runs(folder: Path, jobs: list[Job]) -> list[Line]:
@@ -122,7 +124,7 @@ def plain_runs(folder: Path, jobs: list[Job]) -> list[Line]:
         record = read_run(run)
         kind = OF_RECORDS.get(record.state, "failed")
         name = str(run.relative_to(folder)) if run != folder else run.name
-        said = f"\n         {record.reason}" if record.reason else ""
+        said = "".join(f"\n         {line}" for line in (record.reason, record.harm and f"warning: {record.harm}") if line)
         lines.append(Line(kind, name, progress(run, None) if kind == "running" else said))
     return lines
 

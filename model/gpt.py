@@ -91,6 +91,11 @@ class GPTConfig:
             return self.mlp_width
         return -(-8 * self.width // (3 * 64)) * 64 if self.activation == "swiglu" else 4 * self.width
 
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and of the head, padding included."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
 
 class KeyValueCache:
     """The keys and values that one block has computed so far, each B x H x T x D/H."""
@@ -247,16 +252,15 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         device = torch.get_default_device()
-        padded_vocab_size = -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         with torch.device("meta"):
-            self.embedding = table(padded_vocab_size, config.width)
+            self.embedding = table(config.padded_vocab_size, config.width)
             if config.positions == "learned":
                 self.positions = table(config.max_length, config.width)
             self.dropout = nn.Dropout(config.dropout)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
             self.norm = build_norm(config, config.width)
             if not config.tied:
-                self.head = nn.Linear(config.width, padded_vocab_size, bias=False)
+                self.head = nn.Linear(config.width, config.padded_vocab_size, bias=False)
         if device.type != "meta":
             self.to_empty(device=device)
             self.init_weights(seed)
@@ -265,6 +269,12 @@ class GPT(nn.Module):
     def unembedding(self) -> Tensor:
         """U_VxD, padded rows included; the embedding where the head is tied."""
         return self.embedding.weight if self.config.tied else self.head.weight
+
+    @property
+    def unpadded_rows(self) -> dict[str, int]:
+        """Rows that are the vocabulary's own, by name, of the parameters that are padded."""
+        names = ["embedding.weight"] if self.config.tied else ["embedding.weight", "head.weight"]
+        return dict.fromkeys(names, self.config.vocab_size)
 
     def hidden(self, tokens_BxT: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
         """Final hidden states h_BxTxD, which the head turns into logits. `caches`, one per block, hold the past."""

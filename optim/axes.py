@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from conf.schema import DIRECTIONS, RuleConfig, check_value
+from conf.schema import DIRECTIONS, OptimConfig, RuleConfig, check_value
 from optim.direction import Direction
 from optim.gradient import ascending
 
@@ -44,6 +44,11 @@ def needs_gradient(axes: RuleConfig) -> bool:
     return direction.needs_gradient or direction.saw is not Direction.saw or with_gradient or axes.combine != "replace" or terms_of(axes).clean != 0
 
 
+def takes_ieee_passes(optim: OptimConfig) -> bool:
+    """Whether a run takes any passes in IEEE fp32 whatever its precision, so that weights must not be gathered in less."""
+    return optim.path != "none" and (optim.compute == "fp32" or optim.weights == "delta" or optim.diagnostics_every is not None)
+
+
 class Passes(NamedTuple):
     """What a step costs: passes through the body and matrix products with the head, in units of the batch; the plain gradient by default."""
 
@@ -52,14 +57,21 @@ class Passes(NamedTuple):
     head_products: float = 3.0
 
 
-def passes(axes: RuleConfig, store: bool, instances: int) -> Passes:
-    """What a perturbed step costs, with cotangents stored or rebuilt, in groups of so many instances; what `SharpnessAware` counts as it goes."""
+def passes(axes: RuleConfig, store: bool, instances: int, rough: bool = False) -> Passes:
+    """Returns what a perturbed step costs, which is what `SharpnessAware` counts as it goes.
+
+    Args:
+        axes: of the rule
+        store: whether cotangents are stored, or else rebuilt
+        instances: of a group, over all processes
+        rough: whether the rule's passes round to less than IEEE fp32, so that delta-SAM takes its losses between the probes once more
+    """
     terms, needs, share = terms_of(axes), needs_gradient(axes), ascending(axes.ascent_fraction, instances) / instances
     forwards = backwards = products = 0.0
     if needs or terms.functional or terms.logit:
         forwards, backwards, products = 1, share * needs, 1 + 2 * share * needs
     if axes.weights == "delta":
-        probes = 2 if axes.delta_probe == "central" else 3
+        probes = (2 if axes.delta_probe == "central" else 3) + rough
         forwards, products = forwards + probes, products + probes
     products += 3 * bool(terms.full) + 3 * bool(terms.logit) + (2 if store else 3) * bool(terms.functional)
     moved = bool(terms.full or terms.functional)
@@ -136,6 +148,19 @@ def kinds(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str
         )
 
     return {name: kind(p) for name, p in parameters.items()}
+
+
+def multiplied(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> set[str]:
+    """The names of the parameters that matrix products take, and that autocast therefore rounds: matrices, and the biases beside them. Look-ups
+    of embeddings and positions, norms, and scales of their own are not; an embedding that is the head as well is."""
+
+    def multiplies(owner: nn.Module, parameter: Tensor) -> bool:
+        weight = getattr(owner, "weight", parameter)
+        return not isinstance(owner, nn.Embedding) and "Norm" not in type(owner).__name__ and max(parameter.ndim, weight.ndim) >= 2
+
+    found = {id(p) for owner in module.modules() for p in owner.parameters(recurse=False) if multiplies(owner, p)}
+    found.add(id(getattr(module, "unembedding", None)))
+    return {name for name, p in parameters.items() if id(p) in found}
 
 
 def choose(module: nn.Module, parameters: Mapping[str, nn.Parameter], pattern: str) -> dict[str, nn.Parameter]:

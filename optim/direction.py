@@ -28,6 +28,7 @@ class Direction:
     needs_gradient    whether q is made of the clean gradient of this step; without, the clean pass is spared
     sign              of the move: +1, or -1 where q points downhill
     seed              of noise, on every process that of the first; torch's when the rule was made
+    rows              of a parameter, by name, without the padding of a vocabulary, where it has some
     state             tensors by name that the next step depends on; a checkpoint keeps them"""
 
     needs_gradient = True
@@ -36,10 +37,15 @@ class Direction:
     def __init__(self, axes: RuleConfig, optimizer: Optimizer) -> None:
         self.axes, self.optimizer, self.step, self.seed = axes, optimizer, 0, torch.initial_seed()
         self.state: dict[str, Tensor] = {}
+        self.rows: dict[str, int] = {}
 
     def __call__(self, name: str, parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
         """q of one parameter, given its clean gradient where `needs_gradient`; None leaves the parameter where it is."""
         return gradient
+
+    def noise(self, name: str, parameter: Tensor, kind: str = "") -> Tensor:
+        """Standard normal numbers of this step for a parameter, 0 where it is padding; another `kind` has others."""
+        return noise(parameter, self.seed, self.step, kind + name, self.rows.get(name))
 
     def saw(self, gradients: dict[str, Tensor]) -> None:
         """Is told the clean gradient of the step, by name, after q was made; over all groups of a step, each weighted by its tokens."""
@@ -115,12 +121,13 @@ class Random(Direction):
     needs_gradient = False
 
     def __call__(self, name: str, parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
-        return noise(parameter, self.seed, self.step, name)
+        return self.noise(name, parameter)
 
 
-def noise(like: Tensor, seed: int, step: int, name: str) -> Tensor:
+def noise(like: Tensor, seed: int, step: int, name: str, rows: int | None = None) -> Tensor:
     """Standard normal numbers in the shape of a parameter, block by block from generators of their own, seeded by (seed, step, name,
-    block); of a sharded one this process's part. On CPUs, where a generator works in one thread, several draw at once."""
+    block); of a sharded one this process's part. Past so many `rows` they are 0: padding that no loss sees would take its share of a
+    radius. On CPUs, where a generator works in one thread, several draw at once."""
     full = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     drawn = [block for (block,) in blocks(full)]
 
@@ -132,6 +139,8 @@ def noise(like: Tensor, seed: int, step: int, name: str) -> Tensor:
     else:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             list(pool.map(draw, range(len(drawn))))
+    if rows is not None:
+        full[rows:] = 0
     return sharded_as(shard_of(full, like), like)
 
 

@@ -13,7 +13,8 @@ class ForwardFlops:
                                                 of the MLP, 3 for SwiGLU, else 2 (24 D^2 L at G d = D, M = 4 D, n = 2)
     attention  4 T D L                          q k^T and its product with v over the whole T x T square, as PaLM counts (2204.02311,
                                                 appendix B); good kernels skip the half of it that causality hides
-    head       2 D V                            exactly; the embedding look-up costs nothing
+    head       2 D V                            over all V rows of the head, the vocabulary's padding included, as the product runs; the
+                                                embedding look-up costs nothing
     """
 
     body: int
@@ -34,4 +35,5 @@ def forward_flops(config: GPTConfig, length: int) -> ForwardFlops:
     """The forward FLOPs per token of a model on sequences of `length` tokens."""
     D, M, L, kv = config.width, config.hidden_width, config.num_layers, config.kv_heads * config.head_width
     maps = 3 if config.activation == "swiglu" else 2
-    return ForwardFlops(body=2 * (2 * D * D + 2 * D * kv + maps * D * M) * L, attention=4 * length * D * L, head=2 * D * config.vocab_size)
+    body = 2 * (2 * D * D + 2 * D * kv + maps * D * M) * L
+    return ForwardFlops(body, attention=4 * length * D * L, head=2 * D * config.padded_vocab_size)

@@ -41,7 +41,7 @@ class RuleResult:
     finite: bool = True
     perturbed: bool = False
 
-    def count(self, share: float, forwards: int = 0, backwards: int = 0, head_products: int = 0) -> None:
+    def count(self, share: float, forwards: int = 0, backwards: float = 0, head_products: float = 0) -> None:
         """Adds passes over a share of the batch."""
         self.forwards += share * forwards
         self.backwards += share * backwards
@@ -62,10 +62,12 @@ class Micro:
     counted_B: Tensor  # counted targets of each instance
     tokens: int  # and of all of them, over all processes
     share: float  # of the instances of the batch
-    ascends: bool = True  # the ascent gradient is taken on it
+    ascends: float = 1.0  # the share of its instances, over all processes, on which the ascent gradient is taken
+    chosen_B: Tensor | None = None  # which of this process's, where its pass takes others along
     cotangent: Cotangent = field(init=False)  # r at the clean weights
     spent: Cotangent = field(init=False)  # r at the moved weights, spent at the clean ones
     offsets_B: Tensor | None = None  # of delta-SAM's probes
+    centres_B: Tensor | None = None  # and losses between them, where the clean pass rounds more than they do
     weights_B: Tensor | None = None  # of delta-SAM
 
 
@@ -193,16 +195,38 @@ def ascending(fraction: float, instances: int) -> int:
     return max(1, round(fraction * instances))
 
 
-def cut(group: list[Micro], fraction: float) -> list[Micro]:
-    """The micro-batches of a group, cut such that those that ascend are whole: together the first so many of its instances, at least one."""
-    left, parts = ascending(fraction, sum(len(micro.targets) for micro in group)), []
-    for micro in group:
-        size = len(micro.targets)
-        for begin, end, ascends in ((0, min(left, size), True), (min(left, size), size, False)):
-            if begin < end:
-                rows = slice(begin, end)
-                inputs = {key: value[rows] for key, value in micro.inputs.items()} if hasattr(micro.inputs, "items") else micro.inputs[rows]
-                share, counted_B = micro.share * (end - begin) / size, micro.counted_B[rows]
-                parts.append(Micro(inputs, micro.targets[rows], counted_B, 0, share, ascends))
-        left = max(0, left - size)
+def cut(group: list[Micro], fraction: float, sizes_KxP: list[list[int]], place: int) -> list[Micro]:
+    """Returns the micro-batches of a group, cut into those on which the ascent gradient is taken and those on which it is not: it is taken on
+    the first instances of the group, over micro-batches, then processes, then the instances of a process.
+
+    All processes must make the same passes. So where a micro-batch is cut at another instance on each process, as many ascend on all of
+    them as on the one with the most, those of them that should not with a weight of 0.
+
+    Args:
+        group: the micro-batches of this process
+        fraction: the share of the group's instances that ascends
+        sizes_KxP: the instances of each micro-batch on each process that shares the group
+        place: of this process among these
+    """
+    left = ascending(fraction, sum(map(sum, sizes_KxP)))
+    parts = []
+    for micro, sizes_P in zip(group, sizes_KxP, strict=True):
+        chosen = min(left, sum(sizes_P))
+        left -= chosen
+        chosen_P = [min(max(0, chosen - sum(sizes_P[:p])), size) for p, size in enumerate(sizes_P)]
+        whole = chosen == 0 or min(sizes_P) <= max(chosen_P)
+        ends_P = sizes_P if whole else [max(chosen_P)] * len(sizes_P)
+        first = part_of(micro, slice(0, ends_P[place]), chosen / max(1, sum(ends_P)))
+        if chosen not in (0, sum(ends_P)):
+            first.chosen_B = (torch.arange(ends_P[place]) < chosen_P[place]).to(first.targets.device)
+        parts.append(first)
+        if ends_P[place] < sizes_P[place]:
+            parts.append(part_of(micro, slice(ends_P[place], sizes_P[place]), 0.0))
     return parts
+
+
+def part_of(micro: Micro, rows: slice, ascends: float) -> Micro:
+    """Returns some instances of a micro-batch, a share of which ascends."""
+    inputs = {key: value[rows] for key, value in micro.inputs.items()} if hasattr(micro.inputs, "items") else micro.inputs[rows]
+    targets = micro.targets[rows]
+    return Micro(inputs, targets, micro.counted_B[rows], 0, micro.share * len(targets) / max(1, len(micro.targets)), ascends)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +109,11 @@ def ieee_fp32(device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = cudnn
 
 
+def rounds(device: torch.device) -> bool:
+    """Whether matrix products on a device keep less than IEEE fp32, by autocast or TF32."""
+    return torch.is_autocast_enabled(device.type) or torch.get_float32_matmul_precision() != "highest"
+
+
 def random_state() -> dict[str, Tensor]:
     """The states of torch's generators, CUDA's where it is in use: asking for it would take memory of a device that nobody else does."""
     state = {"cpu": torch.get_rng_state()}
@@ -123,21 +129,30 @@ def set_random_state(state: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def realised(parameters: Sequence[Tensor], saved: Sequence[Tensor], dtype: torch.dtype) -> tuple[float, float, list[float]]:
-    """Norm of the move as matrix products in `dtype` see it (matrices are cast, vectors are not), its cosine with the intended move, and
-    the intended |e|^2 of every parameter."""
+class Realised(NamedTuple):
+    """What the passes see of a move: its norm, its inner product and its cosine with the move of the weights as they are stored, and the
+    |e|^2 of that one, of every parameter."""
+
+    norm: float
+    product: float
+    cosine: float
+    squares: list[float]
+
+
+def realised(parameters: Sequence[Tensor], saved: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Realised:
+    """Returns what became of a move where each parameter is rounded to a dtype before it is used."""
     sums = []
-    for now, before in zip(parameters, saved, strict=True):
+    for now, before, dtype in zip(parameters, saved, dtypes, strict=True):
         total = torch.zeros(3, dtype=torch.float64, device=now.device)
         for w, kept in blocks(local(now), before):
             intended = w - kept
-            seen = w.to(dtype).to(w.dtype) - kept.to(dtype).to(w.dtype) if now.ndim >= 2 else intended
+            seen = w.to(dtype).to(w.dtype) - kept.to(dtype).to(w.dtype)
             total += torch.stack([seen.square().sum(), intended.square().sum(), (seen * intended).sum()])
         sums.append(total)
     found = summed(torch.stack(sums), parameters)
     seen_squared, intended_squared, product = found.sum(0).tolist()
     cosine = product / max(math.sqrt(seen_squared * intended_squared), 1e-300)
-    return math.sqrt(seen_squared), cosine, found[:, 1].tolist()
+    return Realised(math.sqrt(seen_squared), product, cosine, found[:, 1].tolist())
 
 
 def free_memory(device: torch.device) -> int:

@@ -17,14 +17,14 @@ from torch.optim import Optimizer
 from conf.schema import DIRECTIONS, OptimConfig, RuleConfig
 from model.gpt import GPT
 from model.logits import compute_dtype
-from model.sharding import all_min, all_sum, gathered, local, shard_of, sharded_as, summed
+from model.sharding import all_min, all_sum, gathered, local, shard_of, sharded_as, sharded_modules, summed
 from optim import delta
 from optim.adapter import Adapter
-from optim.axes import Terms, check_optimizer, choose, kinds, make_axes, needs_gradient, terms_of
-from optim.diagnostics import clean_loss, decompose, look_at_move
+from optim.axes import Terms, check_optimizer, choose, kinds, make_axes, multiplied, needs_gradient, terms_of
+from optim.diagnostics import clean_loss, decompose, look_at_move, measure_fidelity, warn_of_rounding
 from optim.direction import Direction, length, scaled
 from optim.gradient import Gradient, Micro, RuleResult, cut, named_gradients, plus, take_gradients
-from optim.perturbation import dot, free_memory, ieee_fp32, moved, norm, random_state, same_buffers, set_random_state
+from optim.perturbation import dot, free_memory, ieee_fp32, moved, norm, random_state, rounds, same_buffers, set_random_state
 from optim.schedule import Schedule
 
 
@@ -48,7 +48,7 @@ class SharpnessAware(Gradient):
         weights      of the instances in the ascent loss: uniform, or delta                      (`optim.delta`)
         scope        batch: one e for the whole batch. micro_batch (mSAM, 2302.09693): one for each element of `batches`, and the
                      gradients at their t + e_i averaged by counted tokens. replica: one for what each replica has of the batch
-        ascent_fraction    the share of the group's instances, the first ones, on which the ascent gradient is taken
+        ascent_fraction    the share of the group's instances, its first ones over all processes, on which the ascent gradient is taken
 
     and afterwards g_rule may be combined with g:
 
@@ -77,9 +77,11 @@ class SharpnessAware(Gradient):
         self.optimizer, self.rho, self.step = optimizer, self.axes.rho, 0
         self.moving = choose(self.module, self.parameters, self.axes.parameters)
         self.kinds = kinds(self.module, self.parameters)
+        self.multiplied = multiplied(self.module, self.parameters)
         check_optimizer(self.axes, optimizer, self.moving)
         self.direction: Direction = DIRECTIONS[self.axes.direction](self.axes, optimizer)
         self.direction.seed = self.layout.collected(self.direction.seed)[0]  # each process cuts its shards out of the same noise
+        self.direction.rows = self.module.unpadded_rows if isinstance(self.module, GPT) else {}
         self.terms = terms_of(self.axes)
         self.memory: dict[str, Tensor] = {}  # LookSAM's g_v
         self.room: dict[int, Tensor | None] = {}  # of stored cotangents: fresh memory of this size would be paid for page by page
@@ -148,11 +150,13 @@ class SharpnessAware(Gradient):
             with ieee_fp32(self.device) if self.axes.compute == "fp32" else nullcontext():
                 if diagnose:
                     decompose(self, groups[0], result)
+                    measure_fidelity(self, groups[0], result)
                 # Every group, so that the random stream ends where a plain step leaves it.
                 result.finite = all([self.one_group(group, result, self.terms, clean, logged, diagnose) for group in groups])
         self.add_up(result)
         if result.finite:
             self.conclude(step, clean, result, logged)
+            warn_of_rounding(self, result)
         else:
             take_gradients(self.parameters)
         return result
@@ -169,7 +173,8 @@ class SharpnessAware(Gradient):
         looked = bool(self.needs_gradient or terms.functional or terms.logit)
         if looked:
             if self.axes.ascent_fraction < 1:
-                self.count_tokens(group := cut(group, self.axes.ascent_fraction), self.add)
+                group = cut(group, self.axes.ascent_fraction, *self.sizes(group))
+                self.count_tokens(group, self.add)
             with self.layout.apart() if self.axes.scope == "replica" else nullcontext():
                 gradients = self.clean_pass(group, terms, weight, result, random, logged)
         elif diagnose:
@@ -180,6 +185,7 @@ class SharpnessAware(Gradient):
         n = length(self.axes, d, list(q.values())).item()
         if any(self.layout.collected(not math.isfinite(n)) if self.axes.scope == "replica" else [not math.isfinite(n)]):
             return False
+        radius = self.rho * float(norm(d)) / n if logged and n > 0 else 0.0
         if logged and gradients and self.ascends_plainly:
             pairs = [(one, gradients[name]) for name, one in zip(q, d, strict=True) if name in gradients]
             slope = dot([one for one, _ in pairs], [own for _, own in pairs]) / norm(d).clamp_min(1e-30) * self.direction.sign
@@ -199,7 +205,7 @@ class SharpnessAware(Gradient):
                 result.perturbed = True
                 self.moved_pass(group, terms, dict(zip(map(id, moving), copies, strict=True)), weight, result, random, logged, diagnose)
                 if logged and moving:
-                    look_at_move(self, moving, copies, terms, weight, result)
+                    look_at_move(self, moving, copies, radius, terms, weight, result)
             copies.clear()
             if terms.logit:
                 set_random_state(random)
@@ -232,27 +238,33 @@ class SharpnessAware(Gradient):
         axes, tokens = self.axes, max(1, sum(micro.tokens for micro in group))
         counted = torch.stack([micro.counted_B.count_nonzero() for micro in group]).sum()
         if axes.weights == "delta" and int(self.add(counted)) > 1:  # one instance weighs 1
-            with same_buffers(self.module):
-                seed, step = self.direction.seed, self.direction.step
-                offsets = delta.probe(axes, self.module, self.moving, seed, step, lambda: self.instance_losses(group, result, random))
-            for micro, offsets_B in zip(group, offsets, strict=True):
+            centres: list[Any] = [None] * len(group)
+            rough = rounds(self.device)
+            with same_buffers(self.module), ieee_fp32(self.device):
+                offsets = delta.probe(axes, self.module, self.moving, self.direction, lambda: self.instance_losses(group, result, random))
+                if rough:  # c would be a difference between losses of two precisions
+                    centres = self.instance_losses(group, result, random)
+            for micro, offsets_B, centres_B in zip(group, offsets, centres, strict=True):
                 micro.offsets_B = offsets_B
+                micro.centres_B = centres_B
         store = bool(terms.functional) and self.store(group)
         keep_h = bool(terms.logit or (terms.functional and not store))
         set_random_state(random)
         last = [micro for micro in group if micro.ascends][-1]
         for turn, micro in enumerate(group):
-            trained = self.needs_gradient and micro.ascends
+            trained = self.needs_gradient and micro.ascends > 0
             with torch.set_grad_enabled(trained):
                 logits = self.model.lazy_logits(micro.inputs)
                 self.look(logits, micro, result, logged)
-                weigh = partial(delta.weigh, axes, micro.offsets_B) if micro.offsets_B is not None and micro.ascends else None
+                weighs = micro.ascends and (micro.offsets_B is not None or micro.chosen_B is not None)
+                weigh = partial(self.ascent_weights, micro) if weighs else None
                 loss, micro.cotangent = logits.cross_entropy_and_cotangent(micro.targets, 1 / tokens, store, keep_h, weigh, self.room.get(turn))
                 if store:
                     self.room[turn] = micro.cotangent.r_NxV
                 if trained:
                     self.backward(loss, micro is last)
-            result.count(micro.share, forwards=1, backwards=trained, head_products=3 if trained else 1)
+            share = micro.ascends if trained else 0  # what other processes need of this pass is padding
+            result.count(micro.share, forwards=1, backwards=share, head_products=1 + 2 * share)
             result.loss = plus(result.loss, loss * weight)
         found = take_gradients(self.parameters)
         mass = float(sum(micro.tokens for micro in group if micro.ascends))
@@ -265,6 +277,24 @@ class SharpnessAware(Gradient):
         if found and mass not in (0, tokens):  # the mean over what ascends, each instance with its weight
             torch._foreach_mul_(list(found.values()), tokens / mass)
         return found
+
+    def ascent_weights(self, micro: Micro, which: slice, losses_b: Tensor) -> Tensor:
+        """The weights in the ascent loss, up to a factor, of some instances of a micro-batch whose mean losses are given."""
+        weights_b = torch.ones_like(losses_b)
+        if micro.offsets_B is not None:
+            weights_b = delta.weigh(self.axes, micro.offsets_B, which, losses_b if micro.centres_B is None else micro.centres_B[which])
+        return weights_b if micro.chosen_B is None else weights_b * micro.chosen_B[which]
+
+    def sizes(self, group: list[Micro]) -> tuple[list[list[int]], int]:
+        """The instances of each micro-batch on each of the processes that share one perturbation, and the place of this one among them."""
+        place, world = 0, 1
+        if self.axes.scope == "replica":
+            place, world = self.layout.mesh.get_local_rank(), self.layout.mesh.size()
+        elif sharded_modules(self.module):
+            place, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        sizes_KxP = group[0].targets.new_zeros(len(group), world, dtype=torch.int64)
+        sizes_KxP[:, place] = torch.tensor([len(micro.targets) for micro in group])
+        return self.add(sizes_KxP).tolist(), place
 
     def moved_pass(
         self, group: list[Micro], terms: Terms, saved: dict[int, Tensor], weight: float, result: RuleResult, random: dict[str, Tensor],

@@ -61,6 +61,14 @@ class PlainModel:
         }.get(pattern, lambda name: fnmatchcase(name, pattern))
         return self.where(lambda name, p: chosen(name))
 
+    def real(self) -> Tensor:
+        """1 for all weights but those of rows past the vocabulary, which are there for the hardware alone."""
+        real_P = self.where(lambda name, p: True)
+        for name, rows in self.split(real_P).items():
+            if name in ("embedding.weight", "head.weight"):
+                rows[self.model.config.vocab_size :] = 0
+        return real_P
+
 
 class Loss:
     """The mean loss over the counted tokens of some micro-batches; `w_B` weighs the sequences."""
@@ -194,6 +202,7 @@ class PlainRule:
     def __init__(self, plain: PlainModel, axes: Axes) -> None:
         self.plain, self.axes, self.step = plain, axes, 0
         self.mask, self.matrix = plain.perturbed(axes.parameters), plain.where(lambda name, p: p.ndim >= 2)
+        self.noisy = self.mask * plain.real()  # what noise moves
         self.ema = self.last = torch.zeros_like(self.mask)
         self.g_v: Tensor | None = None
 
@@ -237,7 +246,7 @@ class PlainRule:
             "momentum": lambda: -adam.m,
             "stale": lambda: self.last,
             "friendly": lambda: g - self.axes.friendly_sigma * self.ema,
-            "random": lambda: noise[0],
+            "random": lambda: self.noisy * noise[0],
         }
         return choices[self.axes.direction]()
 
@@ -285,8 +294,8 @@ class PlainRule:
     def delta_weights(self, t: Tensor, loss: Loss, *noise: Tensor) -> Tensor:
         """w_i = c_i^p N / sum_j n_j c_j^p, c_i the second difference of l_i along z, or z and z', ~ N(0, sigma^2 rms(t)^2)."""
         a, at, n_B = self.axes, loss.sequence_losses, loss.counted_BxT.sum(1)
-        rms = ((self.mask * t) ** 2).sum().sqrt() / self.mask.sum().sqrt()
-        z = [a.delta_sigma * rms * self.mask * numbers for numbers in noise]
+        rms = ((self.noisy * t) ** 2).sum().sqrt() / self.noisy.sum().sqrt()
+        z = [a.delta_sigma * rms * self.noisy * numbers for numbers in noise]
         if a.delta_probe == "central":
             c_B = (at(t + z[0]) + at(t - z[0]) - 2 * at(t)).abs() / (z[0] @ z[0])
         else:

@@ -43,11 +43,13 @@ def mlp() -> nn.Sequential:
 
 
 def shaken(model: Any) -> Any:
-    """The same with noise on every weight."""
+    """The same with noise on every weight but those that pad a vocabulary, which are 0."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype), alpha=0.1)
+        for name, rows in getattr(model, "unpadded_rows", {}).items():
+            model.get_parameter(name)[rows:] = 0
     return model
 
 

@@ -62,8 +62,12 @@ RULES: dict[str, dict[str, Any]] = {
     "look": {"combine": "reuse", "period": 2},
     "gsam": {"combine": "orthogonal"},
     "head only": {"parameters": "head"},
+    "on a part": {"ascent_fraction": 0.3},
+    "functional on a part": {"path": "functional", "ascent_fraction": 0.6, "cotangent": "rebuild"},
+    "delta on a part": {"weights": "delta", "ascent_fraction": 0.7},
+    "msam on a part": {"scope": "micro_batch", "ascent_fraction": 0.4},
 }
-REPLICA = ("sam", "functional rebuild", "logit", "angle", "preconditioned", "delta", "friendly", "gsam")
+REPLICA = ("sam", "functional rebuild", "logit", "angle", "preconditioned", "delta", "friendly", "gsam", "on a part")
 BF16 = ("adamw", "sam", "functional rebuild")
 SHARDING = {"bf16": {"compute": torch.bfloat16}, "last": {}, "kept": {"reshard_after_forward": False}}
 COPIES = ("adamw", "sam", "functional rebuild", "sam, by replica")  # compared where every process has a whole copy
@@ -152,6 +156,8 @@ def compare(shape: GPTConfig, axes: dict[str, Any], layout: Layout, dtype: torch
         ours = gradients(model, layout) if step < 2 else {}
         if expected and theirs:
             assert result.tokens == expected.tokens
+            spent = [(seen.forwards, seen.backwards) for seen in (result, expected)]
+            assert axes.get("scope") == "replica" or math.dist(*spent) < 1e-9, spent  # a part of the batch is the same part on any processes
             found |= {f"gradient, {layout.sync}": difference(ours, gradients(theirs[0], Layout()))} if ours else {}
             for name in ("loss", "perturbed_loss"):
                 one, other = getattr(result, name), getattr(expected, name)

@@ -13,6 +13,7 @@ and b backward passes over K micro-batches
 and, once a step, the functional path with cotangent=rebuild and the logit path gather the clean head: s V D.
 """
 
+import json
 import os
 import re
 import signal
@@ -26,6 +27,7 @@ import torch
 
 import train
 from launch.config import compose
+from launch.plan import make_plan
 from launch.saver import Saver
 from model import GPT
 from model.parallelize import has_compiler
@@ -162,7 +164,7 @@ def run(world: int, *overrides: str) -> str:
 def overrides(tiny):
     """A run of a few steps that does not depend on the number of processes."""
     return [*tiny, "model.dropout=0", "precision=fp32", "optim.eps=1e-6", "batch.sequences=8", "batch.micro=2", "schedule.steps=12",
-            "optim=friendly_sam", "evaluation.every=4"]  # fmt: skip
+            "optim=friendly_sam", "optim.ascent_fraction=0.4", "evaluation.every=4"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -217,3 +219,33 @@ def test_compiled_blocks_in_shards_give_what_eager_ones_give(tmp_path, overrides
 def test_one_process_may_be_sharded(tmp_path, overrides, whole):
     run(0, *overrides, "parallel=fsdp", f"dir={tmp_path}/run")
     assert_same_curve(rows(tmp_path / "run"), rows(whole))
+
+
+@pytest.mark.parametrize("kind", ["fsdp 2", "fsdp 4", "hsdp 4"])
+def test_speeds_are_those_of_all_processes(tmp_path, overrides, kind):
+    """Tokens a second are all processes' together, and mfu and hardware_mfu are shares of the peak of all of their devices."""
+    name, world = kind.split()
+    program = tmp_path / "with_a_peak.py"
+    program.write_text(
+        "import launch.state, train\nfrom launch import config\nlaunch.state.peak_flops = lambda device: 1e12\nconfig.main(train.main)\n"
+    )
+    keys = [*overrides, "optim=sam", "schedule.steps=3", "tracking.every=3", "activation_checkpointing=true", f"dir={tmp_path}/run"]
+    process = torchrun(int(world), str(program), *keys, f"parallel={name}", "optim.ascent_fraction=1")
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out[-3000:]
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    plan = make_plan(compose([*keys, "optim.ascent_fraction=1"]))
+    a_second = row["perf/tokens_per_second"] / int(world) / 1e12 / plan.tokens_per_step  # steps, for each FLOP/s there is
+    assert row["tokens"] == 3 * plan.tokens_per_step and row["perf/tokens_per_second"] > row["tokens"] / (3 * row["seconds"])
+    assert row["perf/mfu"] == pytest.approx(plan.flops_per_step * a_second, rel=1e-9)
+    recomputed = 2 * (plan.forward.body + plan.forward.attention) * plan.tokens_per_step
+    assert row["perf/hardware_mfu"] == pytest.approx((row["flops"] / 3 + recomputed) * a_second, rel=1e-9)
+
+
+def test_fidelity_in_bf16_shards_is_that_of_one_process(tmp_path, overrides):
+    """On the first micro-batch of all processes, whose blocks IEEE fp32 passes must not find rounded."""
+    keys = [*overrides, "optim=sam", "optim.ascent_fraction=1", "optim.rho=0.01", "precision=bf16", "schedule.steps=1", "optim.diagnostics_every=1"]
+    run(0, *keys, "batch.micro=4", f"dir={tmp_path}/one")
+    run(2, *keys, "parallel=fsdp", f"dir={tmp_path}/two")
+    one, two = (rows(tmp_path / name)[-1]["sharpness/fidelity"] for name in ("one", "two"))
+    assert 0.1 < one < 0.97 and two == pytest.approx(one, abs=0.02)

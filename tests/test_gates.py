@@ -71,4 +71,5 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path):
             assert (found[f"{group}/{name}"] - tensor).abs().max() < 1e-3, name
     assert len(rows(run)) == 13
     for row, known in zip(rows(run), rows(ended), strict=True):
+        known.pop("flops")  # that version did not count the padded rows of the head
         assert_close({figure: row[figure] for figure in known}, known)

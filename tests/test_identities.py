@@ -677,8 +677,11 @@ def test_36_probes_go_where_they_should_and_leave_everything_as_it_was(delta_pro
     probes, clean, moved = points[:count], points[count], points[count + 1]
     assert len(points) == count + 2
     assert torch.equal(clean, before) and torch.equal(weights_of(model), before)
-    rms = before.norm() / math.sqrt(len(before))
-    draws = ([noise(p, rule.direction.seed, 0, f"{kind}/{name}") for name, p in model.named_parameters()] for kind in ("z", "other"))
+    rms = before.norm() / math.sqrt(model.num_parameters())
+    draws = (
+        [noise(p, rule.direction.seed, 0, f"{kind}/{name}", model.unpadded_rows.get(name)) for name, p in model.named_parameters()]
+        for kind in ("z", "other")
+    )
     z, other = (0.15 * rms * flat(draw) for draw in draws)
     expected = [z, -z] if delta_probe == "central" else [z + other, z, other]
     for probe, move in zip(probes, expected, strict=True):

@@ -18,6 +18,7 @@ from model import GPT
 from model.parallelize import parallelize, shard
 from model.sharding import Layout, is_sharded
 from optim import build_optimizer, build_rule
+from optim.axes import takes_ieee_passes
 from tests.fake import fake_processes
 
 SMALL = ["device=cpu", "model.num_layers=4", "model.num_heads=4", "model.width=192", "model.max_length=192", "batch.length=192",
@@ -70,6 +71,8 @@ SHARDED = {
     "4, large vocabulary, llama, few tokens": (4, 1, "precision=fp32", *LARGE_VOCABULARY, *LLAMA, "batch.length=16"),
     "4, large vocabulary, rebuild": (4, 1, "precision=bf16", *LARGE_VOCABULARY, *RULES["functional, rebuild"]),
     "2 x 2, large vocabulary, look": (4, 2, "precision=bf16", *LARGE_VOCABULARY, *RULES["look"]),
+    "2, bf16, delta": (2, 1, "precision=bf16", *RULES["delta"]),
+    "2, bf16, diagnosed now and then": (2, 1, "precision=bf16", "optim=sam", "optim.diagnostics_every=100"),
     "1, bf16": (1, 1, "precision=bf16", "optim=sam"),
 }
 
@@ -136,7 +139,7 @@ def measured(config: Config, plan: Plan, layout: Layout, logged: bool) -> int:
     parallelize(model, "none", config.activation_checkpointing, device)
     if layout.mesh is not None:
         layout.sync = config.parallel.sync
-        shard(model, layout, config.parallel.reshard_after_forward, dtype if dtype == torch.bfloat16 else None)
+        shard(model, layout, config.parallel.reshard_after_forward, None if takes_ieee_passes(config.optim) or dtype == torch.float32 else dtype)
     model.to_empty(device=device)
     model.init_weights(0)
     optimizer = build_optimizer(model, config.optim)

@@ -443,7 +443,7 @@ def test_imprecise_perturbations_are_marked(made, tmp_path):
     assert not section_of(tmp_path).imprecise
     made("sam", {1: 2.9}, figures={"sharpness/fidelity": 0.42, "sharpness/realised_along": 1.3})
     section = section_of(tmp_path)
-    assert "down to 0.42 and the realised move is 1.30 of the radius" in told(section)
+    assert "a cosine of 0.42 with itself in IEEE fp32" in told(section)
     assert f"(lr 0.01, rho 0.05){tables.PRECISION} has the lowest" in told(section)
     assert [row[0] for row in tables.by_method(section).rows] == ["adamw", f"sam{tables.PRECISION}"]
     assert tables.paired(section).rows[0][0] == f"sam{tables.PRECISION}"

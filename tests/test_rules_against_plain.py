@@ -48,6 +48,8 @@ def model_of(shape: GPTConfig) -> GPT:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype), alpha=0.1)
+        for name, rows in model.unpadded_rows.items():
+            model.get_parameter(name)[rows:] = 0  # as they are for good
     return model.train()
 
 
