@@ -102,11 +102,11 @@ def text_rules(name: str) -> Any:
 
 def quoted_text(name: str, text: str, rules: Any) -> str:
     """Returns a text in quotes; one that is any text has no interpolations, which OmegaConf would resolve."""
-    if "text" in rules or not INTERPOLATION.search(text):
-        text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
-    elif name == SWEEP_DIR:
+    if name == SWEEP_DIR:
         # Hydra makes this folder before anything of ours runs.
         text = expand(name, text)
+    if "text" in rules or not INTERPOLATION.search(text):
+        text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     return QuotedString(text, Quote.single).with_quotes()
 
 
