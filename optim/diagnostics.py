@@ -40,8 +40,9 @@ def look_at_move(
         kind = rule.kinds[names[id(parameter)]]
         shares["body" if kind == "norm" else kind] += square / max(length**2, 1e-300)
     found = {"sharpness/realised_radius": seen.norm, "sharpness/realised_cosine": seen.cosine}
-    if radius > 0:
-        found["sharpness/realised_along"] = seen.product / radius / radius  # whose square may be too large for a float
+    if rule.rho > 0:
+        # A replica that counts no target does not move, but adds up the same figures as the others. The square may be too large for a float.
+        found["sharpness/realised_along"] = seen.product / radius / radius if radius > 0 else 1.0
     rule.log(result, weight, found | {f"sharpness/share_{kind}": share for kind, share in shares.items()})
     if weight == 1 and not terms.logit and length > 0:
         pairs = [(sharded_as(local(now) - before, now), now.grad) for now, before in zip(moving, copies, strict=True) if now.grad is not None]
