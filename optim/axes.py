@@ -155,8 +155,10 @@ def multiplied(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> set
     of embeddings and positions, norms, and scales of their own are not; an embedding that is the head as well is."""
 
     def multiplies(owner: nn.Module, parameter: Tensor) -> bool:
-        weight = getattr(owner, "weight", parameter)
-        return not isinstance(owner, nn.Embedding) and "Norm" not in type(owner).__name__ and max(parameter.ndim, weight.ndim) >= 2
+        # Not `owner.weight`: of a layer that is parametrised it is computed, and its buffers with it.
+        weight = dict(owner.named_parameters(recurse=False)).get("weight", parameter)
+        product = isinstance(owner, nn.Linear) or max(parameter.ndim, weight.ndim) >= 2
+        return product and not isinstance(owner, nn.Embedding) and "Norm" not in type(owner).__name__
 
     found = {id(p) for owner in module.modules() for p in owner.parameters(recurse=False) if multiplies(owner, p)}
     found.add(id(getattr(module, "unembedding", None)))

@@ -895,3 +895,12 @@ def test_a_rule_that_would_never_act_is_refused():
     optim = OptimConfig(path="full", start=10)
     with pytest.raises(ValueError, match=r"optim.start=10 lies beyond the horizon of 10 steps.*start earlier"):
         build_schedule(ScheduleConfig(steps=10), optim, 1, 1)
+
+
+def test_making_a_rule_computes_no_weight():
+    """Of a layer under spectral_norm, whose weight is a step of a power iteration each time that it is asked for; its bias is an operand still."""
+    model = torch.nn.Sequential(torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(4, 4)), torch.nn.Linear(4, 3))
+    before = [buffer.clone() for buffer in model.buffers()]
+    rule = SharpnessAware(model, torch.optim.AdamW(model.parameters()))
+    assert before and all(map(torch.equal, before, model.buffers()))
+    assert rule.multiplied == rule.parameters.keys()
