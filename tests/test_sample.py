@@ -161,7 +161,7 @@ def test_a_terminal_that_is_not_utf_8_sees_other_characters(encoding, export):
     assert out.decode(encoding).startswith("naïve €\U0001f600: ".encode(encoding, "replace").decode(encoding))
 
 
-@pytest.mark.parametrize("prompt", ["a=b, [c] {d} 'e' \"f\"", "null", "1e5", ""])
+@pytest.mark.parametrize("prompt", ["echo ${HOME}/bin", "${oc.env:HOME}", "a=b, [c] {d} 'e' \"f\"", "null", "1e5", ""])
 def test_a_prompt_is_text(prompt, export, capsys):
     sample.main([f"run={export}", f"prompt={prompt}", "tokens=1", "device=cpu"])
     assert capsys.readouterr().out.startswith(prompt)
