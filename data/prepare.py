@@ -19,8 +19,9 @@ class Options:
 def main(overrides: list[str]) -> None:
     """Prepares the corpus of a configuration and prints what it came to."""
     from launch.config import compose, offer_help, user_errors
+    from launch.console import harmless_output
 
-    with user_errors():
+    with user_errors(), harmless_output():
         offer_help(Options, overrides, ("data", "tokenizer"))
         config = compose(overrides)
         start = time.perf_counter()

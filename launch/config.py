@@ -6,6 +6,7 @@ key, the value and the remedy. launch/overrides.py reads what is typed, launch/u
 
 import argparse
 import errno
+import io
 import os
 import re
 import sys
@@ -25,6 +26,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from conf.schema import KEYS, Config, DataConfig, LauncherConfig, RuleConfig, SourceConfig, SweeperConfig, check_value, expand, lookup
 from data.files import read_yaml
+from launch.console import end_quietly
 from launch.launcher import register
 from launch.overrides import (
     CONF,
@@ -51,9 +53,16 @@ ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=SweeperCon
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turns a user's mistake into one line on stderr and exit code 2, and Ctrl-C into exit code 130."""
+    """Turns a user's mistake into one line on stderr and exit code 2, and Ctrl-C into exit code 130. Ends quietly where nobody reads on."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A character that the terminal lacks is shown as an escape.
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        end_quietly(sys.stdout)
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error))
     except (ValueError, YAMLError) as error:

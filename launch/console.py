@@ -63,10 +63,10 @@ def harmless_output() -> Iterator[None]:
     finally:
         sys.stdout, sys.stderr = before
         for stream in streams:
-            _end_quietly(stream)
+            end_quietly(stream)
 
 
-def _end_quietly(stream: TextIO) -> None:
+def end_quietly(stream: TextIO) -> None:
     """Throws away what a stream could not write: Python would try again at its exit, and make a failure of it."""
     try:
         stream.flush()

@@ -13,7 +13,6 @@ from pathlib import Path
 from conf.schema import key
 from data.files import DamagedFile
 from launch.config import parse, user_errors
-from launch.console import harmless_output
 from launch.folder import harm, read_rows
 from launch.jobs import Job, queue, read_jobs, reason, state
 from launch.lock import is_in_use
@@ -44,7 +43,6 @@ class Line:
     details: str
 
 
-@harmless_output()
 def main(arguments: list[str]) -> int:
     """Prints the runs of a folder by state; returns the exit code. Raises ValueError for a folder without runs."""
     options, _ = parse(Options, arguments)

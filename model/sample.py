@@ -1,11 +1,8 @@
 """Text from a trained model: python -m model.sample run=DIR prompt="def " tokens=200 temperature=0.8 top_k=200 top_p=1.0 seed=0"""
 
 import codecs
-import io
-import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,29 +97,12 @@ def main(arguments: list[str]) -> None:
         _, model, tokenizer, _ = open_trained(Path(options.run), options.step)
         model.to(device)
         prompt = tokenizer.prompt(options.prompt)
-        with stream() as show, autocast(device, choose_precision(options.precision, device)):
-            show(options.prompt)
+        print(options.prompt, end="", flush=True)
+        with autocast(device, choose_precision(options.precision, device)):
             tokens = generate(model, prompt, options.tokens, options.temperature, options.top_k, options.top_p, options.seed)
             for text in decode_stream(tokens, tokenizer.decode_bytes):
-                show(text)
-            show("\n")
-
-
-@contextmanager
-def stream() -> Iterator[Callable[[str], None]]:
-    """Gives a function that writes to stdout at once, and a ? where its encoding lacks a character. Ends quietly where the reader has gone."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-
-    def show(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    try:
-        yield show
-    except BrokenPipeError:
-        # The interpreter flushes stdout once more when it ends, and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                print(text, end="", flush=True)
+        print()
 
 
 def decode_stream(tokens: Iterator[int], decode_bytes: Callable[[list[int]], bytes]) -> Iterator[str]:
