@@ -39,7 +39,7 @@ from launch.overrides import (
     wrong_type,
 )
 from launch.process import num_processes, rank_and_world
-from launch.usage import command_help, default_of, run_help, show
+from launch.usage import command_help, default_of, run_help
 from optim import check_axes
 
 EXIT_USER_ERROR = 2
@@ -111,7 +111,7 @@ def main(run: Callable[[Config], int]) -> None:
     arguments = sys.argv[1:]
     with user_errors():
         if asks_for_help(arguments):
-            show(run_help(defaults()))
+            print(run_help(defaults()))
             sys.exit(0)
         if any(argument.startswith("-") for argument in arguments):
             sys.argv[1:] = for_hydra_application(arguments)
@@ -211,7 +211,7 @@ def parse(options: type[T], arguments: list[str], others: tuple[str, ...] = ()) 
 def offer_help(options: Any, arguments: list[str], others: tuple[str, ...] = ()) -> None:
     """Prints what a command takes, and exits, where that is asked for or nothing is given."""
     if not arguments or asks_for_help(arguments):
-        show(command_help(options, defaults(), others))
+        print(command_help(options, defaults(), others))
         # A script whose variables are unset has not done what it was for.
         sys.exit(0 if arguments else EXIT_USER_ERROR)
 

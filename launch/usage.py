@@ -2,8 +2,6 @@
 
 import inspect
 import json
-import os
-import sys
 import textwrap
 from collections.abc import Iterable
 from dataclasses import MISSING as NO_DEFAULT
@@ -31,15 +29,6 @@ RUN = """Trains a decoder-only language model, and goes on with a run that stopp
 A text is taken as it stands; null is none. Lists are [A,B], mappings {NAME: VALUE}, and the shell wants quotes around most of that."""
 
 WIDTH = 150  # of the lines of groups; a key's meaning is one line of any length
-
-
-def show(text: str) -> None:
-    """Prints a text for a reader who may leave before its end, as `head` does."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # Python would try once more at its end, and fail.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_help(defaults: Config) -> str:
