@@ -81,10 +81,12 @@ def check_number(name: str, number: float, rules: Any) -> None:
 
 def expand(name: str, path: str) -> str:
     """Returns a path with ~ and ~user as their home folders. Raises ValueError that names the key where there is none."""
+    own = path.split("/")[0] == "~"
     expanded = os.path.expanduser(path)
-    if not expanded.startswith("~"):
+    # An empty HOME would make ~/x the root's /x.
+    if not expanded.startswith("~") and not (own and os.environ.get("HOME") == ""):
         return expanded
-    if path.split("/")[0] == "~":
+    if own:
         raise ValueError(f"{name}={path}: no home folder is known; set HOME, or give {name} a path without ~")
     raise ValueError(f"{name}={path}: no user has this name; write ./{path} for a file that has it")
 

@@ -106,8 +106,8 @@ def main(arguments: list[str]) -> None:
 
     with user_errors():
         options, overrides = parse(Options, arguments, others=("data",))
-        trained = open_trained(Path(options.run), options.step)
         own = load_config(Path(options.run)) if is_run(Path(options.run)) else None
+        trained = open_trained(Path(options.run), options.step)
         data = own.data if own else None
         if overrides:
             data = compose(overrides).data

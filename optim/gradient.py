@@ -155,6 +155,9 @@ class Gradient:
         if self.layout.sync == "last":
             self.module.set_requires_gradient_sync(last)  # type: ignore[operator]
         value.backward()
+        if self.layout.mesh is not None:
+            # The gradient of a cast that an earlier micro-batch made would come after FSDP has added up those of its block.
+            torch.clear_autocast_cache()
 
     def look(self, logits: Any, micro: Micro, result: RuleResult, logged: bool) -> None:
         """Logs statistics of the first logits of a step."""

@@ -321,6 +321,7 @@ def find_out(rank: int, world: int, folder: Path) -> None:
                 found[f"{case}, sent"] = sent(axes, layout)
             if (kind, world) == ("fsdp", 2) and name in BF16:
                 found[f"{case}, bf16"] = compare(DEEP, axes, layout, torch.float32, 2, compute=torch.bfloat16, cpu_offload=name == "sam")
+                found[f"{case}, bf16 of fp32"] = compare(DEEP, axes, layout, torch.float32, 2, compute=None)
                 for way, sharding in SHARDING.items():
                     found[f"{case}, sent, {way}"] = sent(axes, replace(layout, sync="last" if way == "last" else "every"), **sharding)
             if (kind, world) == ("fsdp", 2) and name in RECOMPUTED:

@@ -77,7 +77,8 @@ def test_the_two_printed_commands_work(finished, run):
     started = [subprocess.Popen(command(line), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for line in printed]
     (sample, trouble), (evaluation, more_trouble) = (process.communicate() for process in started)
     assert (trouble, more_trouble) == ("", "")
-    assert sample.startswith("def ") and len(sample) > 100
+    prompt = shlex.split(printed[0])[-1].removeprefix("prompt=")
+    assert prompt and sample.startswith(prompt) and len(sample) > 100
     loss = json.loads((run / "summary.json").read_text())["val/loss"]
     assert float(re.search(r"loss (\S+),", evaluation)[1]) == pytest.approx(loss, abs=2e-3)
 

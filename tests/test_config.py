@@ -349,7 +349,7 @@ def test_extreme_number_is_answered_at_once(composed, name):
             settings = config.check(changed, [])
             assert describe(settings, make_plan(settings), "x")
         except (ValueError, OmegaConfBaseException) as error:
-            assert name in str(error) or "a process, where any device has" in str(error), error
+            assert name.split(".")[-1] in str(error) or "a process, where any device has" in str(error), error
         assert time.monotonic() - started < 20
 
 
@@ -433,11 +433,11 @@ def test_sweep_splits_texts_at_commas(monkeypatch):
         assert overrides.for_hydra(quoted, sweep=True) == quoted  # as a sweep hands it on
 
 
-def test_advice_for_a_text_works_as_printed(refusal, command):
+def test_advice_for_a_text_works_as_printed(refusal):
     said = refusal("data.path=[it's.txt]", "data=text")
     printed = re.search("a text is written (.+), with both", said)[1]
     (argument,) = shlex.split(printed)
-    assert command("model=tiny", "plan_only=true", "data=text", argument)[0] == 0
+    assert compose(["data=text", argument]).data.path == "[it's.txt]"
 
 
 TEXTS = [name for name, entry in KEYS.items() if re.search("str|Any", str(entry.type))]
@@ -579,7 +579,7 @@ def test_local_settings_are_honoured(conf, command, capsys):
 def test_help_lists_every_key_and_choice(command):
     code, out, err = command("help=true")
     assert (code, err) == (0, "")
-    defaults = compose([])
+    defaults = config.defaults()
     lines = {line.split()[0]: line for line in out.splitlines() if line}
     for name, entry in KEYS.items():
         _, kind, rest = re.split(r"  +", lines[name], maxsplit=2)
@@ -609,7 +609,8 @@ def test_plan_prints_everything_derived(command):
     D, L, V, T = 768, 12, 50257, 1024
     body = L * (12 * D * D + 13 * D) + 2 * D
     steps = -(-1_000_000_000 // (48 * T))
-    flops = 3 * (24 * D * D * L + 4 * T * D * L + 2 * D * V) * 48 * T
+    padded = 50304  # rows of the head, which its products run over
+    flops = 3 * (24 * D * D * L + 4 * T * D * L + 2 * D * padded) * 48 * T
     total = body + (V + T) * D
     assert total == 124_439_808
     assert rows["name"].startswith("gpt2_124m-adamw-stdlib-1e+09tokens-s0-")

@@ -380,9 +380,9 @@ def test_the_home_folder_may_be_missing(tmp_path, monkeypatch):
     assert TextCorpus(text_config("~/a.txt", validation={"v": "~/*.txt"})).sources["text"][0].path == str(tmp_path / "a.txt")
     monkeypatch.setenv("HOME", "")
     for config, key in ((text_config("~/a.txt", cache=str(tmp_path)), "data.path"), (text_config(str(tmp_path), cache="~/c"), "data.cache")):
-        with pytest.raises(ValueError, match=f"{key}=~/.*: ~ stands for no folder here .HOME is not set.; write the path out"):
+        with pytest.raises(ValueError, match=f"{key}=~/.*: no home folder is known; set HOME, or give {key} a path without ~"):
             prepare(config, TokenizerConfig())
-    with pytest.raises(ValueError, match=r"tokenizer.path=~nobody-here/x: ~nobody-here stands for no folder"):
+    with pytest.raises(ValueError, match=r"tokenizer.path=~nobody-here/x: no user has this name"):
         prepare(text_config(str(tmp_path), cache=str(tmp_path)), TokenizerConfig(name="gpt2", path="~nobody-here/x"))
 
 

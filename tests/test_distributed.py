@@ -49,9 +49,11 @@ def test_processes_agree_with_one(found, case):
     assert entry["metrics"] < 1e-3 and entry["replicas"] == 0, entry  # replicas are the same bit for bit, in optimiser and rule too
 
 
+@pytest.mark.parametrize("gathered", ["bf16", "bf16 of fp32"])
 @pytest.mark.parametrize("rule", BF16)
-def test_bf16_is_that_of_one_process_under_autocast(found, rule):
-    bf16 = found[f"fsdp 2: {rule}, bf16"]  # rounding turns the move, and rules with one part further
+def test_bf16_is_that_of_one_process_under_autocast(found, rule, gathered):
+    """Blocks are gathered in bf16, or in fp32, as passes in IEEE fp32 need them, and cast."""
+    bf16 = found[f"fsdp 2: {rule}, {gathered}"]  # rounding turns the move, and rules with one part further
     assert bf16["loss"] < 2e-3 and bf16["gradient, every"] < (5e-3 if rule == "adamw" else 5e-2) and bf16["metrics"] < 5e-2, bf16
 
 

@@ -32,7 +32,7 @@ RUNS = {  # name: overrides
     **{f"sam-{seed}": ["optim=sam", "optim.lr=0.01", f"seed={seed}"] for seed in SEEDS},
     "sam-wide-0": ["optim=sam", "optim.lr=0.01", "optim.rho=0.5", "seed=0"],
     **{f"matched-{seed}": ["optim=sam", "optim.lr=0.01", "optim.compute_matched=true", f"seed={seed}"] for seed in (0, 1)},
-    "diverged": ["optim.lr=1e30", "optim.clip=null", "max_skipped=3", "tracking.every=1"],
+    "diverged": ["optim.lr=1e6", "optim.clip=null", "max_skipped=3", "tracking.every=1"],
     "stopped": ["optim=sam", "optim.lr=0.01", "optim.rho=0.5", "seed=1", "minutes=0.00001"],
 }
 
