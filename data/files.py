@@ -57,7 +57,8 @@ def parse_json(text: str | bytes, kind: type[T], source: str | Path) -> T:
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """Parses one YAML document. Raises ValueError for aliases, which can unfold to any size, and for deep nesting."""
+    """Parses one YAML document. Raises ValueError for aliases, which can unfold to any size, for deep nesting, and for a tag whose value
+    is none."""
     depth = 0
     for event in yaml.parse(text, yaml.CSafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -65,7 +66,11 @@ def parse_yaml(text: str | bytes) -> Any:
             raise ValueError(f"it has an alias, *{event.anchor}")
         if depth > DEEPEST:
             raise ValueError(f"it is nested deeper than {DEEPEST}")
-    return yaml.CSafeLoader(text).get_single_data()
+    try:
+        return yaml.CSafeLoader(text).get_single_data()
+    except (AttributeError, IndexError, KeyError, TypeError):
+        # So PyYAML meets !!int "", !!bool maybe and !!timestamp soon.
+        raise ValueError("a value of it is not what its tag says") from None
 
 
 def read_bytes(path: Path, largest: int = LARGEST) -> bytes:

@@ -7,6 +7,7 @@ says in one line what is wrong.
 import hashlib
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -52,6 +53,7 @@ def read_summary(run: Path) -> dict[str, Any] | None:
     try:
         summary = read_json(file, dict[str, Any])
         check(summary, Figures, file)
+        refuse_endless(summary, file)
     except FileNotFoundError:
         return None
     except DamagedFile as error:
@@ -77,7 +79,15 @@ def parse_row(line: bytes, number: int, file: Path) -> Row:
             raise DamagedFile(f"{source} is damaged ({name} is no number)")
     if not isinstance(row.get("step"), int):
         raise DamagedFile(f"{source} is damaged (it has no step)")
+    refuse_endless(row, source)
     return row
+
+
+def refuse_endless(figures: Row, source: str | Path) -> None:
+    """Raises DamagedFile for an integer that is beyond what a float holds: no figure is, and no table or curve takes it."""
+    for name, value in figures.items():
+        if isinstance(value, int) and abs(value) > sys.float_info.max:
+            raise DamagedFile(f"{source} is damaged ({name} is no number that a run comes to)")
 
 
 def read_rows(file: Path) -> list[Row]:

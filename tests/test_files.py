@@ -58,6 +58,9 @@ def test_damaged_json_is_named_with_its_field(tmp_path, content, said):
         ("[" * 200_000, "nested deeper"),
         ("a: &x [1]\nb: [*x, *x]", "alias"),
         ("!!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        ('a: !!int ""', "not what its tag says"),
+        ("a: !!bool maybe", "not what its tag says"),
+        ("a: !!timestamp soon", "not what its tag says"),
     ],
 )
 def test_damaged_yaml_is_named(tmp_path, content, said):

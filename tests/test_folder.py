@@ -149,6 +149,13 @@ def test_a_damaged_summary_is_no_end(run, call, damage):
     assert code == 0 and f"{run}: damaged" in said and "summary.json" in said
 
 
+@pytest.mark.parametrize(("name", "figure"), [("metrics.jsonl", "tokens"), ("summary.json", "flops")])
+def test_a_number_beyond_any_figure_takes_no_report_with_it(run, call, name, figure):
+    (run / name).write_text(json.dumps({"step": 1, "tokens": 1, "flops": 1, "seconds": 1.0, "val/loss": 1.0} | {figure: 10**400}) + "\n")
+    code, said = call("report")
+    assert code == 0 and f"{run}: damaged" in said and name in said and figure in said
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_rows_that_are_damaged_are_missed(run, call, damage):
     DAMAGES[damage](run / "metrics.jsonl")
