@@ -35,6 +35,7 @@ from launch.overrides import (
     check_overrides,
     explain,
     for_hydra,
+    groups,
     no_such_option,
     wrong_type,
 )
@@ -257,6 +258,7 @@ def check(composed: DictConfig, overrides: list[str]) -> Config:
         check_value(f"data.sources.{name}.path", source.path, {})
         source.path = expanded(f"data.sources.{name}.path", source.path)
     check_names(config)
+    check_given_names(overrides)
     check_contradictions(config)
     given = [re.split("[=@]", override.lstrip("+~"))[0] for override in overrides]
     if idle := [name for name in given if name in KEYS and not is_read(config, name)]:
@@ -290,6 +292,14 @@ def check_names(config: Config) -> None:
     source = config.data.source
     if claimed("data", config.data.name, "source") not in (source, None):
         raise ValueError(f"data.source={source} is another corpus, and the run would be called {config.data.name}; use data={source}")
+
+
+def check_given_names(overrides: list[str]) -> None:
+    """Raises ValueError where optim.name is given as that of a method which was not chosen: a report takes the run for that."""
+    given = dict(override.partition("=")[::2] for override in overrides)
+    name = given.get("optim.name", "").strip(" '\"")
+    if name and name in groups()["optim"] and name != given.get("optim", "").strip(" '\""):
+        raise ValueError(f"optim.name={name} is the name of a method, and the run need not be that; use optim={name}, or another name")
 
 
 def claimed(group: str, name: str, key: str) -> Any:

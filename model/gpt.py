@@ -61,6 +61,8 @@ class GPTConfig:
     init: str = "nanodo"  # or gpt2
 
     def __post_init__(self) -> None:
+        if self.num_heads < 1:
+            raise ValueError(f"model.num_heads={self.num_heads} is out of range; choose at least 1")
         if self.width % self.num_heads:
             raise ValueError(f"model.width={self.width} is not divisible by model.num_heads={self.num_heads}; choose a divisor of the width")
         if self.num_heads % self.kv_heads:

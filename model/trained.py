@@ -77,7 +77,7 @@ def read_plain(folder: Path, config: GPTConfig) -> dict[str, torch.Tensor]:
     tensors = open_weights(folder, "")
     # Before a model of that shape is built: of a damaged gpt.json it might take for ever.
     require(tensors, f"blocks.{config.num_layers - 1}.attention_norm.weight", f" though gpt.json says num_layers={config.num_layers}")
-    if require(tensors, "embedding.weight").shape[-1] != config.width:
+    if require(tensors, "embedding.weight").shape[-1] != config.width or not 0 < config.vocab_size <= tensors["embedding.weight"].shape[0]:
         raise ValueError(mismatch("embedding.weight", tensors["embedding.weight"].shape, [config.vocab_size, config.width]))
     with torch.device("meta"):
         shapes = {name: list(tensor.shape) for name, tensor in GPT(config).state_dict().items()}

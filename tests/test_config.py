@@ -211,6 +211,7 @@ def test_shapes_have_the_published_sizes(name, millions):
         (["optim.path=functional"], "and the run would be called adamw; use optim=functional_sam"),
         (["optim=sam", "optim.name=adamw"], "optim.path=full moves the weights, and the run would be called adamw"),
         (["optim.name=sam"], "optim.path=none is the plain gradient, and the run would be called sam; use optim=adamw"),
+        (["optim=sam", "optim.name=asam"], "optim.name=asam is the name of a method, and the run need not be that; use optim=asam"),
         (["data.source=text", FILE], "data.source=text is another corpus, and the run would be called stdlib; use data=text"),
         (["optim.lr=1e-3é"], "optim.lr=1e-3é is malformed at é; give optim.lr=<float>"),
         (["dir=[a]"], """a text is written 'dir="[a]"', with both layers of quotes"""),

@@ -19,6 +19,7 @@ from data.tokenizer import GPT2_PATTERN, RankedTokenizer, byte_alphabet, bytes_t
 from model import GPT, GPTConfig
 from model.export import to_hf
 from model.hf import from_hf
+from model.trained import open_trained
 from tests.hf_folders import FOLDERS, SAMPLES, SPECIAL, edit, stdlib_texts
 from tests.test_hf import our_model
 
@@ -197,3 +198,12 @@ def test_export_replaces_only_an_export(tmp_path):
             to_hf(model, bytes_tokenizer(), tmp_path / taken)
     with safe_open(out / "model.safetensors", "pt") as file:
         assert file.metadata()["format"] == "pt"
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_heads", 0), ("vocab_size", 10**19), ("vocab_size", -3)])
+def test_a_number_of_gpt_json_that_no_model_has_is_refused(tmp_path, name, value):
+    out = tmp_path / "out"
+    to_hf(GPT(GPTConfig(257, 16, 1, 2, 16)), bytes_tokenizer(), out, "plain")
+    (out / "gpt.json").write_text(json.dumps(json.loads((out / "gpt.json").read_text()) | {name: value}))
+    with pytest.raises(ValueError, match=str(value)):
+        open_trained(out, None)
