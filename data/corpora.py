@@ -544,11 +544,24 @@ def parquet_documents(span: Span, field: str) -> Iterator[tuple[int, str | BadRo
         if end <= span.start or begin >= span.stop:
             continue
         row = begin
-        for batch in parquet.iter_batches(batch_size=1024, row_groups=[group], columns=[field]):
+        for batch in readable_batches(parquet, group, field, path):
             for text in column_texts(batch.column(0), field, path):
                 if span.start <= row < span.stop:
                     yield row, BadRow(f"{path}: row {row} {text.problem}", text.remedy) if isinstance(text, BadRow) else text
                 row += 1
+
+
+def readable_batches(parquet: Any, group: int, field: str, path: str) -> Iterator[Any]:
+    """Yields the batches of a row group. Raises ValueError with the file where what is compressed in it is damaged."""
+    import pyarrow
+
+    try:
+        yield from parquet.iter_batches(batch_size=1024, row_groups=[group], columns=[field])
+    except (pyarrow.ArrowException, OSError) as error:
+        if getattr(error, "errno", None):  # the disk's, which names its own remedy
+            raise
+        reason = str(error).splitlines()[0].rstrip(". ")
+        raise ValueError(f"{path}: row group {group} is damaged ({reason}); get the file again") from None
 
 
 def column_texts(column: Any, field: str, path: str) -> list[str | BadRow]:

@@ -255,14 +255,21 @@ def analyse(section: Section, selection: Selection, parents: dict[int, dict[str,
                 section.best[method] = best
             else:
                 section.notes.append(f"{best} was chosen {section.selectors[method]} and has no finished run to report; {method} is left out.")
+        elif any(setting.runs for setting in settings):
+            section.notes.append(
+                f"{method} has no finished run to choose by ({section.selectors[method]}); {method} is left out, finished runs and all."
+            )
     compared = [run for setting in section.best.values() for run in setting.runs]
     if not compared:
         return
     section.budgets = {axis: min(run.summary[FIGURES[axis]] for run in compared) for axis in AXES}
     section.budgets["steps"] = max(run.step for run in compared)
-    section.doubt = doubt_about_time(section)
+    section.doubt = doubt_about_time(section, section.best)
     for axis in AXES:
         section.chosen[axis] = {method: chosen_at(section, axis, method) for method in section.best}
+        if axis == "seconds" and not section.doubt and (doubt := doubt_about_time(section, section.chosen[axis])):
+            # A setting that is the best at equal time ran elsewhere.
+            section.doubt, section.chosen[axis] = doubt, dict(section.best)
         section.tests[axis] = tests(section, axis)
     section.imprecise = imprecise(section)
     section.notes += notes(section, selection)
@@ -353,9 +360,9 @@ def settings_of(section: Section, selection: Selection, method: str, runs: list[
     return [found[key] for key in sorted(found, key=lambda key: (key[0], key[1] or 0.0))]
 
 
-def doubt_about_time(section: Section) -> str:
-    """Returns why equal time is no evidence, "" where nothing speaks against it."""
-    machines = sorted({run.hardware for setting in section.best.values() for run in setting.runs})
+def doubt_about_time(section: Section, chosen: dict[str, Setting]) -> str:
+    """Returns why equal time is no evidence between the settings chosen of each method, "" where nothing speaks against it."""
+    machines = sorted({run.hardware for setting in chosen.values() for run in setting.runs})
     if len(machines) > 1:
         return f"the machines differ: {'; '.join(machines)}"
     spreads = dict[str, float]()

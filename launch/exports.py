@@ -31,7 +31,7 @@ def methods_csv(sections: list[Section]) -> str:
     """Returns a row for every method and budget."""
     header = ["comparison", "method", "lr", "rho", "settings", "chosen", "at_equal", "budget", "mean", "standard_error", "low_95", "high_95",
               "seeds", "planned_seeds", "midway", "no_evidence", "precision", "baseline", "pairs", "differences", "mean_difference",
-              "difference_standard_error", "difference_low_95", "difference_high_95", "t", "p", "p_holm"]  # fmt: skip
+              "difference_standard_error", "difference_low_95", "difference_high_95", "difference_midway", "t", "p", "p_holm"]  # fmt: skip
     rows = []
     for section in sections:
         for axis in section.chosen:
@@ -47,10 +47,10 @@ def methods_csv(sections: list[Section]) -> str:
 def difference_cells(test: PairedTest | None, baseline: str | None) -> list[Any]:
     """Returns the cells of a comparison by seed, empty where there is none."""
     if test is None:
-        return [None] * 10
+        return [None] * 11
     each = "; ".join(f"seed {seed}: {difference:.6g}" for seed, difference in test.by_seed.items())
     found = test.difference
-    return [baseline, found.seeds, each, *found[:2], *ends(found), test.t, test.p, test.holm]
+    return [baseline, found.seeds, each, *found[:2], *ends(found), found.midway, test.t, test.p, test.holm]
 
 
 def ends(found: Estimate) -> tuple[float, float]:

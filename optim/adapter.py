@@ -18,11 +18,11 @@ from model.logits import IGNORED, Cotangent, Weigh, instance_means, logit_statis
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Returns the cross-entropy of each target in nats, 0 where it is -100; logits have one dimension more, the classes, last. Raises
     ValueError where targets do not fit them."""
-    if logits.shape[:-1] != targets.shape or targets.is_floating_point():
+    if logits.shape[:-1] != targets.shape or targets.is_floating_point() or targets.dtype == torch.bool:
         raise ValueError(f"targets {tuple(targets.shape)} of {targets.dtype} do not fit logits {tuple(logits.shape)}: give the number of a class for "
                          "each vector of logits, or optim.Adapter(model, losses=...)")  # fmt: skip
     z = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(z, targets.flatten(), reduction="none", ignore_index=IGNORED).view(targets.shape)
+    return F.cross_entropy(z, targets.flatten().long(), reduction="none", ignore_index=IGNORED).view(targets.shape)
 
 
 def is_counted(targets: Tensor) -> Tensor:
@@ -154,14 +154,19 @@ def as_pair(micro: Any, module: nn.Module) -> tuple[Any, Tensor]:
 
 
 def is_causal(module: nn.Module) -> bool:
-    """Returns whether a module is a language model that predicts the next token: a GPT, or one of transformers, which says so."""
+    """Returns whether a module is a language model that predicts the next token: a GPT, or one of transformers, which says so, also within
+    torch's wrappers for several devices."""
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return is_causal(module.module)
     return isinstance(module, GPT) or getattr(module, "loss_type", "none") in (None, "ForCausalLM")
 
 
 def refuse_unshifted(inputs: Any, targets: Tensor, module: nn.Module) -> None:
     """Raises ValueError where a language model is to predict the token that it reads, and not the next one."""
     tokens = inputs.get("input_ids") if hasattr(inputs, "items") else inputs
-    if not is_causal(module) or not isinstance(tokens, Tensor) or tokens.shape != targets.shape or targets.ndim != 2:
+    # A module that does not say what it is: with "input_ids" it is most likely such a model within another.
+    unknown = hasattr(inputs, "items") and not hasattr(module, "loss_type")
+    if not (is_causal(module) or unknown) or not isinstance(tokens, Tensor) or tokens.shape != targets.shape or targets.ndim != 2:
         return
     counted = targets != IGNORED
     same = (tokens == targets) | ~counted

@@ -443,3 +443,13 @@ def test_what_a_run_would_refuse_a_plan_refuses(tmp_path):
     assert not (tmp_path / "cache").exists()
     with pytest.raises(ValueError, match="matches no file"):
         train.main(compose(["plan_only=true", "data=text", f"data.path={tmp_path}/none.txt"]))
+
+
+def test_a_damaged_page_of_parquet_is_told_with_its_file(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": [f"row {number} of some words" for number in range(400)]}), path, compression="snappy")
+    content = bytearray(path.read_bytes())
+    content[100:160] = b"\xff" * 60
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"rows\.parquet: row group 0 is damaged \(.*\); get the file again"):
+        read(text_config(str(path)))

@@ -343,6 +343,38 @@ def test_a_setting_without_a_run_to_report_is_left_out_with_a_word(made, tmp_pat
     assert list(section.best) == ["adamw"] and "sam (lr 0.02, rho 0.05) was chosen on seed 0 and has no finished run to report" in told(section)
 
 
+def test_a_method_without_a_run_to_choose_by_is_left_out_with_a_word(made, tmp_path):
+    made("adamw", {0: 3.0, 1: 3.0, 2: 3.0})
+    for run in made("sam", {0: 2.0}):
+        (run / "summary.json").unlink()
+    made("sam", {1: 2.5, 2: 2.6})
+    section = section_of(tmp_path, 0)
+    assert list(section.best) == ["adamw"] and "sam has no finished run to choose by (on seed 0); sam is left out" in told(section)
+
+
+def test_a_setting_from_another_machine_does_not_win_at_equal_time(made, tmp_path):
+    made("adamw", {0: 3.0, 1: 3.1})
+    made("sam", {0: 2.9, 1: 3.0}, lr=0.01, slope=0.05)
+    for run in made("sam", {0: 2.95, 1: 3.05}, lr=0.02, slope=0.001):
+        starts = json.loads((run / "code" / "environment.json").read_text())
+        (run / "code" / "environment.json").write_text(json.dumps([start | {"devices": ["another"]} for start in starts]))
+    for path in (tmp_path / "runs").glob("*/metrics.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row | {"seconds": 1e-9 * row["flops"]}) + "\n" for row in rows))
+    section = section_of(tmp_path)
+    assert section.chosen["flops"]["sam"].lr == 0.02 and section.chosen["seconds"]["sam"].lr == 0.01
+    assert "no evidence, for the machines differ" in tables.winner(section, "seconds")
+
+
+def test_a_difference_to_a_baseline_in_mid_schedule_is_marked_in_the_csv(made, tmp_path):
+    made("sam", {0: 2.9, 1: 3.0})
+    flops = json.loads((made("adamw", {0: 3.0, 1: 3.1})[0] / "summary.json").read_text())["flops"]
+    made("sam", {0: 2.9, 1: 3.0}, rho=0.06, summary={"flops": flops // 2, "seconds": 0.5e-9 * flops})
+    rows = csv.DictReader(exports.methods_csv([section_of(tmp_path)]).splitlines())
+    (row,) = [row for row in rows if (row["method"], row["at_equal"]) == ("sam", "flops")]
+    assert row["difference_midway"] == "True"
+
+
 def test_at_equal_flops_the_setting_is_chosen_there(made, tmp_path):
     """One that falls late loses at half of its way; table, headline and CSV name the setting of each budget."""
     made("adamw", {0: 3.0, 1: 3.1, 2: 3.2})
@@ -818,7 +850,6 @@ def test_a_folder_without_a_finished_run_is_a_report_too(sweep, tmp_path, capsys
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], "no folder given"),
         (["nowhere"], "nowhere is no folder"),
         (["."], "no run in there"),
         ([".", "output=x"], "output=x: no such option; did you mean out=?"),

@@ -67,6 +67,29 @@ def test_labels_of_a_classifier_stay_where_they_are():
     assert Gradient(model).gradient(batch).loss.item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
 
 
+class Within(nn.Module):
+    """A language model in a module of one's own, which does not say what it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = causal_lm()
+
+    def forward(self, input_ids):
+        return self.inner(input_ids).logits
+
+
+def test_a_language_model_in_the_wrapper_of_devices_shifts_its_labels():
+    tokens = torch.randint(0, V, (3, 7), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": tokens, "labels": tokens}
+    assert torch.equal(gradient(nn.DataParallel(causal_lm()), batch), gradient(causal_lm(), batch))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_targets_may_be_of_any_whole_numbers(dtype):
+    (inputs, targets), *_ = vector_batches()
+    assert torch.equal(gradient(mlp(), (inputs, targets.to(dtype))), gradient(mlp(), (inputs, targets)))
+
+
 class Two(nn.Module):
     """A module that gives more than logits."""
 
@@ -89,6 +112,8 @@ class Two(nn.Module):
         (gpt, lambda: (torch.arange(10).view(2, 5), torch.arange(8).view(2, 4)), "targets (2, 4) of torch.int64 do not fit tokens (2, 5)"),
         (gpt, lambda: (torch.arange(10).view(2, 5), torch.arange(10).view(2, 5)), "targets are the inputs themselves, which a language model would"),
         (causal_lm, lambda: ({"input_ids": torch.arange(10).view(2, 5)}, torch.arange(10).view(2, 5)), "targets are the inputs themselves"),
+        (Within, lambda: {"input_ids": torch.arange(10).view(2, 5), "labels": torch.arange(10).view(2, 5)}, "targets are the inputs themselves"),
+        (mlp, lambda: (torch.zeros(3, 7).double(), torch.zeros(3) > 0), "targets (3,) of torch.bool do not fit logits (3, 23)"),
         (mlp, lambda: (torch.zeros(3, 7).double(), torch.zeros(3)), "targets (3,) of torch.float32 do not fit logits (3, 23)"),
         (mlp, lambda: (torch.zeros(3, 7).double(), torch.zeros(3, 2, dtype=torch.int64)), "targets (3, 2) of torch.int64 do not fit logits (3, 23)"),
         (mlp, lambda: (torch.zeros(3, 7).double(), torch.tensor(3)), "targets have no dimension of instances"),
