@@ -16,6 +16,7 @@ from data.tokenizer import Tokenizer
 WINDOW_BYTES = 256  # of text, about, in a stretch: boilerplate as a licence's first lines is shorter
 NUM_WINDOWS = 1024  # looked for, of each validation set
 NOTICED = 0.05  # share of them that is worth a warning
+LOOKED_AT = 2**20  # tokens of a validation set by which the lengths of its documents are known
 BLOCK = 2**15  # tokens that are hashed together: few enough to stay in a core's cache
 FACTORS = [0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F, 0xE7037ED1A0B428DB,
            0x8EBC6AF09C88C6E3, 0x589965CC75374CC3]  # odd  # fmt: skip
@@ -40,18 +41,17 @@ def leaks(parts: Mapping[str, Tokens], tokenizer: Tokenizer) -> list[str]:
         tokenizer: what they are tokens of
     """
     train = [tokens for part, tokens in parts.items() if part.startswith("train/")]
-    found = {part: overlap(train, tokens) for part, tokens in parts.items() if part.startswith("validation/")}
+    found = {part: overlap(train, tokens, tokenizer.eot) for part, tokens in parts.items() if part.startswith("validation/")}
     return [f"about {share:.0%} of {part} is in the training text too, as {tokenizer.decode(example)[:60]!r}: what is measured on it is "
             "partly known by heart" for part, (share, example) in found.items() if share >= NOTICED]  # fmt: skip
 
 
-def overlap(train: list[Tokens], validation: Tokens) -> tuple[float, np.ndarray]:
+def overlap(train: list[Tokens], validation: Tokens, eot: int) -> tuple[float, np.ndarray]:
     """Returns the share of a validation set's stretches that are in the training tokens, and the first of those."""
-    doublings = window_doublings(validation)
+    starts, doublings = stretches(validation, eot)
     length = 2**doublings
-    if len(validation) < length:
+    if not len(starts):
         return 0.0, np.zeros(0)
-    starts = np.unique(np.linspace(0, len(validation) - length, NUM_WINDOWS).astype(np.int64))
     wanted = np.array([window_hashes(validation.read(start, start + length), doublings)[0] for start in starts])
     # A table of the upper bits keeps nearly all other windows out of the search.
     table = np.zeros(2**16, dtype=bool)
@@ -66,6 +66,21 @@ def overlap(train: list[Tokens], validation: Tokens) -> tuple[float, np.ndarray]
     hits = np.isin(wanted, seen)
     example = validation.read(starts[hits.argmax()], starts[hits.argmax()] + length) if hits.any() else np.zeros(0)
     return float(hits.mean()), example
+
+
+def stretches(validation: Tokens, eot: int) -> tuple[np.ndarray, int]:
+    """Returns where the stretches that are looked for begin, and the power of two of their tokens: anywhere, or, where most documents are
+    shorter than a stretch, at the beginnings of documents, whose neighbours elsewhere are others."""
+    doublings = window_doublings(validation)
+    head = validation.read(0, min(len(validation), LOOKED_AT))
+    ends = np.flatnonzero(head == eot)
+    lengths = np.diff(ends) - 1
+    if len(lengths) and np.median(lengths) < 2**doublings:
+        doublings = int(max(4, np.floor(np.log2(max(1, np.median(lengths))))))
+        starts = ends[:-1][lengths >= 2**doublings] + 1
+        return starts[np.unique(np.linspace(0, max(0, len(starts) - 1), NUM_WINDOWS).astype(np.int64))[: len(starts)]], doublings
+    last = len(validation) - 2**doublings
+    return np.unique(np.linspace(0, max(0, last), NUM_WINDOWS).astype(np.int64))[: max(0, last + 1)], doublings
 
 
 def window_doublings(tokens: Tokens) -> int:

@@ -6,6 +6,7 @@ Only runs with the same model, tokenizer, data, batch and schedule are compared.
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -407,7 +408,7 @@ def notes(section: Section, selection: Selection) -> list[str]:
         found += notes_on(setting, section)
     if gone := sorted({run.parent["parent.run"] for run in section.runs if "parent.run" in run.parent}):
         found.append(f"Runs that started from other folders of runs, which are gone, are apart by those folders: {', '.join(gone)}.")
-    tags = {tag for run in section.runs for tag in run.tags if tag.startswith("role=")}
+    tags = {tag for run in section.runs for tag in run.tags if re.match(r"\s*role\s*=", tag, re.IGNORECASE)}
     if unknown := sorted(tags - {TUNE, REPORT}):
         found.append(f"No such role: {', '.join(unknown)}; roles are {TUNE} and {REPORT}.")
     if selection.seeds and tags:

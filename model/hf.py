@@ -165,8 +165,8 @@ def from_config(theirs: dict[str, Any]) -> GPTConfig:
     if kind not in [*FORMATS]:
         raise ValueError(f"model_type={show(kind)} is not among {', '.join(FORMATS)}; choose a model of theirs")
     format = FORMATS[kind]
-    # The rotary keys of transformers 5, and of 4, which had rope_theta outside.
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    # The rotary keys of transformers 4, which had rope_theta outside, and of 5, which goes by the older name where both are there.
+    rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"rope_parameters={show(rope)} is of the wrong type; it must be an object")
     theirs = theirs | {key: rope[key] for key in ROPE_KEYS if key in rope}

@@ -423,6 +423,21 @@ def test_documents_that_are_in_both_are_noticed(tmp_path, capsys):
     assert "validation/new" not in said
 
 
+def test_short_documents_that_are_in_both_are_noticed(tmp_path, capsys):
+    """Their neighbours are others, so no stretch over several of them is there twice; of rows that are there three times most are in both."""
+    generator = random.Random(0)
+    words = [f"w{index}" for index in range(200)]
+    rows = [" ".join(generator.choices(words, k=12)) for _ in range(400)]
+    train, thrice = write_rows(tmp_path / "train.jsonl", rows), write_rows(tmp_path / "thrice.jsonl", [row for row in rows for _ in range(3)])
+    copied = write_rows(tmp_path / "copied.jsonl", generator.sample(rows, 40))
+    new = write_rows(tmp_path / "new.jsonl", [" ".join(generator.choices(words, k=12)) for _ in range(40)])
+    prepare(text_config(train, validation={"copied": copied, "new": new}, cache=str(tmp_path / "cache")), TokenizerConfig())
+    prepare(text_config(thrice, cache=str(tmp_path / "cache")), TokenizerConfig())
+    said = capsys.readouterr().err
+    assert "about 100% of validation/copied is" in said and "% of validation/validation is" in said
+    assert "validation/new" not in said
+
+
 def test_what_a_run_would_refuse_a_plan_refuses(tmp_path):
     def refused(match: str, config: DataConfig) -> None:
         with pytest.raises(ValueError, match=match):

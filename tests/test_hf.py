@@ -133,6 +133,13 @@ def test_llama_of_transformers_4_is_read(name, scaling, tmp_path):
     assert gap(from_hf(tmp_path), theirs) < 1e-5
 
 
+def test_the_older_name_of_a_scaling_holds_where_both_are_there(tmp_path):
+    their_model("llama_grouped").save_pretrained(tmp_path)
+    edit(tmp_path, rope_scaling={"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0})
+    assert gap(from_hf(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)) < 1e-5
+    assert from_hf(tmp_path).config.rope_scaling == "linear"
+
+
 # Ours to theirs
 
 

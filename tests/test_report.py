@@ -317,7 +317,8 @@ def test_roles_choose_and_report(made, tmp_path):
     section = section_of(tmp_path)  # who has no role chooses beside those that report
     assert section.best["sam"].lr == 0.01 and "chosen on seeds 0, 5;" in told(section)
     made("sam", {0: 2.4}, lr=0.05, tracking__tags=["role=tuen"])
-    assert "No such role: role=tuen" in told(section_of(tmp_path))
+    made("sam", {0: 2.4}, lr=0.06, tracking__tags=["Role = tune"])
+    assert "No such role: Role = tune, role=tuen" in told(section_of(tmp_path))
 
 
 @pytest.mark.parametrize("role", ["role=tune", "role=report"])
