@@ -162,7 +162,7 @@ def test_sample_streams_and_repeats_with_its_seed(run, monkeypatch):
         (model.sample.main, ["RUN", "step=3"], "step=3 is not among the checkpoints"),
         (launch.evaluate.main, ["length=3"], "run is missing; give run=..., run folder"),
         (launch.evaluate.main, ["RUN", "data=[text,stdlib]"], "data=[text,stdlib]: no such choice"),
-        (launch.evaluate.main, ["run=nowhere"], "run=nowhere has no checkpoints"),
+        (launch.evaluate.main, ["run=nowhere"], "run=nowhere holds no config.yaml; name the folder of a run"),
         (launch.evaluate.main, ["RUN", "lenght=3"], "lenght=3: no such option; did you mean length=?"),
         (launch.evaluate.main, ["RUN", "batch.length=32"], "batch.length=32: no such option; did you mean length=?"),
         (launch.evaluate.main, ["RUN", "length=0"], "length=0 is out of range"),
