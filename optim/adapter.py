@@ -35,7 +35,7 @@ def logits_of(module: nn.Module, inputs: Any) -> Tensor:
     them. Raises ValueError where there are none."""
     output = module(**inputs) if hasattr(inputs, "items") else module(inputs)
     logits = output.get("logits") if hasattr(output, "items") else getattr(output, "logits", output)
-    if not isinstance(logits, Tensor):
+    if not isinstance(logits, Tensor) or logits.ndim == 0:
         raise ValueError(f"{type(module).__name__} gives a {type(output).__name__}, and a rule needs logits; say how to get them: "
                          "optim.Adapter(model, logits=lambda model, inputs: ...)")  # fmt: skip
     return logits
@@ -116,6 +116,8 @@ def as_groups(batches: Iterable[Any], module: nn.Module) -> list[list[tuple[Any,
     a pair or a dict by itself is the whole batch. A dict has its targets as "labels". Raises ValueError for anything else."""
     if is_micro_batch(batches):
         batches = [batches]
+    if not isinstance(batches, Iterable):
+        raise ValueError(f"batches={batches} is no list; give one of pairs (inputs, targets), or of dicts with labels")
     groups = [[element] if is_micro_batch(element) or not isinstance(element, list) else element for element in batches]
     return [[as_pair(micro, module) for micro in group] for group in groups]
 

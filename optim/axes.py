@@ -116,6 +116,8 @@ def check_axes(axes: RuleConfig) -> None:
 
 def check_optimizer(axes: RuleConfig, optimizer: Optimizer, moving: Mapping[str, Tensor]) -> None:
     """Raises ValueError where the optimiser does not hold what the axes read of it, or a weight is too narrow to be moved."""
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"optimizer={optimizer} is no optimiser of torch; give the one that steps on the rule's gradient")
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in moving.items():
         if torch.finfo(parameter.dtype).bits < 32:

@@ -80,6 +80,8 @@ class Gradient:
         self.model: Any = model if isinstance(model, (GPT, Adapter)) else Adapter(model)
         self.module: nn.Module = self.model.module if isinstance(self.model, Adapter) else self.model
         self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}  # a tied one once
+        if not self.parameters:
+            raise ValueError(f"no weight of {type(self.module).__name__} is trained; set requires_grad of some before the rule is made")
         for owner in sharded_modules(self.module):  # gradients are sums here, each loss is divided by the N of all
             owner.set_gradient_divide_factor(1.0)
             owner.set_force_sum_reduction_for_comms(True)

@@ -101,9 +101,26 @@ class Two(nn.Module):
         return self.inner(x), x
 
 
+class Scalar(Two):
+    """A module that gives its loss."""
+
+    def forward(self, x):
+        return self.inner(x).sum()
+
+
+def test_what_makes_no_rule_is_refused_in_a_line():
+    with pytest.raises(ValueError, match="optimizer=None is no optimiser of torch; give the one that steps"):
+        SharpnessAware(mlp(), None)
+    model = mlp().requires_grad_(False)
+    with pytest.raises(ValueError, match=r"no weight of .* is trained; set requires_grad of some"):
+        Gradient(model)
+
+
 @pytest.mark.parametrize(
     ("make", "given", "said"),
     [
+        (gpt, lambda: None, "batches=None is no list; give one of pairs (inputs, targets)"),
+        (Scalar, lambda: vector_batches(), "Scalar gives a Tensor, and a rule needs logits"),
         (gpt, lambda: [torch.zeros(2, 5, dtype=torch.int64)], "a Tensor is no micro-batch; give pairs (inputs, targets), or dicts with labels"),
         (gpt, lambda: [(1, 2, 3)], "a tuple is no micro-batch"),
         (gpt, lambda: [[3]], "a int is no micro-batch"),
