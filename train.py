@@ -406,7 +406,7 @@ class Run:
         ids = validation.source.read(0, 64)
         text = tokenizer.decode(ids[~np.isin(ids, [tokenizer.eot, *tokenizer.bos])])
         words = "".join(c if c.isprintable() and c != "\ufffd" else " " for c in text).split()
-        return " ".join(words[:2])[:40]
+        return " ".join(words[1:3] or words)[:40]  # the first word may be cut
 
     def autocast(self) -> AbstractContextManager:
         """The run's compute precision."""
