@@ -91,9 +91,16 @@ def winner(section: Section, axis: str) -> str:
 
 
 def how_chosen(section: Section, method: str) -> str:
-    """Returns of how many settings that of a method is the best, and on what."""
+    """Returns of how many settings that of a method is the best, and on what; variants of a method are told apart by other keys."""
     tried = sum(bool(setting.chosen_by) for setting in section.methods[method])
-    return f"best of {tried} settings, chosen {section.selectors[method]}" if tried > 1 else "its only setting"
+    found = f"best of {tried} settings, chosen {section.selectors[method]}" if tried > 1 else "its only setting"
+    name = method.split()[0]
+    variants = sum(other.split()[0] == name for other in section.best)
+    if variants > 1:
+        found += f", one of {variants} variants of {name}"
+        if method == section.baseline:
+            found += ", the best on the reported seeds"
+    return found
 
 
 def of_planned(section: Section, found: Estimate) -> str:

@@ -282,6 +282,13 @@ def test_two_seeds_are_shown_and_not_tested(made, tmp_path):
     assert "p\u00a0" not in told(section_of(tmp_path))
 
 
+def test_a_baseline_chosen_among_variants_is_said_to_be(made, tmp_path):
+    for decay, loss in ((0.1, 3.4), (0.3, 3.3)):
+        made("adamw", {0: loss, 1: loss, 2: loss}, weight_decay=decay)
+    made("sam", {0: 3.0, 1: 3.1, 2: 3.0})
+    assert "weight_decay=0.3 (lr 0.01; its only setting, one of 2 variants of adamw, the best on the reported seeds)" in told(section_of(tmp_path))
+
+
 def test_of_how_many_settings_the_best_was_chosen_and_on_what(made, tmp_path):
     """By default on the seeds that are reported, and the headline says so of both methods."""
     for lr, gain in ((0.01, 0.0), (0.02, 0.1), (0.03, -0.3)):
