@@ -15,7 +15,7 @@ from tests.runs import ROOT, TINY
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for a busy core spin: ten times slower beside other work
 
-LONGEST = ("test_distributed", "test_slurm", "test_survival", "test_wandb", "test_hf")
+LONGEST = ("test_distributed", "test_gates", "test_slurm", "test_survival", "test_wandb", "test_hf")
 
 
 def pytest_collection_modifyitems(items):
