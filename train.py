@@ -1,12 +1,13 @@
-"""Trains a decoder-only language model: python train.py [KEY=VALUE ...]; python train.py help=true lists every key.
+"""Trains a decoder-only language model: python train.py [KEY=VALUE ...]; python train.py help=true
+lists every key.
 
-The story of a run: derive the plan, claim the run folder, open the data, build the model, pick up the newest checkpoint, then
+The story of a run: derive the plan, claim the run folder, open the data, build the model, pick up
+the newest checkpoint, then
 
     batches -> gradient rule -> p.grad -> clip -> base optimiser
 
-step by step, with evaluations, rows and checkpoints in between. Started again it goes on where the checkpoint stands, and ends
-with the weights of a run that never stopped.
-"""
+step by step, with evaluations, rows and checkpoints in between. Started again it goes on where the
+checkpoint stands, and ends with the weights of a run that never stopped."""
 
 import math
 import shlex
@@ -76,14 +77,24 @@ def main(settings: Config) -> int:
         watchdog = stack.enter_context(Watchdog(folder, layout, settings.parallel.timeout))
         stack.enter_context(processes(settings.parallel, choose_device(settings.device), layout))
         lock = RunLock(folder)
-        layout.on_main(lambda: stack.enter_context(lock), lambda: identity.refuse_another(folder, settings), lambda: read_summary(folder))
+        layout.on_main(
+            lambda: stack.enter_context(lock),
+            lambda: identity.refuse_another(folder, settings),
+            lambda: read_summary(folder),
+        )
         if layout.agreed((folder / "summary.json").exists()):
-            layout.on_main(lambda: print(f"finished already: {folder}/summary.json has its figures; another seed or dir starts another run"),
-                           lambda: send_rest(folder, settings.tracking, name, identity.as_read(settings)))  # fmt: skip
+            layout.on_main(
+                lambda: print(
+                    f"finished already: {folder}/summary.json has its figures; another seed or dir"
+                    " starts another run"
+                ),
+                lambda: send_rest(folder, settings.tracking, name, identity.as_read(settings)),
+            )
             return 0
         stack.enter_context(watchdog.heartbeats())
         layout.on_main(lambda: clear(folder))
-        run = Run(settings, plan, name, folder, lock, layout)  # a mistake that shows only here leaves nothing behind, and a signal ends it at once
+        # a mistake that shows only here leaves nothing behind, and a signal ends it at once
+        run = Run(settings, plan, name, folder, lock, layout)
         stack.callback(run.saver.close)
         run.compare()
         layout.on_main(lambda: identity.claim(folder, settings), lambda: snapshot_code(folder))
@@ -103,7 +114,9 @@ class Run:
 
     preemption: Preemption
 
-    def __init__(self, settings: Config, plan: Plan, name: str, folder: Path, lock: RunLock, layout: Layout) -> None:
+    def __init__(
+        self, settings: Config, plan: Plan, name: str, folder: Path, lock: RunLock, layout: Layout
+    ) -> None:
         self.settings, self.plan, self.name, self.layout = settings, plan, name, layout
         self.folder = folder
         self.lock = lock
@@ -116,23 +129,34 @@ class Run:
         # Data: any batch is a pure function of (seed, step), so there is no position to save.
         batch = settings.batch
         layout.enter("preparing data", allowance=math.inf)
-        layout.on_main(lambda: prepare(settings.data, settings.tokenizer))  # the others find it prepared
+        # the others find it prepared
+        layout.on_main(lambda: prepare(settings.data, settings.tokenizer))
         self.corpus = prepare(settings.data, settings.tokenizer)
         self.micro = plan.micro
-        self.loader = Loader(self.corpus.train, self.corpus.weights, batch.length, batch.sequences, settings.seed)
+        self.loader = Loader(
+            self.corpus.train, self.corpus.weights, batch.length, batch.sequences, settings.seed
+        )
         self.sets = {
-            key: Validation(tokens, batch.length, self.corpus.tokenizer, settings.evaluation.tokens) for key, tokens in self.corpus.validation.items()
+            key: Validation(tokens, batch.length, self.corpus.tokenizer, settings.evaluation.tokens)
+            for key, tokens in self.corpus.validation.items()
         }
 
         layout.enter("building the model", allowance=FIRST)
-        # Shapes first; weights, or this process's shards of them, are drawn last, each from a generator of its own.
+        # Shapes first; weights, or this process's shards of them, are drawn last, each from a
+        # generator of its own.
         with torch.device("meta"):
             self.model = GPT(plan.model)
         parallelize(self.model, settings.compile, settings.activation_checkpointing, self.device)
         parallel, home = settings.parallel, self.device
         if layout.mesh is not None:
-            gathered = self.dtype if self.dtype == torch.bfloat16 and not takes_ieee_passes(settings.optim) else None
-            shard(self.model, layout, parallel.reshard_after_forward, gathered, parallel.cpu_offload)
+            gathered = (
+                self.dtype
+                if self.dtype == torch.bfloat16 and not takes_ieee_passes(settings.optim)
+                else None
+            )
+            shard(
+                self.model, layout, parallel.reshard_after_forward, gathered, parallel.cpu_offload
+            )
             home = torch.device("cpu") if parallel.cpu_offload else home
         self.model.to_empty(device=home)
         self.model.init_weights(settings.seed)
@@ -143,13 +167,17 @@ class Run:
         self.began_from: str | None = None  # a checksum
         self.resumed: State | None = None
         self.saver = Saver(folder, layout)
-        if found := resume(folder, settings, self.model, self.optimizer, self.rule, self.corpus, layout):
+        if found := resume(
+            folder, settings, self.model, self.optimizer, self.rule, self.corpus, layout
+        ):
             path, self.resumed = found
             self.progress = self.resumed.progress
             self.began_from = self.resumed.origin
             self.said = f"resumed from {path}"
         elif settings.init.run:
-            parent, self.progress = branch(settings, self.model, self.optimizer, self.rule, self.corpus, layout, plan.schedule)
+            parent, self.progress = branch(
+                settings, self.model, self.optimizer, self.rule, self.corpus, layout, plan.schedule
+            )
             self.said = f"branched from {parent.path}"
             self.began_from = parent.checksum
         elif settings.init.hf:
@@ -167,29 +195,53 @@ class Run:
         counted = self.resumed.rows if self.resumed else None
         self.tracker: Tracker | Silent = Silent()
         if self.layout.main:
-            self.tracker = Tracker(self.folder, settings.tracking, self.name, identity.as_read(settings), wandb_id, console, logged, counted)
+            self.tracker = Tracker(
+                self.folder,
+                settings.tracking,
+                self.name,
+                identity.as_read(settings),
+                wandb_id,
+                console,
+                logged,
+                counted,
+            )
         say = self.rule.say = self.tracker.message
-        say(f"{self.name}: {plan.num_parameters:,} parameters, {plan.num_non_embedding:,} without embeddings; {plan.schedule.steps:,} steps of "
-            f"{plan.tokens_per_step:,} tokens on {self.layout.world} x {self.device.type} in {str(self.dtype).removeprefix('torch.')}")  # fmt: skip
+        say(
+            f"{self.name}: {plan.num_parameters:,} parameters, {plan.num_non_embedding:,} without"
+            f" embeddings; {plan.schedule.steps:,} steps of {plan.tokens_per_step:,} tokens on"
+            f" {self.layout.world} x {self.device.type} in {str(self.dtype).removeprefix('torch.')}"
+        )
         say(describe_groups(self.optimizer))
         if self.said:
             say(self.said)
         length, longest = settings.batch.length, self.model.config.max_length
         if 4 * length <= longest:
-            say(f"note: batch.length={length} is far below model.max_length={longest}: no sequence is longer, so positions from {length} on stay "
-                f"untrained; model.max_length={length} fits")  # fmt: skip
+            say(
+                f"note: batch.length={length} is far below model.max_length={longest}: no sequence"
+                f" is longer, so positions from {length} on stay untrained;"
+                f" model.max_length={length} fits"
+            )
 
     def train(self) -> int:
-        """Steps, evaluates, logs and saves until the horizon, or until somebody asks to stop; returns the exit code."""
+        """Steps, evaluates, logs and saves until the horizon, or until somebody asks to stop;
+        returns the exit code."""
         self.announce()
         self.model.train()
         progress, steps, code = self.progress, self.plan.schedule.steps, 0
         self.prefetcher = Prefetcher(self.loader, progress.step, pin=self.device.type == "cuda")
         self.interval = Interval(progress, self.prefetcher.seconds_waiting)
-        profile = profiler(self.folder / "trace.json") if self.settings.profile and self.layout.main else None
+        profile = (
+            profiler(self.folder / "trace.json")
+            if self.settings.profile and self.layout.main
+            else None
+        )
         while True:
             self.evaluate_if_due()
-            stopping = self.layout.agreed(self.preemption.requested) if progress.step < steps or self.evaluation_due() else None
+            stopping = (
+                self.layout.agreed(self.preemption.requested)
+                if progress.step < steps or self.evaluation_due()
+                else None
+            )
             if progress.row and not self.evaluation_due():
                 self.log()
             if self.saver.done:
@@ -197,14 +249,19 @@ class Run:
             if self.checkpoint_due(bool(stopping)):
                 self.save(needed=bool(stopping) or progress.step == steps)
             if stopping:
-                self.tracker.message(f"{stopping}: saved step {progress.step}; the same command goes on from there")
+                self.tracker.message(
+                    f"{stopping}: saved step {progress.step}; the same command goes on from there"
+                )
                 code = EXIT_PREEMPTED
             if stopping or progress.step == steps:
                 break
             self.step()
             if progress.skipped_in_a_row >= self.settings.max_skipped:
-                self.tracker.message(f"error: {progress.skipped_in_a_row} steps in a row were not finite (max_skipped), up to batch "
-                                     f"{progress.step - 1}; the last checkpoint is intact; lower optim.lr or look at the data")  # fmt: skip
+                self.tracker.message(
+                    f"error: {progress.skipped_in_a_row} steps in a row were not finite"
+                    f" (max_skipped), up to batch {progress.step - 1}; the last checkpoint is"
+                    " intact; lower optim.lr or look at the data"
+                )
                 code = EXIT_DIVERGED
                 break
             if profile:
@@ -219,17 +276,23 @@ class Run:
         return code
 
     def step(self) -> None:
-        """One optimiser step. A loss or gradient that is not finite leaves weights and optimiser as they are."""
+        """One optimiser step. A loss or gradient that is not finite leaves weights and optimiser as
+        they are."""
         progress, optim = self.progress, self.settings.optim
         began = time.perf_counter()
         # Groups, then micro-batches, then processes: each takes its part of every micro-batch.
         mine = slice(self.layout.rank, None, self.layout.world)
-        parts = zip(*(half_BxT.split(self.micro)[mine] for half_BxT in self.prefetcher.next()), strict=True)
+        parts = zip(
+            *(half_BxT.split(self.micro)[mine] for half_BxT in self.prefetcher.next()), strict=True
+        )
         micros = [tuple(half.to(self.device, non_blocking=True) for half in part) for part in parts]
         size = len(micros) // self.plan.num_groups  # of a group that is perturbed on its own
         batches = [micros[first : first + size] for first in range(0, len(micros), size)]
         self.layout.enter("training", progress.step, FIRST if progress.step == self.start else 1.0)
-        lr, self.rule.rho = self.plan.schedule.lr(progress.step), self.plan.schedule.radius(progress.step)
+        lr, self.rule.rho = (
+            self.plan.schedule.lr(progress.step),
+            self.plan.schedule.radius(progress.step),
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
@@ -237,7 +300,11 @@ class Run:
         row, measured, diagnosed = self.row_of(progress.step)
         with self.autocast():
             result = self.rule.gradient(batches, measured, diagnosed)
-        norm = full_norm(clip_grad_norm_(self.model.parameters(), optim.clip or math.inf)) if result.finite else math.nan
+        norm = (
+            full_norm(clip_grad_norm_(self.model.parameters(), optim.clip or math.inf))
+            if result.finite
+            else math.nan
+        )
         seen = result.perturbed_loss if result.loss is None else result.loss
         loss = math.nan if seen is None else seen.item()
         if math.isfinite(loss) and math.isfinite(norm):
@@ -249,7 +316,9 @@ class Run:
         else:
             progress.skipped += 1
             progress.skipped_in_a_row += 1
-            self.tracker.message(f"skipped batch {progress.step}: loss {loss}, gradient norm {norm}")
+            self.tracker.message(
+                f"skipped batch {progress.step}: loss {loss}, gradient norm {norm}"
+            )
 
         progress.step += 1
         progress.tokens += result.tokens
@@ -265,15 +334,25 @@ class Run:
             self.make_row(lr, norm)
 
     def row_of(self, step: int) -> tuple[int, bool, bool]:
-        """The step whose row tells of the update from `step`; whether this update's figures go into it, those of the last one that moves the
-        weights, or else of the last; and whether diagnostics that cost passes belong to them."""
-        schedule, every, diagnostics = self.plan.schedule, self.plan.tracking_every, self.settings.optim.diagnostics_every
+        """The step whose row tells of the update from `step`; whether this update's figures go into
+        it, those of the last one that moves the weights, or else of the last; and whether
+        diagnostics that cost passes belong to them."""
+        schedule, every, diagnostics = (
+            self.plan.schedule,
+            self.plan.tracking_every,
+            self.settings.optim.diagnostics_every,
+        )
         first = step // every * every
         row = min(first + every, schedule.steps)
         told = max((other for other in range(first, row) if schedule.moves(other)), default=row - 1)
         diagnosed = False
-        if diagnostics and step == told and schedule.moves(told):  # the first row with a move since a multiple of so many rows
-            before = next((other // every + 1 for other in range(first - 1, -1, -1) if schedule.moves(other)), 0)
+        if (
+            diagnostics and step == told and schedule.moves(told)
+        ):  # the first row with a move since a multiple of so many rows
+            before = next(
+                (other // every + 1 for other in range(first - 1, -1, -1) if schedule.moves(other)),
+                0,
+            )
             diagnosed = (first // every + 1) // diagnostics > before // diagnostics
         return row, step == told, diagnosed
 
@@ -281,13 +360,20 @@ class Run:
         """What is logged of this step: means and speeds are taken since the last row."""
         progress = self.progress
         progress.row = {
-            "train/loss": progress.loss_sum / progress.loss_tokens if progress.loss_tokens else None,
+            "train/loss": (
+                progress.loss_sum / progress.loss_tokens if progress.loss_tokens else None
+            ),
             "optim/lr": lr,
             "grad/norm": norm,
             "skipped": progress.skipped,
             **progress.measured,
             **self.interval.speeds(
-                progress, self.prefetcher.seconds_waiting, self.plan, self.settings.activation_checkpointing, self.device, self.layout.world
+                progress,
+                self.prefetcher.seconds_waiting,
+                self.plan,
+                self.settings.activation_checkpointing,
+                self.device,
+                self.layout.world,
             ),
         }
         progress.loss_sum, progress.loss_tokens, progress.measured = 0.0, 0, {}
@@ -296,15 +382,27 @@ class Run:
     def evaluation_due(self) -> bool:
         """At the first step, at every interval and at the end, once."""
         step, done = self.progress.step, self.progress.evaluated
-        return done < 0 or (step not in (done, self.progress.logged) and (step % self.plan.evaluation_every == 0 or step == self.plan.schedule.steps))
+        return done < 0 or (
+            step not in (done, self.progress.logged)
+            and (step % self.plan.evaluation_every == 0 or step == self.plan.schedule.steps)
+        )
 
     def evaluate_if_due(self) -> None:
         """Evaluates; asked to stop meanwhile, it leaves that to the next start."""
         if not self.evaluation_due():
             return
-        self.layout.enter("evaluating", self.progress.step, FIRST if self.progress.step == self.start else 1.0)
+        self.layout.enter(
+            "evaluating", self.progress.step, FIRST if self.progress.step == self.start else 1.0
+        )
         with self.interval.pause():
-            found = evaluate(self.model, self.sets, self.micro, self.autocast, lambda: bool(self.preemption.requested), self.layout)
+            found = evaluate(
+                self.model,
+                self.sets,
+                self.micro,
+                self.autocast,
+                lambda: bool(self.preemption.requested),
+                self.layout,
+            )
         if found is not None:
             self.progress.evaluated, self.progress.validation = self.progress.step, found
             self.progress.row |= found
@@ -312,20 +410,28 @@ class Run:
     def log(self) -> None:
         """Logs the row of this step with how far the run has come."""
         progress = self.progress
-        counts = {name: getattr(progress, name) for name in ("step", "tokens", "flops", "forwards", "backwards", "seconds")}
+        counts = {
+            name: getattr(progress, name)
+            for name in ("step", "tokens", "flops", "forwards", "backwards", "seconds")
+        }
         self.tracker.log(counts | progress.row)
         progress.row, progress.logged = {}, progress.step
 
     def checkpoint_due(self, stopping: bool) -> bool:
-        """At every interval, at milestones, at a stop and at the end. What this start was restored from is never written again:
-        a kill meanwhile would lose it."""
+        """At every interval, at milestones, at a stop and at the end. What this start was restored
+        from is never written again: a kill meanwhile would lose it."""
         step = self.progress.step
         at_interval = step % self.plan.checkpoint_every == 0 and step != self.start
         restored = self.resumed is not None and step == self.start
-        return not restored and (stopping or at_interval or step in (self.plan.schedule.steps, *self.settings.checkpoint.milestones))
+        return not restored and (
+            stopping
+            or at_interval
+            or step in (self.plan.schedule.steps, *self.settings.checkpoint.milestones)
+        )
 
     def save(self, needed: bool) -> None:
-        """Begins to save a checkpoint once the one before is on disk, and waits for it if it is `needed`."""
+        """Begins to save a checkpoint once the one before is on disk, and waits for it if it is
+        `needed`."""
         settings = self.settings
         state = State(
             step=self.progress.step,
@@ -345,23 +451,41 @@ class Run:
             self.compare()
             self.tracker.sync()
             tensors = tensors_of(self.model, self.optimizer, self.rule, self.layout)
-            self.saver.begin(tensors, asdict(state), self.corpus.tokenizer, settings.checkpoint.keep, settings.checkpoint.milestones)
+            self.saver.begin(
+                tensors,
+                asdict(state),
+                self.corpus.tokenizer,
+                settings.checkpoint.keep,
+                settings.checkpoint.milestones,
+            )
             if needed:
                 self.end_save(needed)
 
     def end_save(self, needed: bool = False) -> None:
-        """Waits for the save under way. Where the disk refused it, the run goes on with a warning, unless the checkpoint is `needed`."""
+        """Waits for the save under way. Where the disk refused it, the run goes on with a warning,
+        unless the checkpoint is `needed`."""
         step, error = self.saver.step, self.saver.wait()
         if error and needed:
-            raise ValueError(f"step {step} could not be saved ({error}); make room on the disk of {self.folder} and start "
-                             "the same command again: it goes on from the checkpoint before")  # fmt: skip
+            raise ValueError(
+                f"step {step} could not be saved ({error}); make room on the disk of {self.folder}"
+                " and start the same command again: it goes on from the checkpoint before"
+            )
         if error:
-            self.tracker.message(f"warning: step {step} could not be saved ({error}); the checkpoints before it are intact")
+            self.tracker.message(
+                f"warning: step {step} could not be saved ({error}); the checkpoints before it are"
+                " intact"
+            )
 
     def compare(self) -> None:
         """Refuses to go on where the processes do not hold the same."""
-        plan, settings = self.plan, identity.canonical(self.settings) | asdict(self.settings.parallel)
-        settings |= {name: getattr(plan, name) for name in ("evaluation_every", "checkpoint_every", "tracking_every", "micro")}
+        plan, settings = (
+            self.plan,
+            identity.canonical(self.settings) | asdict(self.settings.parallel),
+        )
+        settings |= {
+            name: getattr(plan, name)
+            for name in ("evaluation_every", "checkpoint_every", "tracking_every", "micro")
+        }
         values = replicated(settings, self.corpus, self.progress, self.optimizer, self.rule)
         refuse_divergence(self.layout, values, self.model, self.optimizer, self.rule)
 
@@ -370,14 +494,25 @@ class Run:
         progress, settings, say = self.progress, self.settings, self.tracker.message
         self.layout.enter("finishing", progress.step, math.inf)
         self.layout.on_main(self.lock.refuse_moved)
-        summary = {"name": self.name, "step": progress.step, "tokens": progress.tokens, "flops": progress.flops, "seconds": progress.seconds,
-                   "parameters": self.plan.num_parameters, "non_embedding": self.plan.num_non_embedding, "skipped": progress.skipped,
-                   "perturbed_steps": progress.perturbed,
-                   **progress.validation}  # fmt: skip
+        summary = {
+            "name": self.name,
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "flops": progress.flops,
+            "seconds": progress.seconds,
+            "parameters": self.plan.num_parameters,
+            "non_embedding": self.plan.num_non_embedding,
+            "skipped": progress.skipped,
+            "perturbed_steps": progress.perturbed,
+            **progress.validation,
+        }
         if self.layout.main:
             adamw = self.plan.flops_per_step * self.plan.schedule.steps
-            budget = math.inf if settings.optim.compute_matched else adamw  # a matched run ends at that budget
-            summary["val/loss_at_equal_flops"] = loss_at_flops(read_rows(self.folder / "metrics.jsonl"), budget)
+            # a matched run ends at that budget
+            budget = math.inf if settings.optim.compute_matched else adamw
+            summary["val/loss_at_equal_flops"] = loss_at_flops(
+                read_rows(self.folder / "metrics.jsonl"), budget
+            )
         baselines = ""
         if settings.evaluation.baselines and self.layout.main:
             first = next(iter(self.sets.values()))
@@ -387,21 +522,36 @@ class Run:
             baselines = f"beside it: bigram {bigram:.4f}, unigram {unigram:.4f}"
         self.tracker.summary(summary)  # before anything is shown: from here on the run is done
         loss, bits = progress.validation["val/loss"], progress.validation["val/bits_per_byte"]
-        say(f"validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte, after {progress.tokens:,} tokens in {progress.seconds:.0f} s")
+        say(
+            f"validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte, after"
+            f" {progress.tokens:,} tokens in {progress.seconds:.0f} s"
+        )
         if baselines:
             say(baselines)
         if settings.evaluation.sample and self.layout.main:
-            trained = load(self.folder).to(self.device)  # what others will load, and free of compilation
+            # what others will load, and free of compilation
+            trained = load(self.folder).to(self.device)
             with self.autocast():
-                tokens = generate(trained, self.corpus.tokenizer.prompt(""), settings.evaluation.sample, temperature=0.8, seed=settings.seed)
+                tokens = generate(
+                    trained,
+                    self.corpus.tokenizer.prompt(""),
+                    settings.evaluation.sample,
+                    temperature=0.8,
+                    seed=settings.seed,
+                )
                 text = "".join(decode_stream(tokens, self.corpus.tokenizer.decode_bytes))
-            text = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)  # a terminal would obey control characters
+            # a terminal would obey control characters
+            text = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
             say("a sample:\n" + "\n".join(f"    {line}" for line in text.splitlines()))
-        say(f"run folder: {self.folder}\ntry next:\n    python -m model.sample run={self.folder} prompt={shlex.quote(self.opening())}\n"
-            f"    python -m launch.evaluate run={self.folder}")  # fmt: skip
+        say(
+            f"run folder: {self.folder}\ntry next:\n    python -m model.sample run={self.folder}"
+            f" prompt={shlex.quote(self.opening())}\n    python -m launch.evaluate"
+            f" run={self.folder}"
+        )
 
     def opening(self) -> str:
-        """Returns how the text of the first validation set begins: a prompt that fits the corpus."""
+        """Returns how the text of the first validation set begins: a prompt that fits the
+        corpus."""
         validation, tokenizer = next(iter(self.sets.values())), self.corpus.tokenizer
         ids = validation.source.read(0, 64)
         text = tokenizer.decode(ids[~np.isin(ids, [tokenizer.eot, *tokenizer.bos])])

@@ -1,4 +1,5 @@
-"""Text to batches: corpora, tokenizers, token shards and the loader. Knows nothing of models or optimisers."""
+"""Text to batches: corpora, tokenizers, token shards and the loader. Knows nothing of models or
+optimisers."""
 
 from data.baselines import training_sample, unigram_bigram
 from data.cache import prepare

@@ -1,4 +1,5 @@
-"""What counting reaches: the losses of a unigram and a bigram model, for a trained model to be held against."""
+"""What counting reaches: the losses of a unigram and a bigram model, for a trained model to be held
+against."""
 
 from collections.abc import Mapping
 
@@ -10,27 +11,39 @@ from data.shards import Tokens
 NUM_TOKENS = 10_000_000  # training tokens counted: enough for a bigram, and a second's work
 
 
-def training_sample(sources: Mapping[str, Tokens], weights: Mapping[str, float] | None, num_tokens: int = NUM_TOKENS) -> np.ndarray:
-    """About num_tokens training tokens (int64): from the start of each source, in the sources' shares."""
+def training_sample(
+    sources: Mapping[str, Tokens], weights: Mapping[str, float] | None, num_tokens: int = NUM_TOKENS
+) -> np.ndarray:
+    """About num_tokens training tokens (int64): from the start of each source, in the sources'
+    shares."""
     total = sum(weights.values()) if weights else len(sources)
-    parts = [tokens.read(0, int(num_tokens * (weights[name] if weights else 1) / total)) for name, tokens in sources.items()]
+    parts = [
+        tokens.read(0, int(num_tokens * (weights[name] if weights else 1) / total))
+        for name, tokens in sources.items()
+    ]
     return np.concatenate(parts)
 
 
-def unigram_bigram(train_tokens: np.ndarray, validation: Validation, vocab_size: int) -> tuple[float, float]:
-    """Mean loss (nats per token) of an add-one unigram and of a Witten-Bell bigram on the windows of a validation set.
+def unigram_bigram(
+    train_tokens: np.ndarray, validation: Validation, vocab_size: int
+) -> tuple[float, float]:
+    """Mean loss (nats per token) of an add-one unigram and of a Witten-Bell bigram on the windows
+    of a validation set.
 
-    With N training tokens, c(w) and c(h, w) the counts of tokens and of pairs, c(h) = sum_w c(h, w), t(h) the number of
-    different tokens seen after h, and V the size of the vocabulary:
+    With N training tokens, c(w) and c(h, w) the counts of tokens and of pairs, c(h) = sum_w c(h,
+    w), t(h) the number of different tokens seen after h, and V the size of the vocabulary:
 
         p1(w)     = (c(w) + 1) / (N + V)
-        p2(w | h) = (c(h, w) + t(h) p1(w)) / (c(h) + t(h)),  and p1(w) after an h that was never seen
+        p2(w | h) = (c(h, w) + t(h) p1(w)) / (c(h) + t(h)),  and p1(w) after an h that was never
+        seen
 
-    Counted on the first NUM_TOKENS of train_tokens; both see exactly the (input, target) pairs that the model sees.
-    Source: Witten and Bell 1991, method C, as interpolation (Chen and Goodman 1998).
-    """
+    Counted on the first NUM_TOKENS of train_tokens; both see exactly the (input, target) pairs that
+    the model sees. Source: Witten and Bell 1991, method C, as interpolation (Chen and Goodman
+    1998)."""
     tokens = train_tokens[:NUM_TOKENS].astype(np.int64)
-    inputs, targets = (np.concatenate(parts) for parts in zip(*counted_pairs(validation), strict=True))
+    inputs, targets = (
+        np.concatenate(parts) for parts in zip(*counted_pairs(validation), strict=True)
+    )
     unigram = (np.bincount(tokens, minlength=vocab_size) + 1) / (len(tokens) + vocab_size)
 
     pairs, pair_counts = np.unique(tokens[:-1] * vocab_size + tokens[1:], return_counts=True)
@@ -50,4 +63,6 @@ def unigram_bigram(train_tokens: np.ndarray, validation: Validation, vocab_size:
 def counted_pairs(validation: Validation) -> list[tuple[np.ndarray, np.ndarray]]:
     """(inputs, targets) of each batch, without the targets that are not counted."""
     batches = ((inputs.numpy(), targets.numpy()) for inputs, targets in validation.batches(256))
-    return [(inputs[targets != IGNORED], targets[targets != IGNORED]) for inputs, targets in batches]
+    return [
+        (inputs[targets != IGNORED], targets[targets != IGNORED]) for inputs, targets in batches
+    ]

@@ -1,8 +1,8 @@
 """Small files: written whole or not at all, and read with suspicion.
 
-Whatever is read from a disk may be cut, emptied, of another kind, or made to hang a reader. `read_json` and `read_yaml`
-are the only ways in: they take regular files of a bounded size and depth, and check the types of what they find.
-"""
+Whatever is read from a disk may be cut, emptied, of another kind, or made to hang a reader.
+`read_json` and `read_yaml` are the only ways in: they take regular files of a bounded size and
+depth, and check the types of what they find."""
 
 import io
 import json
@@ -19,7 +19,9 @@ import yaml  # type: ignore[import-untyped]
 T = TypeVar("T")
 LARGEST = 64 * 2**20  # bytes of a file that is read whole
 DEEPEST = 100  # brackets within brackets
-POINTER = b"version https://git-lfs.github.com/spec/"  # how the pointer to a large file of Git begins
+POINTER = (  # how the pointer to a large file of Git begins
+    b"version https://git-lfs.github.com/spec/"
+)
 
 
 class DamagedFile(ValueError):
@@ -57,11 +59,13 @@ def parse_json(text: str | bytes, kind: type[T], source: str | Path) -> T:
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """Parses one YAML document. Raises ValueError for aliases, which can unfold to any size, for deep nesting, and for a tag whose value
-    is none."""
+    """Parses one YAML document. Raises ValueError for aliases, which can unfold to any size, for
+    deep nesting, and for a tag whose value is none."""
     depth = 0
     for event in yaml.parse(text, yaml.CSafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
+            event, yaml.CollectionEndEvent
+        )
         if isinstance(event, yaml.AliasEvent):
             raise ValueError(f"it has an alias, *{event.anchor}")
         if depth > DEEPEST:
@@ -74,8 +78,8 @@ def parse_yaml(text: str | bytes) -> Any:
 
 
 def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
-    """Reads a regular file. Raises DamagedFile where it is another kind of file, too large or unreadable, and FileNotFoundError
-    where there is none."""
+    """Reads a regular file. Raises DamagedFile where it is another kind of file, too large or
+    unreadable, and FileNotFoundError where there is none."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > largest:
@@ -87,8 +91,8 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
 
 
 def open_regular(path: str | Path) -> io.BufferedReader:
-    """Opens a regular file for reading. Raises DamagedFile where it is another kind of file or unreadable, NotDownloaded, and
-    FileNotFoundError where there is none."""
+    """Opens a regular file for reading. Raises DamagedFile where it is another kind of file or
+    unreadable, NotDownloaded, and FileNotFoundError where there is none."""
     try:
         # A pipe without a writer would wait for one.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -102,13 +106,18 @@ def open_regular(path: str | Path) -> io.BufferedReader:
     file = open(descriptor, "rb")  # noqa: SIM115 - the caller closes it
     if file.peek(len(POINTER)).startswith(POINTER):
         file.close()
-        raise NotDownloaded(f"{path} is a Git LFS pointer, its content was not downloaded; run git lfs pull in its folder")
+        raise NotDownloaded(
+            f"{path} is a Git LFS pointer, its content was not downloaded; run git lfs pull in its"
+            " folder"
+        )
     return file
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replaces a file such that a crash at any moment leaves the old or the new one, whole; what a full disk refuses leaves nothing behind."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of this process: a dying one may still be at work
+    """Replaces a file such that a crash at any moment leaves the old or the new one, whole; what a
+    full disk refuses leaves nothing behind."""
+    # of this process: a dying one may still be at work
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -125,15 +134,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def remove_temporary(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Removes what killed writers of `write_atomically` left in a folder, of all files or of those with some names. The caller is the only
-    one that writes them: it holds the folder's lock."""
+    """Removes what killed writers of `write_atomically` left in a folder, of all files or of those
+    with some names. The caller is the only one that writes them: it holds the folder's lock."""
     for path in folder.glob("*.tmp"):
         name, _, process = path.name.removesuffix(".tmp").rpartition(".")
         if re.fullmatch(r"\d+", process) and (names is None or name in names):
             path.unlink(missing_ok=True)
 
 
-def _read(path: Path, parse: Callable[[bytes], Any], kind: type[T], absent: T | None, largest: int) -> T:
+def _read(
+    path: Path, parse: Callable[[bytes], Any], kind: type[T], absent: T | None, largest: int
+) -> T:
     try:
         content = read_bytes(path, largest)
     except FileNotFoundError:
@@ -144,7 +155,8 @@ def _read(path: Path, parse: Callable[[bytes], Any], kind: type[T], absent: T | 
 
 
 def check(value: Any, kind: type[T], source: str | Path) -> T:
-    """Returns a plain value as the `kind` that it must be; `source` names it in the error. Raises DamagedFile."""
+    """Returns a plain value as the `kind` that it must be; `source` names it in the error. Raises
+    DamagedFile."""
     try:
         return msgspec.convert(value, kind, strict=True, dec_hook=_of_text)
     except msgspec.ValidationError as error:

@@ -1,8 +1,9 @@
-"""Text streamed from a Hugging Face dataset: one named on the hub, or a local folder that `datasets` can read.
+"""Text streamed from a Hugging Face dataset: one named on the hub, or a local folder that
+`datasets` can read.
 
-A dataset is files, and a file is rows. Its stream is cut into pieces by the text alone, and the journal pieces.jsonl of a part
-says at which row each piece ended: a preparation that was interrupted goes on there, without reading the files before it again.
-"""
+A dataset is files, and a file is rows. Its stream is cut into pieces by the text alone, and the
+journal pieces.jsonl of a part says at which row each piece ended: a preparation that was
+interrupted goes on there, without reading the files before it again."""
 
 import hashlib
 import json
@@ -19,7 +20,8 @@ from data.corpora import BadRow, File, NoText, Text, column_texts, is_held_out, 
 from data.files import parse_json, read_bytes, write_atomically
 from data.shards import key, shard_name
 
-PIECE_BYTES = 2**25  # of text: a terabyte makes thirty thousand shards, and a process works a few seconds on one
+# of text: a terabyte makes thirty thousand shards, and a process works a few seconds on one
+PIECE_BYTES = 2**25
 BATCH = 64  # rows taken from the stream at a time; a piece is a whole number of them
 
 
@@ -42,7 +44,8 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class HubPiece:
-    """Rows whose texts become shard `index` of `part`, but for the share `fraction` of them that go to `held_out`."""
+    """Rows whose texts become shard `index` of `part`, but for the share `fraction` of them that go
+    to `held_out`."""
 
     part: str
     index: int
@@ -57,75 +60,123 @@ class HubPiece:
         return (self.part,) if self.held_out is None else (self.part, self.held_out)
 
     def texts(self, skipped: list[str] | None = None) -> Iterator[Text]:
-        """Every text in the piece, in order. Raises ValueError that names the file and the row for what cannot be read; with
-        bad_rows=skip, rows that cannot are appended to `skipped`."""
+        """Every text in the piece, in order. Raises ValueError that names the file and the row for
+        what cannot be read; with bad_rows=skip, rows that cannot are appended to `skipped`."""
         for rows in self.rows:
             for row, text in enumerate(rows.texts, rows.first.row):
                 if isinstance(text, BadRow):
-                    skip(BadRow(f"{rows.file}: row {row} {text.problem}", text.remedy), self.bad_rows, skipped)
+                    skip(
+                        BadRow(f"{rows.file}: row {row} {text.problem}", text.remedy),
+                        self.bad_rows,
+                        skipped,
+                    )
                 elif text:
-                    held_out = self.held_out is not None and is_held_out(str(rows.first.file), row, self.fraction)
-                    yield Text(self.held_out if held_out and self.held_out else self.part, text, True, True, rows.file, row)
+                    held_out = self.held_out is not None and is_held_out(
+                        str(rows.first.file), row, self.fraction
+                    )
+                    yield Text(
+                        self.held_out if held_out and self.held_out else self.part,
+                        text,
+                        True,
+                        True,
+                        rows.file,
+                        row,
+                    )
 
 
 class HubCorpus:
-    """The text that a DataConfig of source "hub" names, for `data.cache` to make shards of, as of a TextCorpus.
+    """The text that a DataConfig of source "hub" names, for `data.cache` to make shards of, as of a
+    TextCorpus.
 
-    The network is asked only when text is wanted. Raises ValueError for a dataset, configuration, split or field that there is
-    not, for text that cannot be reached, and for rows that hold something else.
-    """
+    The network is asked only when text is wanted. Raises ValueError for a dataset, configuration,
+    split or field that there is not, for text that cannot be reached, and for rows that hold
+    something else."""
 
     def __init__(self, data: DataConfig) -> None:
         if not isinstance(data.path, str) or not data.path:
-            raise ValueError(f"data.path={data.path} names no dataset; give its name on the hub, as in data.path=allenai/c4, or a folder")
-        named = {"validation": data.validation} if isinstance(data.validation, str) else data.validation or {}
-        if not isinstance(named, dict) or not all(isinstance(split, str) for split in named.values()):
-            raise ValueError(f"data.validation={data.validation} names no splits; write data.validation=SPLIT or '{{NAME: SPLIT}}'")
+            raise ValueError(
+                f"data.path={data.path} names no dataset; give its name on the hub, as in"
+                " data.path=allenai/c4, or a folder"
+            )
+        named = (
+            {"validation": data.validation}
+            if isinstance(data.validation, str)
+            else data.validation or {}
+        )
+        if not isinstance(named, dict) or not all(
+            isinstance(split, str) for split in named.values()
+        ):
+            raise ValueError(
+                f"data.validation={data.validation} names no splits; write data.validation=SPLIT or"
+                " '{NAME: SPLIT}'"
+            )
         self.data = data
         self.sources = {"hub": data.split}
         self.named: dict[str, str] = named
         for name in self.named:
             if not re.fullmatch(r"[\w.+-]+", name):
-                raise ValueError(f"{name!r} in data.validation names a folder; use letters, digits and _ . + - only")
+                raise ValueError(
+                    f"{name!r} in data.validation names a folder; use letters, digits and _ . + -"
+                    " only"
+                )
         self.weights = None
         local = Path(expand("data.path", data.path))
         self.local = local.resolve() if local.is_dir() else None
-        if self.local is None and (data.path.startswith(("/", "~", ".")) or data.path.count("/") > 1):
-            raise NoText(f"data.path={data.path} is no folder; give the folder of a dataset, or its name on the hub, as in data.path=allenai/c4")
+        if self.local is None and (
+            data.path.startswith(("/", "~", ".")) or data.path.count("/") > 1
+        ):
+            raise NoText(
+                f"data.path={data.path} is no folder; give the folder of a dataset, or its name on"
+                " the hub, as in data.path=allenai/c4"
+            )
         if self.local and re.search(r"[\[\]*?]", str(self.local)):
-            raise ValueError(f"data.path={data.path}: `datasets` takes [ ] * ? in a folder's name for a pattern; give a link to it without them, "
-                             "or read its .jsonl and .parquet files by data=text")  # fmt: skip
+            raise ValueError(
+                f"data.path={data.path}: `datasets` takes [ ] * ? in a folder's name for a pattern;"
+                " give a link to it without them, or read its .jsonl and .parquet files by"
+                " data=text"
+            )
         self.warnings: list[str] = []
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the corpus is: the name of a dataset on the hub, or the names, sizes and times of all files of a folder."""
+        """What the corpus is: the name of a dataset on the hub, or the names, sizes and times of
+        all files of a folder."""
         found = list_below(self.local, lambda name: True) if self.local else []
         return self._identify([file[1:] for file in found])
 
     @property
     def files(self) -> list[File]:
-        """The files of a folder that can hold rows: neither hidden ones nor what is about the dataset."""
+        """The files of a folder that can hold rows: neither hidden ones nor what is about the
+        dataset."""
         return list_below(self.local, is_data) if self.local else []
 
     def identify(self, describe: Callable[[File], Any]) -> dict[str, Any]:
-        """Returns what the corpus is, each file as it is described, and what the head of README.md says of them."""
+        """Returns what the corpus is, each file as it is described, and what the head of README.md
+        says of them."""
         if self.local is None:
             return self.identity
-        return self._identify([[describe(file) for file in self.files], card_hash(self.local / "README.md")])
+        return self._identify(
+            [[describe(file) for file in self.files], card_hash(self.local / "README.md")]
+        )
 
     def _identify(self, content: Any) -> dict[str, Any]:
         data = self.data
         split = None if self.named else data.validation_fraction
         rest = [data.config, data.split, data.field, data.documents, self.named, split]
-        return {"source": "hub", "content": content if self.local else [data.path, data.revision], "rest": rest}
+        return {
+            "source": "hub",
+            "content": content if self.local else [data.path, data.revision],
+            "rest": rest,
+        }
 
     def leaks(self, digests: dict[str, str]) -> dict[str, str]:
         """Returns a line for each validation part of a split that is trained on."""
         found, trained_on = {}, self.data.split.split("+")
         for name, split in self.named.items():
             if set(split.split("+")) & set(trained_on):
-                found[f"validation/{name}"] = f"data.validation.{name}={split} is trained on: data.split={self.data.split}"
+                found[f"validation/{name}"] = (
+                    f"data.validation.{name}={split} is trained on: data.split={self.data.split}"
+                )
         return found
 
     def held_out(self, source: str) -> str:
@@ -133,7 +184,8 @@ class HubCorpus:
         return "validation/validation"
 
     def pieces(self, folder: Path) -> Iterator[HubPiece]:
-        """All pieces of all parts, in order; those whose shards are in the folder come without their text."""
+        """All pieces of all parts, in order; those whose shards are in the folder come without
+        their text."""
         held_out = None if self.named else self.held_out("hub")
         yield from self._pieces(folder, "train/hub", self.data.split, held_out, self.data.documents)
         for name, split in self.named.items():
@@ -143,16 +195,29 @@ class HubCorpus:
         """The documents that are not held out."""
         for _, piece in self._packs(self.data.split, Place(0, 0, 0), self.data.documents):
             held_out = None if self.named else self.held_out(source)
-            texts = HubPiece("train/hub", 0, piece, held_out, self.data.validation_fraction, 0, self.data.bad_rows).texts()
+            texts = HubPiece(
+                "train/hub",
+                0,
+                piece,
+                held_out,
+                self.data.validation_fraction,
+                0,
+                self.data.bad_rows,
+            ).texts()
             yield from (text.text for text in texts if text.part == "train/hub")
 
-    def _pieces(self, folder: Path, part: str, split: str, held_out: str | None, limit: int | None) -> Iterator[HubPiece]:
-        """The pieces of a part, noted in its journal as they come: a line with the place where each ends, and null after the last."""
+    def _pieces(
+        self, folder: Path, part: str, split: str, held_out: str | None, limit: int | None
+    ) -> Iterator[HubPiece]:
+        """The pieces of a part, noted in its journal as they come: a line with the place where each
+        ends, and null after the last."""
         (folder / part).mkdir(parents=True, exist_ok=True)
         journal = folder / part / "pieces.jsonl"
         ends, num_done = read_journal(journal), 0
         while num_done < len(ends) and ends[num_done]:
-            piece = HubPiece(part, num_done, (), held_out, self.data.validation_fraction, 0, self.data.bad_rows)
+            piece = HubPiece(
+                part, num_done, (), held_out, self.data.validation_fraction, 0, self.data.bad_rows
+            )
             if not all((folder / each / shard_name(num_done)).exists() for each in piece.parts):
                 break
             yield piece
@@ -167,11 +232,22 @@ class HubCorpus:
                 file.write(json.dumps(end) + "\n")
                 file.flush()
                 num_bytes = sum(each.num_bytes for each in rows)
-                yield HubPiece(part, index, rows, held_out, self.data.validation_fraction, num_bytes, self.data.bad_rows)
+                yield HubPiece(
+                    part,
+                    index,
+                    rows,
+                    held_out,
+                    self.data.validation_fraction,
+                    num_bytes,
+                    self.data.bad_rows,
+                )
             file.write("null\n")
 
-    def _packs(self, split: str, start: Place, limit: int | None) -> Iterator[tuple[Place, tuple[Rows, ...]]]:
-        """Rows put together until they hold PIECE_BYTES, and the place where they end; `limit` rows of the stream at most."""
+    def _packs(
+        self, split: str, start: Place, limit: int | None
+    ) -> Iterator[tuple[Place, tuple[Rows, ...]]]:
+        """Rows put together until they hold PIECE_BYTES, and the place where they end; `limit` rows
+        of the stream at most."""
         if start.num_rows == limit:  # all were there already, but for the journal's end
             return
         pack: list[Rows] = []
@@ -180,7 +256,11 @@ class HubCorpus:
             if limit is not None and rows.first.num_rows + len(rows.texts) > limit:
                 rows = rows._replace(texts=rows.texts[: limit - rows.first.num_rows])
             pack.append(rows)
-            end = Place(rows.first.file, rows.first.row + len(rows.texts), rows.first.num_rows + len(rows.texts))
+            end = Place(
+                rows.first.file,
+                rows.first.row + len(rows.texts),
+                rows.first.num_rows + len(rows.texts),
+            )
             if end.num_rows == limit:
                 break
             if sum(each.num_bytes for each in pack) >= PIECE_BYTES:
@@ -201,26 +281,38 @@ class HubCorpus:
                 if table is None:
                     break
                 if file > start.file or row >= start.row:
-                    texts = [text for chunk in table.column(self.data.field).chunks for text in column_texts(chunk, self.data.field, name)]
+                    texts = [
+                        text
+                        for chunk in table.column(self.data.field).chunks
+                        for text in column_texts(chunk, self.data.field, name)
+                    ]
                     num_bytes = sum(len(text.encode()) for text in texts if isinstance(text, str))
                     yield Rows(Place(file, row, num_rows), texts, num_bytes, name)
                     num_rows += len(texts)
                 row += table.num_rows
 
     def _files(self, split: str, first: int) -> Iterator[tuple[int, str, Any]]:
-        """(index, name, its rows as a dataset of arrow tables) of the files of the splits, from the first on."""
+        """(index, name, its rows as a dataset of arrow tables) of the files of the splits, from the
+        first on."""
         index = 0
         for name in split.split("+"):
             with self._reading(name):
                 dataset, paths = self._load(name)
                 columns = dataset.column_names
             if columns is not None and self.data.field not in columns:
-                raise ValueError(f"data.field={self.data.field}: {self.data.path} has no such field; choose one of {', '.join(columns)}")
+                raise ValueError(
+                    f"data.field={self.data.field}: {self.data.path} has no such field; choose one"
+                    f" of {', '.join(columns)}"
+                )
             dataset = dataset.select_columns([self.data.field]).with_format("arrow")
             num_files = dataset.num_shards
             for file in range(num_files):
                 if index >= first:
-                    called = paths[file] if len(paths) == num_files else f"data.path={self.data.path}, {name}, file {file}"
+                    called = (
+                        paths[file]
+                        if len(paths) == num_files
+                        else f"data.path={self.data.path}, {name}, file {file}"
+                    )
                     yield index, called, dataset.shard(num_files, file)
                 index += 1
 
@@ -230,11 +322,16 @@ class HubCorpus:
 
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity_error()
-        builder = datasets.load_dataset_builder(str(self.local or self.data.path), self.data.config, revision=self._revision())
-        return builder.as_streaming_dataset(split), [str(path) for path in (builder.config.data_files or {}).get(split, [])]
+        builder = datasets.load_dataset_builder(
+            str(self.local or self.data.path), self.data.config, revision=self._revision()
+        )
+        return builder.as_streaming_dataset(split), [
+            str(path) for path in (builder.config.data_files or {}).get(split, [])
+        ]
 
     def _revision(self) -> str | None:
-        """The commit of a dataset on the hub, asked for once and then kept in the cache, so that all of a corpus is of one commit."""
+        """The commit of a dataset on the hub, asked for once and then kept in the cache, so that
+        all of a corpus is of one commit."""
         if self.local:
             return None
         record = Path(expand("data.cache", self.data.cache)) / f"hub-{key(self.identity)}.revision"
@@ -242,7 +339,9 @@ class HubCorpus:
         if not re.fullmatch("[0-9a-f]{40,64}", known):
             from huggingface_hub import HfApi
 
-            known = str(HfApi().dataset_info(self.data.path, revision=self.data.revision, timeout=20).sha)
+            known = str(
+                HfApi().dataset_info(self.data.path, revision=self.data.revision, timeout=20).sha
+            )
             write_atomically(record, known)
         return known
 
@@ -253,18 +352,32 @@ class HubCorpus:
             yield
         except Exception as error:
             reason = next(iter(str(error).splitlines()), "")[:300].rstrip(". ")
-            raise ValueError(f"data.path={self.data.path} ({what}) cannot be read: {type(error).__name__}: {reason}; "
-                             f"{self._remedy(reason)}; what is prepared is kept") from error  # fmt: skip
+            raise ValueError(
+                f"data.path={self.data.path} ({what}) cannot be read: {type(error).__name__}:"
+                f" {reason}; {self._remedy(reason)}; what is prepared is kept"
+            ) from error
 
     def _remedy(self, reason: str) -> str:
         """Returns what a user can do about what `datasets` said."""
         if "scripts are no longer supported" in reason:
             if self.local:
-                return "save its rows as .parquet or .jsonl files, without the script, and name the folder of those"
-            return "set data.revision=refs/convert/parquet, where the hub keeps most such datasets as parquet"
+                return (
+                    "save its rows as .parquet or .jsonl files, without the script, and name the"
+                    " folder of those"
+                )
+            return (
+                "set data.revision=refs/convert/parquet, where the hub keeps most such datasets as"
+                " parquet"
+            )
         if self.local:
-            return "check data.config, data.split and the folder (data=text reads .jsonl and .parquet too, and can skip bad rows)"
-        return "check data.config, data.split and the network, or use a data.cache that was prepared where there is one"
+            return (
+                "check data.config, data.split and the folder (data=text reads .jsonl and .parquet"
+                " too, and can skip bad rows)"
+            )
+        return (
+            "check data.config, data.split and the network, or use a data.cache that was prepared"
+            " where there is one"
+        )
 
 
 def read_journal(path: Path) -> list[tuple[int, int, int] | None]:
@@ -279,22 +392,42 @@ def read_journal(path: Path) -> list[tuple[int, int, int] | None]:
 
 
 ABOUT = (".md", ".py", ".pdf", ".png", ".jpg", ".svg", ".lock", ".cff", ".bib")
-NOT_DATA = ("license", "license.txt", "notice", "notice.txt", "dataset_infos.json", "dataset_info.json", "thumbs.db", "desktop.ini")
+NOT_DATA = (
+    "license",
+    "license.txt",
+    "notice",
+    "notice.txt",
+    "dataset_infos.json",
+    "dataset_info.json",
+    "thumbs.db",
+    "desktop.ini",
+)
 
 
 def is_data(name: str) -> bool:
-    """Returns whether a file below a dataset's folder can hold rows, by its path there. Hidden ones cannot, for `datasets`."""
+    """Returns whether a file below a dataset's folder can hold rows, by its path there. Hidden ones
+    cannot, for `datasets`."""
     last = name.rpartition("/")[2].lower()
-    return not any(part.startswith((".", "__")) for part in name.split("/")) and last not in NOT_DATA and not last.endswith(ABOUT)
+    return (
+        not any(part.startswith((".", "__")) for part in name.split("/"))
+        and last not in NOT_DATA
+        and not last.endswith(ABOUT)
+    )
 
 
 def list_below(folder: Path, wanted: Callable[[str], bool]) -> list[File]:
     """Returns the files below a folder whose path there is wanted, in order."""
     found = (str(path) for path in folder.rglob("*") if path.is_file())
-    return list_files(sorted(path for path in found if wanted(os.path.relpath(path, folder).replace(os.sep, "/"))), str(folder))
+    return list_files(
+        sorted(
+            path for path in found if wanted(os.path.relpath(path, folder).replace(os.sep, "/"))
+        ),
+        str(folder),
+    )
 
 
 def card_hash(card: Path) -> str:
-    """Returns a hash of the head of a dataset's README.md, which may say what files its configurations have."""
+    """Returns a hash of the head of a dataset's README.md, which may say what files its
+    configurations have."""
     head = read_bytes(card).split(b"---\n")[1:2] if card.is_file() else []
     return hashlib.sha256(b"".join(head)).hexdigest()

@@ -1,8 +1,8 @@
 """The same text in training and in validation, noticed by what it says, wherever it was read.
 
-Stretches of tokens, evenly spread over a validation set, are looked for at every place of the training tokens: all windows of
-WINDOW tokens are hashed by doubling, h_2n(i) = h_n(i) f_n + h_n(i + n) modulo 2^64, six passes over the tokens in all.
-"""
+Stretches of tokens, evenly spread over a validation set, are looked for at every place of the
+training tokens: all windows of WINDOW tokens are hashed by doubling, h_2n(i) = h_n(i) f_n + h_n(i +
+n) modulo 2^64, six passes over the tokens in all."""
 
 import sys
 from collections.abc import Mapping
@@ -13,13 +13,24 @@ import numpy as np
 from data.shards import Tokens
 from data.tokenizer import Tokenizer
 
-WINDOW_BYTES = 256  # of text, about, in a stretch: boilerplate as a licence's first lines is shorter
+WINDOW_BYTES = (
+    256  # of text, about, in a stretch: boilerplate as a licence's first lines is shorter
+)
 NUM_WINDOWS = 1024  # looked for, of each validation set
 NOTICED = 0.05  # share of them that is worth a warning
 LOOKED_AT = 2**20  # tokens of a validation set by which the lengths of its documents are known
 BLOCK = 2**15  # tokens that are hashed together: few enough to stay in a core's cache
-FACTORS = [0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F, 0xE7037ED1A0B428DB,
-           0x8EBC6AF09C88C6E3, 0x589965CC75374CC3]  # odd  # fmt: skip
+# odd
+FACTORS = [
+    0x9E3779B97F4A7C15,
+    0xBF58476D1CE4E5B9,
+    0x94D049BB133111EB,
+    0xD6E8FEB86659FD93,
+    0xA0761D6478BD642F,
+    0xE7037ED1A0B428DB,
+    0x8EBC6AF09C88C6E3,
+    0x589965CC75374CC3,
+]
 
 
 @cache
@@ -34,25 +45,37 @@ def note_once(lines: list[str]) -> None:
 
 
 def leaks(parts: Mapping[str, Tokens], tokenizer: Tokenizer) -> list[str]:
-    """Returns a line for each validation part of which a noticeable share is in the training parts too.
+    """Returns a line for each validation part of which a noticeable share is in the training parts
+    too.
 
     Args:
         parts: the tokens of each part, by "train/NAME" or "validation/NAME"
         tokenizer: what they are tokens of
     """
     train = [tokens for part, tokens in parts.items() if part.startswith("train/")]
-    found = {part: overlap(train, tokens, tokenizer.eot) for part, tokens in parts.items() if part.startswith("validation/")}
-    return [f"about {share:.0%} of {part} is in the training text too, as {tokenizer.decode(example)[:60]!r}: what is measured on it is "
-            "partly known by heart" for part, (share, example) in found.items() if share >= NOTICED]  # fmt: skip
+    found = {
+        part: overlap(train, tokens, tokenizer.eot)
+        for part, tokens in parts.items()
+        if part.startswith("validation/")
+    }
+    return [
+        f"about {share:.0%} of {part} is in the training text too, as"
+        f" {tokenizer.decode(example)[:60]!r}: what is measured on it is partly known by heart"
+        for part, (share, example) in found.items()
+        if share >= NOTICED
+    ]
 
 
 def overlap(train: list[Tokens], validation: Tokens, eot: int) -> tuple[float, np.ndarray]:
-    """Returns the share of a validation set's stretches that are in the training tokens, and the first of those."""
+    """Returns the share of a validation set's stretches that are in the training tokens, and the
+    first of those."""
     starts, doublings = stretches(validation, eot)
     length = 2**doublings
     if not len(starts):
         return 0.0, np.zeros(0)
-    wanted = np.array([window_hashes(validation.read(start, start + length), doublings)[0] for start in starts])
+    wanted = np.array(
+        [window_hashes(validation.read(start, start + length), doublings)[0] for start in starts]
+    )
     # A table of the upper bits keeps nearly all other windows out of the search.
     table = np.zeros(2**16, dtype=bool)
     table[wanted >> np.uint64(48)] = True
@@ -64,13 +87,18 @@ def overlap(train: list[Tokens], validation: Tokens, eot: int) -> tuple[float, n
             if near.size:
                 seen = np.union1d(seen, near[np.isin(near, wanted)])
     hits = np.isin(wanted, seen)
-    example = validation.read(starts[hits.argmax()], starts[hits.argmax()] + length) if hits.any() else np.zeros(0)
+    example = (
+        validation.read(starts[hits.argmax()], starts[hits.argmax()] + length)
+        if hits.any()
+        else np.zeros(0)
+    )
     return float(hits.mean()), example
 
 
 def stretches(validation: Tokens, eot: int) -> tuple[np.ndarray, int]:
-    """Returns where the stretches that are looked for begin, and the power of two of their tokens: anywhere, or, where most documents are
-    shorter than a stretch, at the beginnings of documents, whose neighbours elsewhere are others."""
+    """Returns where the stretches that are looked for begin, and the power of two of their tokens:
+    anywhere, or, where most documents are shorter than a stretch, at the beginnings of documents,
+    whose neighbours elsewhere are others."""
     doublings = window_doublings(validation)
     head = validation.read(0, min(len(validation), LOOKED_AT))
     ends = np.flatnonzero(head == eot)
@@ -78,13 +106,24 @@ def stretches(validation: Tokens, eot: int) -> tuple[np.ndarray, int]:
     if len(lengths) and np.median(lengths) < 2**doublings:
         doublings = int(max(4, np.floor(np.log2(max(1, np.median(lengths))))))
         starts = ends[:-1][lengths >= 2**doublings] + 1
-        return starts[np.unique(np.linspace(0, max(0, len(starts) - 1), NUM_WINDOWS).astype(np.int64))[: len(starts)]], doublings
+        return (
+            starts[
+                np.unique(np.linspace(0, max(0, len(starts) - 1), NUM_WINDOWS).astype(np.int64))[
+                    : len(starts)
+                ]
+            ],
+            doublings,
+        )
     last = len(validation) - 2**doublings
-    return np.unique(np.linspace(0, max(0, last), NUM_WINDOWS).astype(np.int64))[: max(0, last + 1)], doublings
+    return (
+        np.unique(np.linspace(0, max(0, last), NUM_WINDOWS).astype(np.int64))[: max(0, last + 1)],
+        doublings,
+    )
 
 
 def window_doublings(tokens: Tokens) -> int:
-    """Returns the power of two of the tokens in a stretch: about WINDOW_BYTES of text, less in a set that has no more."""
+    """Returns the power of two of the tokens in a stretch: about WINDOW_BYTES of text, less in a
+    set that has no more."""
     per_token = max(1.0, tokens.num_bytes / max(1, len(tokens)))
     longest = min(WINDOW_BYTES / per_token, max(16, len(tokens)))
     return int(np.clip(np.floor(np.log2(longest)), 4, len(FACTORS)))
@@ -95,7 +134,11 @@ def window_hashes(tokens: np.ndarray, doublings: int) -> np.ndarray:
     hashes = (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(FACTORS[-1])
     for step in range(doublings):
         size = 2**step
-        hashes = hashes[:-size] * np.uint64(FACTORS[step]) + hashes[size:] if len(hashes) > size else hashes[:0]
+        hashes = (
+            hashes[:-size] * np.uint64(FACTORS[step]) + hashes[size:]
+            if len(hashes) > size
+            else hashes[:0]
+        )
         # Products carry upwards only: bits are brought down again.
         hashes ^= hashes >> np.uint64(29)
     return hashes

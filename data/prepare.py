@@ -1,4 +1,5 @@
-"""python -m data.prepare [OVERRIDES]: text to token shards, in the cache where a run with the same data finds them."""
+"""python -m data.prepare [OVERRIDES]: text to token shards, in the cache where a run with the same
+data finds them."""
 
 import sys
 import time
@@ -9,7 +10,8 @@ from data import prepare
 
 @dataclass
 class Options:
-    """Turns text into token shards, in the cache where a run with the same data finds them. It takes every override of a run.
+    """Turns text into token shards, in the cache where a run with the same data finds them. It
+    takes every override of a run.
 
     python -m data.prepare data=stdlib tokenizer=bpe
     python -m data.prepare data=c4 tokenizer=gpt2 data.documents=1000000
@@ -28,17 +30,29 @@ def main(overrides: list[str]) -> None:
         try:
             corpus = prepare(config.data, config.tokenizer)
         except KeyboardInterrupt:
-            print("\ninterrupted: what is prepared is kept, and the same command goes on from there", file=sys.stderr)
+            print(
+                "\ninterrupted: what is prepared is kept, and the same command goes on from there",
+                file=sys.stderr,
+            )
             sys.exit(130)
         seconds = time.perf_counter() - start
         parts = corpus.meta["parts"]
         for part, entry in parts.items():
             ratio = entry["bytes"] / entry["tokens"]
-            print(f"{part}: {entry['tokens']:,} tokens, {entry['documents']:,} documents, {ratio:.3f} bytes per token, {entry['shards']} shards")
+            print(
+                f"{part}: {entry['tokens']:,} tokens, {entry['documents']:,} documents, {ratio:.3f}"
+                f" bytes per token, {entry['shards']} shards"
+            )
         for part, number in corpus.meta.get("skipped", {}).items():
-            print(f"{part}: {number:,} rows that could not be read were skipped, the first: {corpus.meta.get('first_skipped')}")
+            print(
+                f"{part}: {number:,} rows that could not be read were skipped, the first:"
+                f" {corpus.meta.get('first_skipped')}"
+            )
         megabytes = sum(entry["bytes"] for entry in parts.values()) / 1e6
-        print(f"{megabytes:.1f} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s); vocabulary {corpus.tokenizer.vocab_size}; {corpus.folder}")
+        print(
+            f"{megabytes:.1f} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s); vocabulary"
+            f" {corpus.tokenizer.vocab_size}; {corpus.folder}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Tokens on disk: the shard file, and shards read as one stream.
 
-A shard is a header of 128 bytes, the tokens as little-endian uint16 (uint32 for a vocabulary above 65536), and for
-each document that begins in it the index of its first token, as little-endian uint64. Every document ends with end of text.
-"""
+A shard is a header of 128 bytes, the tokens as little-endian uint16 (uint32 for a vocabulary above
+65536), and for each document that begins in it the index of its first token, as little-endian
+uint64. Every document ends with end of text."""
 
 import contextlib
 import hashlib
@@ -24,7 +24,9 @@ from data.files import open_regular, read_json, write_atomically
 from data.tokenizer import Tokenizer
 
 MAGIC = b"FLATGPT\0"
-VERSION = 1  # of the shards' bytes and of how text is read; part of the cache key, so that another version is rebuilt
+# of the shards' bytes and of how text is read; part of the cache key, so that another version is
+# rebuilt
+VERSION = 1
 HEADER = struct.Struct("<8s2I4Q32s32s16x")  # the fields of Header, then the checksum
 assert HEADER.size == 128
 REBUILT = "delete it, it is rebuilt at the next start"
@@ -43,7 +45,8 @@ class Header(NamedTuple):
     tokenizer: bytes  # its hash
 
     def digest(self) -> "hashlib._Hash":
-        """The checksum's beginning: sha256 is over the header's fields, then the tokens, then the documents."""
+        """The checksum's beginning: sha256 is over the header's fields, then the tokens, then the
+        documents."""
         return hashlib.sha256(HEADER.pack(*self, b""))
 
 
@@ -62,16 +65,21 @@ class Shard:
         """(num_tokens,) unsigned."""
         if self.header.num_tokens == 0:
             return np.zeros(0, dtype=np.uint16)
-        return np.memmap(self.path, f"<u{self.header.token_bytes}", "r", self.offset, (self.header.num_tokens,))
+        return np.memmap(
+            self.path, f"<u{self.header.token_bytes}", "r", self.offset, (self.header.num_tokens,)
+        )
 
     @property
     def documents(self) -> np.ndarray:
         """(num_documents,) index of the first token of each document that begins here, uint64."""
-        return np.fromfile(self.path, "<u8", offset=HEADER.size + self.header.num_tokens * self.header.token_bytes)
+        return np.fromfile(
+            self.path, "<u8", offset=HEADER.size + self.header.num_tokens * self.header.token_bytes
+        )
 
     @classmethod
     def open(cls, path: Path, tokenizer: Tokenizer, remedy: str = REBUILT) -> "Shard":
-        """Raises ValueError, naming the file and the remedy, for one that is truncated, of another version or tokenizer."""
+        """Raises ValueError, naming the file and the remedy, for one that is truncated, of another
+        version or tokenizer."""
 
         def damaged(problem: str) -> ValueError:
             return ValueError(f"{path} {problem}; {remedy}")
@@ -84,12 +92,21 @@ class Shard:
         header = Header(*fields)
         if header.version != VERSION:
             raise damaged(f"has version {header.version} where this program reads {VERSION}")
-        if header.token_bytes not in (2, 4) or size != HEADER.size + header.num_tokens * header.token_bytes + header.num_documents * 8:
+        if (
+            header.token_bytes not in (2, 4)
+            or size
+            != HEADER.size + header.num_tokens * header.token_bytes + header.num_documents * 8
+        ):
             raise damaged(f"has {size} bytes, not what its header says: it is cut off or corrupt")
         if header.tokenizer.hex() != tokenizer.hash:
-            raise damaged(f"was written with another tokenizer ({header.tokenizer.hex()[:16]}, not {tokenizer.hash[:16]})")
+            raise damaged(
+                f"was written with another tokenizer ({header.tokenizer.hex()[:16]}, not"
+                f" {tokenizer.hash[:16]})"
+            )
         if header.max_token >= tokenizer.vocab_size:
-            raise damaged(f"holds token {header.max_token}, beyond the vocabulary of {tokenizer.vocab_size}")
+            raise damaged(
+                f"holds token {header.max_token}, beyond the vocabulary of {tokenizer.vocab_size}"
+            )
         return cls(path, header, checksum, remedy=remedy)
 
     def verify(self) -> None:
@@ -100,9 +117,14 @@ class Shard:
             while block := file.read(2**22):
                 digest.update(block)
         if digest.digest() != self.checksum:
-            raise ValueError(f"{self.path} does not have its checksum: it is corrupt; {self.remedy}")
+            raise ValueError(
+                f"{self.path} does not have its checksum: it is corrupt; {self.remedy}"
+            )
         if self.header.num_tokens and int(self.tokens.max()) > self.header.max_token:
-            raise ValueError(f"{self.path} holds token {self.tokens.max()}, beyond its own maximum of {self.header.max_token}; {self.remedy}")
+            raise ValueError(
+                f"{self.path} holds token {self.tokens.max()}, beyond its own maximum of"
+                f" {self.header.max_token}; {self.remedy}"
+            )
 
 
 class Tokens:
@@ -119,9 +141,16 @@ class Tokens:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start to stop (at most the end), int64."""
-        parts, index, stop = [], int(np.searchsorted(self.ends, start, side="right")), min(stop, len(self))
+        parts, index, stop = (
+            [],
+            int(np.searchsorted(self.ends, start, side="right")),
+            min(stop, len(self)),
+        )
         while start < stop:
-            begin, end = int(self.ends[index]) - self.shards[index].header.num_tokens, int(self.ends[index])
+            begin, end = (
+                int(self.ends[index]) - self.shards[index].header.num_tokens,
+                int(self.ends[index]),
+            )
             parts.append(self.shards[index].tokens[start - begin : stop - begin])
             start, index = end, index + 1
         return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)
@@ -160,7 +189,8 @@ class Meta(TypedDict):
 
 @dataclass(frozen=True)
 class Corpus:
-    """A prepared corpus. `fingerprint` is a hash of all its tokens; `weights` are relative, None where there is one source."""
+    """A prepared corpus. `fingerprint` is a hash of all its tokens; `weights` are relative, None
+    where there is one source."""
 
     folder: Path
     meta: Meta
@@ -187,10 +217,22 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
 
 
-def write_shard(path: Path, ids: np.ndarray, starts: Sequence[int], num_bytes: int, tokenizer: Tokenizer) -> None:
-    """Writes token ids and the starts of documents among them as a shard, in one step: under its name it is whole or not there."""
+def write_shard(
+    path: Path, ids: np.ndarray, starts: Sequence[int], num_bytes: int, tokenizer: Tokenizer
+) -> None:
+    """Writes token ids and the starts of documents among them as a shard, in one step: under its
+    name it is whole or not there."""
     dtype, max_token = token_dtype(tokenizer), int(ids.max()) if len(ids) else 0
-    header = Header(MAGIC, VERSION, dtype.itemsize, len(ids), len(starts), num_bytes, max_token, bytes.fromhex(tokenizer.hash))
+    header = Header(
+        MAGIC,
+        VERSION,
+        dtype.itemsize,
+        len(ids),
+        len(starts),
+        num_bytes,
+        max_token,
+        bytes.fromhex(tokenizer.hash),
+    )
     payload = ids.astype(dtype).tobytes() + np.array(starts, dtype="<u8").tobytes()
     digest = header.digest()
     digest.update(payload)
@@ -201,29 +243,45 @@ def write_shard(path: Path, ids: np.ndarray, starts: Sequence[int], num_bytes: i
 
 
 def verify_once(folder: Path, shards: Sequence[Shard], days: float) -> None:
-    """Verifies the shards that were not found right before, that were touched since, or that were found right more than so many days
-    ago, as disks lose bits; the folder's verified.json tells."""
+    """Verifies the shards that were not found right before, that were touched since, or that were
+    found right more than so many days ago, as disks lose bits; the folder's verified.json tells."""
     from tqdm import tqdm
 
     record = folder / "verified.json"
-    stats = {os.path.relpath(shard.path, folder).replace(os.sep, "/"): shard.path.stat() for shard in shards}
+    stats = {
+        os.path.relpath(shard.path, folder).replace(os.sep, "/"): shard.path.stat()
+        for shard in shards
+    }
     current = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     try:
         known = read_json(record, dict[str, list[int | float]], {})
     except ValueError:
         known = {}
     doubtful = [
-        shard for shard, name in zip(shards, current, strict=True) if known.get(name, [])[:2] != current[name] or is_old(known[name][2:], days)
+        shard
+        for shard, name in zip(shards, current, strict=True)
+        if known.get(name, [])[:2] != current[name] or is_old(known[name][2:], days)
     ]
-    for shard in tqdm(doubtful, desc="verifying", unit="shard", disable=None if len(doubtful) > 1 else True, file=sys.stderr):
+    for shard in tqdm(
+        doubtful,
+        desc="verifying",
+        unit="shard",
+        disable=None if len(doubtful) > 1 else True,
+        file=sys.stderr,
+    ):
         shard.verify()
         known[os.path.relpath(shard.path, folder).replace(os.sep, "/")] = []
     if doubtful:
-        looked = {name: [*stat, *(known[name][2:] or [time.time()])] for name, stat in current.items()}
-        with contextlib.suppress(OSError):  # a cache that others share may be read-only; then every start verifies
+        looked = {
+            name: [*stat, *(known[name][2:] or [time.time()])] for name, stat in current.items()
+        }
+        with contextlib.suppress(
+            OSError
+        ):  # a cache that others share may be read-only; then every start verifies
             write_atomically(record, json.dumps(looked))
 
 
 def is_old(looked: Sequence[float], days: float) -> bool:
-    """Returns whether a time, if there is one, lies more than so many days back, or in the future by the clock of another host."""
+    """Returns whether a time, if there is one, lies more than so many days back, or in the future
+    by the clock of another host."""
     return not looked or abs(time.time() - looked[0]) >= days * 86400

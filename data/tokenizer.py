@@ -1,7 +1,8 @@
-"""Text to token ids and back. Our own tokenizers are tiktoken encodings: ranked byte strings, a split pattern and end of text.
+"""Text to token ids and back. Our own tokenizers are tiktoken encodings: ranked byte strings, a
+split pattern and end of text.
 
-Those of Hugging Face that are something else are in data/hf_tokenizer.py, behind the same interface.
-"""
+Those of Hugging Face that are something else are in data/hf_tokenizer.py, behind the same
+interface."""
 
 import base64
 import hashlib
@@ -27,36 +28,53 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 FILE = "tokenizer.json"
 SIZES = {"bytes": 257, "gpt2": 50257}  # vocabularies that are known without the tokenizer
-BYTES_PATTERN = r"(?s:.{1,64})"  # there are no merges, so any split gives the same ids; this one is fast
-# How GPT-2 splits text into words before it merges, in the words of tiktoken (what tokenizers' ByteLevel does by itself).
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+BYTES_PATTERN = (  # there are no merges, so any split gives the same ids; this one is fast
+    r"(?s:.{1,64})"
+)
+# How GPT-2 splits text into words before it merges, in the words of tiktoken (what tokenizers'
+# ByteLevel does by itself).
+GPT2_PATTERN = (
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+)
 # Unicode's white space, which the pattern's \s is; Python's own is a little more.
 WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 LONG_SPACE = re.compile(f"(?<![{WHITE_SPACE}])[{WHITE_SPACE}]{{100000,}}")
-# Training takes the square of a word's length, so it sees longer words in stretches of so many characters: base64, a padded field and the
-# like. Encoding knows of no such limit.
+# Training takes the square of a word's length, so it sees longer words in stretches of so many
+# characters: base64, a padded field and the like. Encoding knows of no such limit.
 LONGEST_WORD = 256
-LONG_STRETCH = re.compile(rf"[{WHITE_SPACE}]{{{LONGEST_WORD + 1}}}|[^{WHITE_SPACE}]{{{LONGEST_WORD + 1}}}")
+LONG_STRETCH = re.compile(
+    rf"[{WHITE_SPACE}]{{{LONGEST_WORD + 1}}}|[^{WHITE_SPACE}]{{{LONGEST_WORD + 1}}}"
+)
 LONG_WORD = re.compile(
-    "|".join(f"(?<!{kind}){kind}{{{LONGEST_WORD + 1},}}" for kind in (rf"[{WHITE_SPACE}]", r"[^\W_]", rf"(?:[^\w{WHITE_SPACE}]|_)"))
+    "|".join(
+        f"(?<!{kind}){kind}{{{LONGEST_WORD + 1},}}"
+        for kind in (rf"[{WHITE_SPACE}]", r"[^\W_]", rf"(?:[^\w{WHITE_SPACE}]|_)")
+    )
 )
 
-# GPT-2's ranks: where OpenAI keeps them, what the file may be called on a disk (the last name is tiktoken's own, in its cache), and
-# the `Tokenizer.hash` that they must have.
+# GPT-2's ranks: where OpenAI keeps them, what the file may be called on a disk (the last name is
+# tiktoken's own, in its cache), and the `Tokenizer.hash` that they must have.
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
-GPT2_FILES = ("gpt2.tiktoken", "vocab.bpe", "merges.txt", hashlib.sha1(GPT2_URL.encode()).hexdigest())
+GPT2_FILES = (
+    "gpt2.tiktoken",
+    "vocab.bpe",
+    "merges.txt",
+    hashlib.sha1(GPT2_URL.encode()).hexdigest(),
+)
 GPT2_HASH = "33fb72dd0f477229f21275e6b9c0f1f0f04f6e7df6c6c8f9ee47e49cad733b5c"
 
 
 class Tokenizer(ABC):
     """Text to ids and back.
 
-    Text is encoded as it stands: the name of a special token in it, as "<|endoftext|>", is ordinary text. A document is the ids `bos`,
-    those of its text, and the id `eot`, which are put in as ids only.
-    """
+    Text is encoded as it stands: the name of a special token in it, as "<|endoftext|>", is ordinary
+    text. A document is the ids `bos`, those of its text, and the id `eot`, which are put in as ids
+    only."""
 
     name: str
-    bos: tuple[int, ...] = ()  # what begins a document; nothing, where the end of the one before is enough
+    bos: tuple[
+        int, ...
+    ] = ()  # what begins a document; nothing, where the end of the one before is enough
 
     @property
     @abstractmethod
@@ -80,12 +98,13 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str, opens: bool = True) -> np.ndarray:
-        """Token ids (uint32) of a text, without `bos` and `eot`. `opens` is false for a later part of a document, before which no tokenizer
-        may put a space."""
+        """Token ids (uint32) of a text, without `bos` and `eot`. `opens` is false for a later part
+        of a document, before which no tokenizer may put a space."""
 
     @abstractmethod
     def byte_lengths(self) -> np.ndarray:
-        """Bytes of text that each id stands for, int64 (vocab_size,); they add up to those of a whole document. 0 for special tokens."""
+        """Bytes of text that each id stands for, int64 (vocab_size,); they add up to those of a
+        whole document. 0 for special tokens."""
 
     @abstractmethod
     def content(self) -> dict[str, Any]:
@@ -93,15 +112,20 @@ class Tokenizer(ABC):
 
     def document(self, text: str, opens: bool = True, closes: bool = True) -> np.ndarray:
         """Token ids (uint32) of a document, or of a part of one that does not open or close it."""
-        ends = np.array(self.bos * opens, dtype=np.uint32), np.array([self.eot] * closes, dtype=np.uint32)
+        ends = (
+            np.array(self.bos * opens, dtype=np.uint32),
+            np.array([self.eot] * closes, dtype=np.uint32),
+        )
         return np.concatenate([ends[0], self.encode(text, opens), ends[1]])
 
     def prompt(self, text: str) -> list[int]:
-        """Token ids for a model to go on from: of a document's beginning, or the end of another where that is all there is."""
+        """Token ids for a model to go on from: of a document's beginning, or the end of another
+        where that is all there is."""
         return [*self.bos, *self.encode(text).tolist()] or [self.eot]
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """The bytes that ids stand for. A single id may stand for a part of a character, so a stream is best decoded so."""
+        """The bytes that ids stand for. A single id may stand for a part of a character, so a
+        stream is best decoded so."""
         return b"".join(self.token_bytes[i] for i in ids)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -114,13 +138,18 @@ class Tokenizer(ABC):
 
     @staticmethod
     def load(folder: str | Path) -> "Tokenizer":
-        """The tokenizer of a folder, of either kind. Raises ValueError where there is none, or none that can be read."""
+        """The tokenizer of a folder, of either kind. Raises ValueError where there is none, or none
+        that can be read."""
         from data.hf_tokenizer import HFTokenizer
 
         path = Path(folder) / FILE
         try:
             content = read_json(path, dict[str, Any])
-            return HFTokenizer.from_content(content) if "huggingface" in content else RankedTokenizer.from_content(content)
+            return (
+                HFTokenizer.from_content(content)
+                if "huggingface" in content
+                else RankedTokenizer.from_content(content)
+            )
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file; give a folder that holds a {FILE}") from None
         except DamagedFile as error:
@@ -157,7 +186,12 @@ class RankedTokenizer(Tokenizer):
         import tiktoken
 
         ranks = {token: rank for rank, token in enumerate(self.ranks)}
-        return tiktoken.Encoding(self.name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.eot})
+        return tiktoken.Encoding(
+            self.name,
+            pat_str=self.pattern,
+            mergeable_ranks=ranks,
+            special_tokens={END_OF_TEXT: self.eot},
+        )
 
     @cached_property
     def _undivided(self) -> "tiktoken.Encoding":
@@ -165,11 +199,17 @@ class RankedTokenizer(Tokenizer):
         import tiktoken
 
         ranks = {token: rank for rank, token in enumerate(self.ranks)}
-        return tiktoken.Encoding(f"{self.name}-word", pat_str="(?s:.+)", mergeable_ranks=ranks, special_tokens={})
+        return tiktoken.Encoding(
+            f"{self.name}-word", pat_str="(?s:.+)", mergeable_ranks=ranks, special_tokens={}
+        )
 
     @cached_property
     def hash(self) -> str:
-        content = [self.pattern, [base64.b64encode(token).decode() for token in self.ranks], {END_OF_TEXT: self.eot}]
+        content = [
+            self.pattern,
+            [base64.b64encode(token).decode() for token in self.ranks],
+            {END_OF_TEXT: self.eot},
+        ]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def encode(self, text: str, opens: bool = True) -> np.ndarray:
@@ -182,12 +222,16 @@ class RankedTokenizer(Tokenizer):
             return self._encode_long_spaces(text)
 
     def _encode_long_spaces(self, text: str) -> np.ndarray:
-        """Encodes a text around its long runs of white space. The pattern makes one word of such a run, up to the last character before
-        other text, which goes with that: the words, and so the ids, are those of the whole text."""
+        """Encodes a text around its long runs of white space. The pattern makes one word of such a
+        run, up to the last character before other text, which goes with that: the words, and so the
+        ids, are those of the whole text."""
         parts, begin = [], 0
         for run in LONG_SPACE.finditer(text):
             end = run.end() - (run.end() < len(text))
-            parts += [self.encode(text[begin : run.start()]), self._undivided.encode_to_numpy(text[run.start() : end])]
+            parts += [
+                self.encode(text[begin : run.start()]),
+                self._undivided.encode_to_numpy(text[run.start() : end]),
+            ]
             begin = end
         return np.concatenate([*parts, self.encode(text[begin:])])
 
@@ -199,14 +243,22 @@ class RankedTokenizer(Tokenizer):
 
     def content(self) -> dict[str, Any]:
         ranks = [base64.b64encode(token).decode() for token in self.ranks]
-        return {"name": self.name, "pattern": self.pattern, "special_tokens": {END_OF_TEXT: self.eot}, "ranks": ranks}
+        return {
+            "name": self.name,
+            "pattern": self.pattern,
+            "special_tokens": {END_OF_TEXT: self.eot},
+            "ranks": ranks,
+        }
 
     @classmethod
     def from_content(cls, content: dict[str, Any]) -> "RankedTokenizer":
-        """The inverse of `content`. Raises ValueError, KeyError or TypeError for what is not one."""
+        """The inverse of `content`. Raises ValueError, KeyError or TypeError for what is not
+        one."""
         ranks = tuple(base64.b64decode(token, validate=True) for token in content["ranks"])
         tokenizer = cls(str(content["name"]), str(content["pattern"]), ranks)
-        if content["special_tokens"] != {END_OF_TEXT: tokenizer.eot} or len(set(ranks)) != len(ranks):
+        if content["special_tokens"] != {END_OF_TEXT: tokenizer.eot} or len(set(ranks)) != len(
+            ranks
+        ):
             raise ValueError("not one id for each string of bytes")
         if tokenizer.pattern not in (BYTES_PATTERN, GPT2_PATTERN):
             # tiktoken raises ValueError for a pattern that is none.
@@ -220,12 +272,16 @@ def bytes_tokenizer() -> RankedTokenizer:
 
 
 def gpt2_tokenizer(path: str | None, cache: Path) -> RankedTokenizer:
-    """GPT-2's tokenizer, with tiktoken's ids. Its ranks are read from `path`, a file or the folder of one; without it from
-    $TIKTOKEN_CACHE_DIR, from <cache>/gpt2, or from the network, once. Raises ValueError where they cannot be had or are not GPT-2's."""
+    """GPT-2's tokenizer, with tiktoken's ids. Its ranks are read from `path`, a file or the folder
+    of one; without it from $TIKTOKEN_CACHE_DIR, from <cache>/gpt2, or from the network, once.
+    Raises ValueError where they cannot be had or are not GPT-2's."""
     if path is not None:
         file = find_gpt2(Path(expand("tokenizer.path", path)))
         if file is None:
-            raise ValueError(f"tokenizer.path={path} holds no ranks of GPT-2; name a {' or '.join(GPT2_FILES[:3])}, or the folder of one")
+            raise ValueError(
+                f"tokenizer.path={path} holds no ranks of GPT-2; name a"
+                f" {' or '.join(GPT2_FILES[:3])}, or the folder of one"
+            )
         return read_gpt2(file)
     kept = cache / "gpt2"
     folders = [Path(folder) for folder in (os.environ.get("TIKTOKEN_CACHE_DIR"), kept) if folder]
@@ -235,7 +291,9 @@ def gpt2_tokenizer(path: str | None, cache: Path) -> RankedTokenizer:
 
 def find_gpt2(path: Path) -> Path | None:
     """The file of ranks that a path is, or that lies in it."""
-    return next((file for file in (path, *(path / name for name in GPT2_FILES)) if file.is_file()), None)
+    return next(
+        (file for file in (path, *(path / name for name in GPT2_FILES)) if file.is_file()), None
+    )
 
 
 def download_gpt2(folder: Path) -> Path:
@@ -246,53 +304,77 @@ def download_gpt2(folder: Path) -> Path:
         response = requests.get(GPT2_URL, timeout=(5, 60))
         response.raise_for_status()
     except requests.RequestException as error:
-        raise ValueError(f"tokenizer=gpt2: its ranks are not in {folder} and cannot be fetched from {GPT2_URL} ({type(error).__name__}); "
-                         "put vocab.bpe or gpt2.tiktoken into that folder, or set tokenizer.path to it") from None  # fmt: skip
+        raise ValueError(
+            f"tokenizer=gpt2: its ranks are not in {folder} and cannot be fetched from {GPT2_URL}"
+            f" ({type(error).__name__}); put vocab.bpe or gpt2.tiktoken into that folder, or set"
+            " tokenizer.path to it"
+        ) from None
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "vocab.bpe", response.content)
     return folder / "vocab.bpe"
 
 
 def read_gpt2(file: Path) -> RankedTokenizer:
-    """The tokenizer of a file of ranks: lines "<base64> <rank>" (tiktoken's), or a version and then the pairs that are merged."""
+    """The tokenizer of a file of ranks: lines "<base64> <rank>" (tiktoken's), or a version and then
+    the pairs that are merged."""
     try:
         lines = read_bytes(file).decode().splitlines()
         if lines and lines[0].startswith("#version"):
             byte_of = byte_alphabet()
-            merged = (bytes(byte_of[character] for character in line.replace(" ", "")) for line in lines[1:])
+            merged = (
+                bytes(byte_of[character] for character in line.replace(" ", ""))
+                for line in lines[1:]
+            )
             ranks = (*(bytes([value]) for value in byte_of.values()), *merged)
         else:
             ranks = tuple(base64.b64decode(line.split()[0], validate=True) for line in lines)
         tokenizer = RankedTokenizer("gpt2", GPT2_PATTERN, ranks)
     except (ValueError, KeyError, IndexError):
-        raise ValueError(f"{file} is no file of GPT-2's ranks; give gpt2.tiktoken or vocab.bpe as they were published") from None
+        raise ValueError(
+            f"{file} is no file of GPT-2's ranks; give gpt2.tiktoken or vocab.bpe as they were"
+            " published"
+        ) from None
     if tokenizer.hash != GPT2_HASH:
-        raise ValueError(f"{file} does not hold GPT-2's {SIZES['gpt2'] - 1} ranks (but {len(ranks)}, or others); delete it or get it again")
+        raise ValueError(
+            f"{file} does not hold GPT-2's {SIZES['gpt2'] - 1} ranks (but {len(ranks)}, or others);"
+            " delete it or get it again"
+        )
     return tokenizer
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> RankedTokenizer:
-    """Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909; over bytes as GPT-2) of the texts, end of text as last id.
+    """Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909; over bytes as GPT-2) of the
+    texts, end of text as last id.
 
-    The pairs that are merged, and so the ids, are those of Hugging Face's `tokenizers`, but for words of more than LONGEST_WORD characters,
-    which are seen in parts; training twice gives the same.
-    Raises ValueError if the texts hold too few repeated pairs for that many merges.
-    """
+    The pairs that are merged, and so the ids, are those of Hugging Face's `tokenizers`, but for
+    words of more than LONGEST_WORD characters, which are seen in parts; training twice gives the
+    same. Raises ValueError if the texts hold too few repeated pairs for that many merges."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     # The library's own bar, on stderr, where that is a terminal.
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=alphabet, show_progress=sys.stderr.isatty())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        min_frequency=2,
+        initial_alphabet=alphabet,
+        show_progress=sys.stderr.isatty(),
+    )
     model = tokenizers.Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
     model.train_from_iterator((part for text in texts for part in part_long_words(text)), trainer)
     vocab = model.get_vocab()
     if len(vocab) < vocab_size - 1:
-        raise ValueError(f"tokenizer.vocab_size={vocab_size} is too large for this text, which gives {len(vocab) + 1}; choose that or less")
+        raise ValueError(
+            f"tokenizer.vocab_size={vocab_size} is too large for this text, which gives"
+            f" {len(vocab) + 1}; choose that or less"
+        )
     byte_of = byte_alphabet()
-    ranks = tuple(bytes(byte_of[character] for character in token) for token in sorted(vocab, key=vocab.__getitem__))
+    ranks = tuple(
+        bytes(byte_of[character] for character in token)
+        for token in sorted(vocab, key=vocab.__getitem__)
+    )
     return RankedTokenizer("bpe", GPT2_PATTERN, ranks)
 
 
@@ -308,10 +390,17 @@ def part_long_words(text: str) -> Iterator[str]:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The printable character that stands for each byte in GPT-2's and Hugging Face's vocabularies, to the byte."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    """The printable character that stands for each byte in GPT-2's and Hugging Face's vocabularies,
+    to the byte."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [value for value in range(256) if value not in printable]
-    return {chr(value): value for value in printable} | {chr(256 + i): value for i, value in enumerate(others)}
+    return {chr(value): value for value in printable} | {
+        chr(256 + i): value for i, value in enumerate(others)
+    }
 
 
 def head(texts: Iterable[str], num_bytes: int) -> Iterator[str]:

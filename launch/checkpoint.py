@@ -1,4 +1,5 @@
-"""Checkpoints: everything the next step depends on, on disk, atomically, in files that cannot execute code.
+"""Checkpoints: everything the next step depends on, on disk, atomically, in files that cannot
+execute code.
 
     checkpoints/step_00001000/
         model.safetensors       weights by name
@@ -6,13 +7,14 @@
         random.safetensors      states of the random generators, by process
         rule.safetensors        what the gradient rule remembers, if anything
         tokenizer.json          the tokenizer
-        state.json              counters, shape, identity, and size and sha256 of every file above; written last
+        state.json              counters, shape, identity, and size and sha256 of every file above;
+                                written last
 
-Several processes write model-00001-of-00004.safetensors and so on, each its own shards. Any number of them reads what any number has
-written, each no more than its own part (model/checkpoint.py).
+Several processes write model-00001-of-00004.safetensors and so on, each its own shards. Any number
+of them reads what any number has written, each no more than its own part (model/checkpoint.py).
 
-A checkpoint is written beside its final name and renamed once every file of every process is on disk: it exists whole or not at all.
-"""
+A checkpoint is written beside its final name and renamed once every file of every process is on
+disk: it exists whole or not at all."""
 
 import json
 import os
@@ -49,17 +51,20 @@ def save(
     milestones: list[int],
     layout: Layout | None = None,
 ) -> Path:
-    """Writes the checkpoint of `state["step"]`, of which every process has a part, and removes those beyond the newest `keep` that are no
-    milestones.
+    """Writes the checkpoint of `state["step"]`, of which every process has a part, and removes
+    those beyond the newest `keep` that are no milestones.
 
-    Raises OSError on all processes where the disk refuses one of them; earlier checkpoints are then untouched."""
+    Raises OSError on all processes where the disk refuses one of them; earlier checkpoints are then
+    untouched."""
     layout = layout or Layout()
     final = run / "checkpoints" / f"step_{state['step']:08d}"
     partial = final.with_name(f".{final.name}.partial")
     found = layout.collected(attempt(lambda: write(partial, tensors, layout)), layout.saving)
     error = next((error for _, error in found if error), None)
     if layout.main and not error:
-        files = {name: described for written, _ in found for name, described in (written or {}).items()}
+        files = {
+            name: described for written, _ in found for name, described in (written or {}).items()
+        }
         _, error = attempt(lambda: commit(partial, final, files, state, tokenizer))
         if not error:
             _, error = attempt(lambda: remove_old(run, state["step"], keep, milestones))
@@ -78,25 +83,52 @@ def attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
         return None, str(error) or type(error).__name__
 
 
-def write(partial: Path, tensors: Mapping[str, Mapping[str, Part]], layout: Layout) -> dict[str, tuple[int, str]]:
+def write(
+    partial: Path, tensors: Mapping[str, Mapping[str, Part]], layout: Layout
+) -> dict[str, tuple[int, str]]:
     """Writes this process's files; (size, sha256) of each by name."""
     partial.mkdir(parents=True, exist_ok=True)
-    paths = {partial / file_of(group, layout.rank, layout.world): parts for group, parts in tensors.items() if parts}
+    paths = {
+        partial / file_of(group, layout.rank, layout.world): parts
+        for group, parts in tensors.items()
+        if parts
+    }
     for path, parts in paths.items():
         save_parts(path, parts)
         fsync(path)
     return {path.name: describe(path) for path in paths}
 
 
-def commit(partial: Path, final: Path, files: dict[str, tuple[int, str]], state: dict[str, Any], tokenizer: Any) -> None:
+def commit(
+    partial: Path,
+    final: Path,
+    files: dict[str, tuple[int, str]],
+    state: dict[str, Any],
+    tokenizer: Any,
+) -> None:
     """Adds what the main process writes alone, and makes the partial folder the checkpoint."""
-    if unseen := [name for name, (size, _) in files.items() if not (partial / name).exists() or (partial / name).stat().st_size != size]:
-        raise OSError(f"the main process does not see {unseen[0]} of another; the run folder must be one that all nodes share")
+    if unseen := [
+        name
+        for name, (size, _) in files.items()
+        if not (partial / name).exists() or (partial / name).stat().st_size != size
+    ]:
+        raise OSError(
+            f"the main process does not see {unseen[0]} of another; the run folder must be one that"
+            " all nodes share"
+        )
     tokenizer.save(partial)
     own = [path for path in sorted(partial.rglob("*")) if path.is_file() and path.name not in files]
     files = files | {str(path.relative_to(partial)): describe(path) for path in own}
-    write_json(partial / "state.json", state | {"files": files, "checksum": checksum(state | {"files": files})})
-    for path in [*own, partial / "state.json", *(path for path in partial.rglob("*") if path.is_dir()), partial]:
+    write_json(
+        partial / "state.json",
+        state | {"files": files, "checksum": checksum(state | {"files": files})},
+    )
+    for path in [
+        *own,
+        partial / "state.json",
+        *(path for path in partial.rglob("*") if path.is_dir()),
+        partial,
+    ]:
         fsync(path)
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
@@ -104,15 +136,24 @@ def commit(partial: Path, final: Path, files: dict[str, tuple[int, str]], state:
 
 
 def remove_old(run: Path, step: int, keep: int, milestones: list[int]) -> None:
-    """Removes checkpoints up to a step beyond the newest `keep` that are no milestones. Later ones can only be damaged: they must not push
-    out those that are not."""
-    for old in [path for number, path in checkpoints(run).items() if number <= step and number not in milestones][:-keep]:
+    """Removes checkpoints up to a step beyond the newest `keep` that are no milestones. Later ones
+    can only be damaged: they must not push out those that are not."""
+    for old in [
+        path
+        for number, path in checkpoints(run).items()
+        if number <= step and number not in milestones
+    ][:-keep]:
         shutil.rmtree(old)
 
 
-def use_newest(run: Path, use: Callable[[Checkpoint], T], layout: Layout | None = None, warn: Callable[[str], Any] = print) -> T | None:
-    """What `use` makes of the newest usable checkpoint of a run, None where it has none yet; a damaged one is reported and the one before it
-    used, by all processes together.
+def use_newest(
+    run: Path,
+    use: Callable[[Checkpoint], T],
+    layout: Layout | None = None,
+    warn: Callable[[str], Any] = print,
+) -> T | None:
+    """What `use` makes of the newest usable checkpoint of a run, None where it has none yet; a
+    damaged one is reported and the one before it used, by all processes together.
 
     Args:
         run: the run folder
@@ -133,9 +174,14 @@ def use_newest(run: Path, use: Callable[[Checkpoint], T], layout: Layout | None 
             if layout.main:
                 warn(f"checkpoint {path} is damaged ({error}); trying the one before it")
     if refusals and all(isinstance(error, OtherRun) for error in refusals):
-        raise ValueError(f"dir={run} holds the checkpoints of another run ({refusals[0]}); choose another dir")
+        raise ValueError(
+            f"dir={run} holds the checkpoints of another run ({refusals[0]}); choose another dir"
+        )
     if refusals:
-        raise ValueError(f"dir={run}: all {len(refusals)} checkpoints are damaged; move the folder away to start again")
+        raise ValueError(
+            f"dir={run}: all {len(refusals)} checkpoints are damaged; move the folder away to start"
+            " again"
+        )
     return None
 
 

@@ -20,13 +20,37 @@ from launch.estimates import Estimate, PairedTest, estimate, holm, paired_test
 from launch.record import Record
 from launch.tracking import NEAR
 
-SECTIONS = ("model.", "tokenizer.", "data.", "batch.", "schedule.", "task.")  # keys of these set runs apart that cannot be compared
-PLACES = ("data.path", "data.sources", "data.validation")  # where data lie, which is no part of what they are
-SWEPT = ("seed", "optim.name", "optim.lr", "optim.rho")  # what a comparison is about; any other key makes a variant of a method
+# keys of these set runs apart that cannot be compared
+SECTIONS = (
+    "model.",
+    "tokenizer.",
+    "data.",
+    "batch.",
+    "schedule.",
+    "task.",
+)
+# where data lie, which is no part of what they are
+PLACES = (
+    "data.path",
+    "data.sources",
+    "data.validation",
+)
+# what a comparison is about; any other key makes a variant of a method
+SWEPT = (
+    "seed",
+    "optim.name",
+    "optim.lr",
+    "optim.rho",
+)
 DEFAULTS = {name: lookup(Config(), name) for name in KEYS}
 BASELINE = "adamw"
 AXES = ("steps", "flops", "seconds")  # at equal what
-FIGURES = {"steps": "step", "flops": "flops", "seconds": "seconds"}  # the name of each in rows and summaries
+# the name of each in rows and summaries
+FIGURES = {
+    "steps": "step",
+    "flops": "flops",
+    "seconds": "seconds",
+}
 TUNE = "role=tune"  # tracking.tags of runs that only choose a setting
 REPORT = "role=report"  # and of those that only report on it
 UNEVEN = 0.1  # share by which seconds per FLOP of runs on one machine may differ
@@ -68,10 +92,14 @@ class Setting:
 class Section:
     """Runs that can be compared.
 
-    methods     the settings of every method, the baseline's first; variants of the baseline are methods of their own
-    best        of every method with a finished run, the setting with the lowest mean final loss; any in which no seed diverged comes first
-    chosen      of every axis the same at its budget: at equal steps the best, at equal FLOPs and time the lowest there
-    budgets     of every axis the largest that all runs of the best settings reached; of steps the longest horizon
+    methods     the settings of every method, the baseline's first; variants of the baseline are
+                methods of their own
+    best        of every method with a finished run, the setting with the lowest mean final loss;
+                any in which no seed diverged comes first
+    chosen      of every axis the same at its budget: at equal steps the best, at equal FLOPs and
+                time the lowest there
+    budgets     of every axis the largest that all runs of the best settings reached; of steps the
+                longest horizon
     tests       of every axis the methods beside the baseline
     selectors   of every method which runs chose its settings
     doubt       why equal time is no evidence here, if it is none
@@ -101,7 +129,10 @@ class Section:
     @cached_property
     def planned(self) -> int:
         """The most seeds that were planned of one setting."""
-        return max((len(setting.planned) for settings in self.methods.values() for setting in settings), default=0)
+        return max(
+            (len(setting.planned) for settings in self.methods.values() for setting in settings),
+            default=0,
+        )
 
     @property
     def drawn(self) -> dict[str, list[Record]]:
@@ -118,7 +149,9 @@ class Section:
     def mean_of(self, runs: list[Record], axis: str) -> Estimate:
         """The validation loss of runs at the budget."""
         read = [self.read(run, axis) for run in runs]
-        return estimate((loss for loss, _ in read), any(midway for loss, midway in read if math.isfinite(loss)))
+        return estimate(
+            (loss for loss, _ in read), any(midway for loss, midway in read if math.isfinite(loss))
+        )
 
     def read(self, run: Record, axis: str) -> tuple[float, bool]:
         """(validation loss of a run at the budget, whether it was in the middle of its schedule
@@ -130,12 +163,17 @@ class Section:
         spent, losses = run.curve(FIGURES[axis], "val/loss")
         if not len(spent):
             return math.nan, False
-        return float(np.interp(budget, spent, losses, left=math.nan, right=math.nan)), self.keys["schedule.shape"] != "constant"
+        return (
+            float(np.interp(budget, spent, losses, left=math.nan, right=math.nan)),
+            self.keys["schedule.shape"] != "constant",
+        )
 
     def ranked(self, axis: str) -> list[str]:
         """The methods that have a loss at the budget, the best first."""
         found = {method: self.at_equal(axis, method).mean for method in self.best}
-        return sorted((method for method in found if math.isfinite(found[method])), key=found.__getitem__)
+        return sorted(
+            (method for method in found if math.isfinite(found[method])), key=found.__getitem__
+        )
 
 
 @dataclass
@@ -156,20 +194,33 @@ class Selection:
             tuned = [run for run in runs if TUNE in run.tags]
             choosing = tuned or [run for run in runs if REPORT not in run.tags]
             # Without another, the runs that choose are all that there is so far.
-            reported = [run for run in runs if REPORT in run.tags] or [run for run in runs if TUNE not in run.tags] or tuned
+            reported = (
+                [run for run in runs if REPORT in run.tags]
+                or [run for run in runs if TUNE not in run.tags]
+                or tuned
+            )
             role = f" ({TUNE})" if tuned else ""
         if not choosing or choosing == reported:
             return reported, reported, "on these seeds"
-        return choosing, reported, f"on {seeds_in_words({run.settings['seed'] for run in choosing})}{role}"
+        return (
+            choosing,
+            reported,
+            f"on {seeds_in_words({run.settings['seed'] for run in choosing})}{role}",
+        )
 
     def check(self, records: list[Record]) -> None:
         """Raises ValueError where the seeds are not those of runs, or leave none to report."""
         known = {record.settings["seed"] for record in records if record.settings}
         given = ",".join(map(str, self.seeds))
         if unknown := set(self.seeds) - known:
-            raise ValueError(f"select_seeds={given}: no run has seed {min(unknown)}; there are {seeds_in_words(known)}")
+            raise ValueError(
+                f"select_seeds={given}: no run has seed {min(unknown)}; there are"
+                f" {seeds_in_words(known)}"
+            )
         if self.seeds and not known - set(self.seeds):
-            raise ValueError(f"select_seeds={given} leaves no seed to report on; leave one of them out")
+            raise ValueError(
+                f"select_seeds={given} leaves no seed to report on; leave one of them out"
+            )
 
 
 def seeds_in_words(seeds: Iterable[int]) -> str:
@@ -196,10 +247,18 @@ def compare(records: list[Record], selection: Selection | None = None) -> list[S
     sections = sorted(found.values(), key=lambda section: -len(section.runs))
     for section in sections:
         alike = [other.keys for other in sections if horizon(other.keys) == horizon(section.keys)]
-        section.title = ", ".join([horizon(section.keys), *(f"{key}={shown(section.keys.get(key))}" for key in differing(alike))])
+        section.title = ", ".join(
+            [
+                horizon(section.keys),
+                *(f"{key}={shown(section.keys.get(key))}" for key in differing(alike)),
+            ]
+        )
         analyse(section, selection, parents)
         if section.best and len(known) < len(records):
-            section.notes.append(f"{len(records) - len(known)} more runs have not begun or cannot be read: a setting may lack their seeds.")
+            section.notes.append(
+                f"{len(records) - len(known)} more runs have not begun or cannot be read: a setting"
+                " may lack their seeds."
+            )
     return sections
 
 
@@ -210,12 +269,21 @@ def kinds_of_parents(records: list[Record]) -> dict[int, dict[str, Any]]:
     kinds = {}
     groups: dict[str, list[Record]] = {}
     for run in records:
-        kinds[id(run)] = {key: value for key, value in run.parent.items() if key.rpartition("parent.")[2] != "seed"}
+        kinds[id(run)] = {
+            key: value
+            for key, value in run.parent.items()
+            if key.rpartition("parent.")[2] != "seed"
+        }
         own = {key: value for key, value in run.settings.items() if key not in ("seed", "init.run")}
         groups.setdefault(frozen([own, kinds[id(run)]]), []).append(run)
     for alike in groups.values():
-        seeds = [{value for key, value in run.parent.items() if key not in kinds[id(run)]} for run in alike]
-        if not all(theirs <= {run.settings["seed"]} for run, theirs in zip(alike, seeds, strict=True)):
+        seeds = [
+            {value for key, value in run.parent.items() if key not in kinds[id(run)]}
+            for run in alike
+        ]
+        if not all(
+            theirs <= {run.settings["seed"]} for run, theirs in zip(alike, seeds, strict=True)
+        ):
             for run in alike:
                 kinds[id(run)] = run.parent
     return kinds
@@ -255,10 +323,14 @@ def analyse(section: Section, selection: Selection, parents: dict[int, dict[str,
             if best.runs:
                 section.best[method] = best
             else:
-                section.notes.append(f"{best} was chosen {section.selectors[method]} and has no finished run to report; {method} is left out.")
+                section.notes.append(
+                    f"{best} was chosen {section.selectors[method]} and has no finished run to"
+                    f" report; {method} is left out."
+                )
         elif any(setting.runs for setting in settings):
             section.notes.append(
-                f"{method} has no finished run to choose by ({section.selectors[method]}); {method} is left out, finished runs and all."
+                f"{method} has no finished run to choose by ({section.selectors[method]}); {method}"
+                " is left out, finished runs and all."
             )
     compared = [run for setting in section.best.values() for run in setting.runs]
     if not compared:
@@ -268,7 +340,11 @@ def analyse(section: Section, selection: Selection, parents: dict[int, dict[str,
     section.doubt = doubt_about_time(section, section.best)
     for axis in AXES:
         section.chosen[axis] = {method: chosen_at(section, axis, method) for method in section.best}
-        if axis == "seconds" and not section.doubt and (doubt := doubt_about_time(section, section.chosen[axis])):
+        if (
+            axis == "seconds"
+            and not section.doubt
+            and (doubt := doubt_about_time(section, section.chosen[axis]))
+        ):
             # A setting that is the best at equal time ran elsewhere.
             section.doubt, section.chosen[axis] = doubt, dict(section.best)
         section.tests[axis] = tests(section, axis)
@@ -306,17 +382,29 @@ def tests(section: Section, axis: str) -> dict[str, PairedTest]:
         # Time is the machine's as much as the method's: no p value.
         return {method: test._replace(t=math.nan, p=math.nan) for method, test in found.items()}
     adjusted = holm({method: test.p for method, test in found.items()})
-    return {method: test._replace(holm=adjusted.get(method, math.nan)) for method, test in found.items()}
+    return {
+        method: test._replace(holm=adjusted.get(method, math.nan)) for method, test in found.items()
+    }
 
 
-def methods(section: Section, selection: Selection, parents: dict[int, dict[str, Any]]) -> dict[str, list[Setting]]:
+def methods(
+    section: Section, selection: Selection, parents: dict[int, dict[str, Any]]
+) -> dict[str, list[Setting]]:
     """Every method's settings. Runs of one method that differ in any other key than seed, rate and
     radius become variants, named by those keys where they do not have their default."""
     variants: dict[str, list[Record]] = {}
     for name in {run.settings["optim.name"]: None for run in section.runs}:
         runs = [run for run in section.runs if run.settings["optim.name"] == name]
-        same = {*section.keys, *SWEPT, "init.run"} - {"init.step"}  # where a run branches off is a variant
-        others = [{key: value for key, value in (run.settings | parents[id(run)]).items() if key not in same} for run in runs]
+        # where a run branches off is a variant
+        same = {*section.keys, *SWEPT, "init.run"} - {"init.step"}
+        others = [
+            {
+                key: value
+                for key, value in (run.settings | parents[id(run)]).items()
+                if key not in same
+            }
+            for run in runs
+        ]
         varying = differing(others)
         for run, other in zip(runs, others, strict=True):
             variants.setdefault(variant(run, other, varying), []).append(run)
@@ -330,21 +418,32 @@ def variant(run: Record, other: dict[str, Any], varying: list[str]) -> str:
     name = run.settings["optim.name"]
     if name == BASELINE and run.settings["optim.path"] != "none":
         name = f"perturbed {name}"  # by its path: it is no baseline
-    told = [key for key in varying if other.get(key) is not None and (key not in DEFAULTS or other[key] != DEFAULTS[key])]
+    told = [
+        key
+        for key in varying
+        if other.get(key) is not None and (key not in DEFAULTS or other[key] != DEFAULTS[key])
+    ]
     return " ".join([name, *(f"{key.removeprefix('optim.')}={shown(other[key])}" for key in told)])
 
 
-def settings_of(section: Section, selection: Selection, method: str, runs: list[Record]) -> list[Setting]:
+def settings_of(
+    section: Section, selection: Selection, method: str, runs: list[Record]
+) -> list[Setting]:
     """Returns the settings of a method by learning rate and radius."""
     found: dict[tuple, Setting] = {}
     seen: dict[tuple, Record] = {}
     choosing, reported, section.selectors[method] = selection.of(runs)
     used = [run for run in runs if run in choosing or run in reported]
     if len(used) < len(runs):
-        section.notes.append(f"{len(runs) - len(used)} runs of {method} have neither {TUNE} nor {REPORT} among their tags and are left out.")
+        section.notes.append(
+            f"{len(runs) - len(used)} runs of {method} have neither {TUNE} nor {REPORT} among their"
+            " tags and are left out."
+        )
     both = {run.settings["seed"] for run in choosing} & {run.settings["seed"] for run in reported}
     if choosing != reported and both:
-        section.notes.append(f"{method}: {seeds_in_words(both)} chose the setting and are in its figure as well.")
+        section.notes.append(
+            f"{method}: {seeds_in_words(both)} chose the setting and are in its figure as well."
+        )
     for run in used:
         lr, rho = run.settings["optim.lr"], run.settings.get("optim.rho")
         seed, chooses, reports = run.settings["seed"], run in choosing, run in reported
@@ -357,24 +456,42 @@ def settings_of(section: Section, selection: Selection, method: str, runs: list[
             setting.chosen_by += [run] if chooses else []
             setting.runs += [run] if reports else []
         else:
-            section.notes.append(f"{run.folder} repeats {first.folder}, seed and all, and is left out ({run.loss:.4f} beside {first.loss:.4f}).")
+            section.notes.append(
+                f"{run.folder} repeats {first.folder}, seed and all, and is left out"
+                f" ({run.loss:.4f} beside {first.loss:.4f})."
+            )
     return [found[key] for key in sorted(found, key=lambda key: (key[0], key[1] or 0.0))]
 
 
 def doubt_about_time(section: Section, chosen: dict[str, Setting]) -> str:
-    """Returns why equal time is no evidence between the settings chosen of each method, "" where nothing speaks against it."""
+    """Returns why equal time is no evidence between the settings chosen of each method, "" where
+    nothing speaks against it."""
     machines = sorted({run.hardware for setting in chosen.values() for run in setting.runs})
     if len(machines) > 1:
         return f"the machines differ: {'; '.join(machines)}"
     spreads = dict[str, float]()
     for method, settings in section.methods.items():
-        runs = [run for setting in settings for run in [*setting.chosen_by, *setting.runs] if run.summary["flops"] > 0]
+        runs = [
+            run
+            for setting in settings
+            for run in [*setting.chosen_by, *setting.runs]
+            if run.summary["flops"] > 0
+        ]
         for machine in {run.hardware for run in runs}:
-            rates = [run.summary["seconds"] / run.summary["flops"] for run in runs if run.hardware == machine]
-            spreads[method] = max(spreads.get(method, 0.0), max(rates) / min(rates) - 1 if min(rates) > 0 else 0.0)
+            rates = [
+                run.summary["seconds"] / run.summary["flops"]
+                for run in runs
+                if run.hardware == machine
+            ]
+            spreads[method] = max(
+                spreads.get(method, 0.0), max(rates) / min(rates) - 1 if min(rates) > 0 else 0.0
+            )
     worst = max(spreads, key=spreads.__getitem__, default="")
     if worst and spreads[worst] > UNEVEN:
-        return f"the machine was shared: seconds per FLOP of {worst} differ by {spreads[worst]:.0%} between its runs"
+        return (
+            f"the machine was shared: seconds per FLOP of {worst} differ by {spreads[worst]:.0%}"
+            " between its runs"
+        )
     return ""
 
 
@@ -391,28 +508,48 @@ def imprecise(section: Section) -> dict[str, str]:
 
 def notes(section: Section, selection: Selection) -> list[str]:
     """What a reader has to know before believing the numbers."""
-    chosen = {id(setting): setting for axis in AXES for setting in section.chosen[axis].values()}.values()
+    chosen = {
+        id(setting): setting for axis in AXES for setting in section.chosen[axis].values()
+    }.values()
     compared = list({id(run): run for setting in chosen for run in setting.runs}.values())
     found = []
-    for key, what in (("data", "the data themselves differ, by their checksums"), ("evaluation.tokens", "evaluation.tokens differs")):
+    for key, what in (
+        ("data", "the data themselves differ, by their checksums"),
+        ("evaluation.tokens", "evaluation.tokens differs"),
+    ):
         counts = Counter(str(run.measured_on.get(key, "unknown"))[:12] for run in compared)
         counts.pop("unknown", None)
         if len(counts) > 1:
             listed = ", ".join(f"{value} in {count} runs" for value, count in counts.items())
-            found.append(f"Validation sets differ: {what} ({listed}). Losses on different sets are not comparable.")
+            found.append(
+                f"Validation sets differ: {what} ({listed}). Losses on different sets are not"
+                " comparable."
+            )
     if section.doubt:
         found.append(f"Equal time is no evidence, for {section.doubt}.")
     for method, how in section.imprecise.items():
         found.append(f"Precision: of {method}, {how}; compare with optim.compute=fp32.")
     for setting in chosen:
         found += notes_on(setting, section)
-    if gone := sorted({run.parent["parent.run"] for run in section.runs if "parent.run" in run.parent}):
-        found.append(f"Runs that started from other folders of runs, which are gone, are apart by those folders: {', '.join(gone)}.")
-    tags = {tag for run in section.runs for tag in run.tags if re.match(r"\s*role\s*=", tag, re.IGNORECASE)}
+    if gone := sorted(
+        {run.parent["parent.run"] for run in section.runs if "parent.run" in run.parent}
+    ):
+        found.append(
+            "Runs that started from other folders of runs, which are gone, are apart by those"
+            f" folders: {', '.join(gone)}."
+        )
+    tags = {
+        tag
+        for run in section.runs
+        for tag in run.tags
+        if re.match(r"\s*role\s*=", tag, re.IGNORECASE)
+    }
     if unknown := sorted(tags - {TUNE, REPORT}):
         found.append(f"No such role: {', '.join(unknown)}; roles are {TUNE} and {REPORT}.")
     if selection.seeds and tags:
-        found.append("select_seeds says which runs choose and which are reported; their tags do not count.")
+        found.append(
+            "select_seeds says which runs choose and which are reported; their tags do not count."
+        )
     return found
 
 
@@ -422,17 +559,40 @@ def notes_on(setting: Setting, section: Section) -> list[str]:
     tried = [other for other in section.methods[setting.method] if other.chosen_by]
     most = max(len(other.chosen_by) for other in tried)
     if setting.diverged:
-        found.append(f"In every setting of {setting.method} a seed diverged; {setting} is judged by those that did not.")
+        found.append(
+            f"In every setting of {setting.method} a seed diverged; {setting} is judged by those"
+            " that did not."
+        )
     if len(setting.chosen_by) < most:
-        found.append(f"{setting} was chosen by fewer seeds than another of its settings has: {len(setting.chosen_by)} instead of {most}.")
+        found.append(
+            f"{setting} was chosen by fewer seeds than another of its settings has:"
+            f" {len(setting.chosen_by)} instead of {most}."
+        )
     finished = {run.settings["seed"] for run in setting.runs}
-    ended = [f"seed {run.settings['seed']} {run.state}" for run in setting.failed if run.settings["seed"] in setting.planned - finished]
+    ended = [
+        f"seed {run.settings['seed']} {run.state}"
+        for run in setting.failed
+        if run.settings["seed"] in setting.planned - finished
+    ]
     if len(finished) < section.planned:
         why = f" ({', '.join(ended)})" if ended else ""
-        found.append(f"{setting} has {len(finished)} finished seeds, where {section.planned} were planned of a setting{why}.")
-    for key, values in (("lr", {other.lr for other in tried}), ("rho", {other.rho for other in tried if other.rho is not None})):
-        if len(values) > 1 and (value := getattr(setting, key)) in (min(values), max(values)) and value > 0:
-            found.append(f"{setting}: its {key} is at the edge of what was tried ({min(values):g} to {max(values):g}); a better one may lie beyond.")
+        found.append(
+            f"{setting} has {len(finished)} finished seeds, where {section.planned} were planned of"
+            f" a setting{why}."
+        )
+    for key, values in (
+        ("lr", {other.lr for other in tried}),
+        ("rho", {other.rho for other in tried if other.rho is not None}),
+    ):
+        if (
+            len(values) > 1
+            and (value := getattr(setting, key)) in (min(values), max(values))
+            and value > 0
+        ):
+            found.append(
+                f"{setting}: its {key} is at the edge of what was tried ({min(values):g} to"
+                f" {max(values):g}); a better one may lie beyond."
+            )
     return found
 
 
@@ -441,7 +601,9 @@ def differing(several: list[dict[str, Any]]) -> list[str]:
     names = dict.fromkeys(name for settings in several for name in settings)
     found = []
     for name in names:
-        holders = [settings for settings in several if name in settings or not name.startswith("parent.")]
+        holders = [
+            settings for settings in several if name in settings or not name.startswith("parent.")
+        ]
         if len({frozen(settings.get(name)) for settings in holders}) > 1:
             found.append(name)
     return found

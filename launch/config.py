@@ -1,8 +1,8 @@
 """From the command line to a checked `Config`, and to the options of the other commands.
 
-A user's mistake, whether Hydra finds it or we do, ends before anything is built: exit code 2 and one line that names the
-key, the value and the remedy. launch/overrides.py reads what is typed, launch/usage.py writes the help.
-"""
+A user's mistake, whether Hydra finds it or we do, ends before anything is built: exit code 2 and
+one line that names the key, the value and the remedy. launch/overrides.py reads what is typed,
+launch/usage.py writes the help."""
 
 import argparse
 import errno
@@ -24,7 +24,18 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from conf.schema import KEYS, Config, DataConfig, LauncherConfig, RuleConfig, SourceConfig, SweeperConfig, check_value, expand, lookup
+from conf.schema import (
+    KEYS,
+    Config,
+    DataConfig,
+    LauncherConfig,
+    RuleConfig,
+    SourceConfig,
+    SweeperConfig,
+    check_value,
+    expand,
+    lookup,
+)
 from data.files import read_yaml
 from launch.console import end_quietly
 from launch.launcher import register
@@ -48,13 +59,16 @@ T = TypeVar("T")
 
 ConfigStore.instance().store(name="schema", node=Config)
 for scheduler in ("local", "slurm"):
-    ConfigStore.instance().store(group="hydra/launcher", name=scheduler, node=LauncherConfig(scheduler=scheduler))
+    ConfigStore.instance().store(
+        group="hydra/launcher", name=scheduler, node=LauncherConfig(scheduler=scheduler)
+    )
 ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=SweeperConfig)
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turns a user's mistake into one line on stderr and exit code 2, and Ctrl-C into exit code 130. Ends quietly where nobody reads on."""
+    """Turns a user's mistake into one line on stderr and exit code 2, and Ctrl-C into exit code
+    130. Ends quietly where nobody reads on."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A character that the terminal lacks is shown as an escape.
@@ -81,8 +95,17 @@ def user_errors() -> Iterator[None]:
 
 def refused(error: OSError) -> str:
     """What to say where the system refuses: the file, why, and the remedy."""
-    full, forbidden = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EACCES, errno.EPERM, errno.EROFS)
-    remedy = "make room there" if error.errno in full else "name a place that can be written" if error.errno in forbidden else "mend that"
+    full, forbidden = (
+        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+        (errno.EACCES, errno.EPERM, errno.EROFS),
+    )
+    remedy = (
+        "make room there"
+        if error.errno in full
+        else "name a place that can be written"
+        if error.errno in forbidden
+        else "mend that"
+    )
     place = f"{error.filename}: " if error.filename else ""
     return f"{place}{error.strerror or error}; {remedy}, and give the same command again"
 
@@ -95,7 +118,8 @@ def fail(line: str) -> NoReturn:
 
 
 def main(run: Callable[[Config], int]) -> None:
-    """Calls `run` with the configuration that the command line asks for; exits with what it returns."""
+    """Calls `run` with the configuration that the command line asks for; exits with what it
+    returns."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise to us, instead of printing a traceback of its own
     register()
 
@@ -103,7 +127,9 @@ def main(run: Callable[[Config], int]) -> None:
     def job(composed: DictConfig) -> None:
         from hydra.core.hydra_config import HydraConfig
 
-        with user_errors():  # here too: Hydra would print a line of its own about an exception that it sees
+        with (
+            user_errors()
+        ):  # here too: Hydra would print a line of its own about an exception that it sees
             config = check(composed, list(HydraConfig.get().overrides.task))
             code = run(config)
         if code:
@@ -120,12 +146,16 @@ def main(run: Callable[[Config], int]) -> None:
         else:
             config = compose(arguments)
             if config.print_only:
-                raise ValueError("print_only=true is for sweeps, python train.py -m ...; use plan_only=true for one run")
+                raise ValueError(
+                    "print_only=true is for sweeps, python train.py -m ...; use plan_only=true for"
+                    " one run"
+                )
             sys.exit(run(config))
 
 
 def for_hydra_application(arguments: list[str]) -> list[str]:
-    """Returns a command line with options as Hydra's application takes it: options first, and checked overrides in its grammar."""
+    """Returns a command line with options as Hydra's application takes it: options first, and
+    checked overrides in its grammar."""
     from hydra._internal.utils import get_args_parser
 
     if hasattr(argparse.ArgumentParser, "_check_help"):
@@ -136,8 +166,17 @@ def for_hydra_application(arguments: list[str]) -> list[str]:
     known = [option for action in parser._actions for option in action.option_strings]
 
     def refuse(message: str) -> NoReturn:
-        unknown = next((text for text in arguments if text.startswith("-") and text.partition("=")[0] not in known), None)
-        raise ValueError(no_such_option(unknown, known) if unknown else f"{message}; --help lists what there is")
+        unknown = next(
+            (
+                text
+                for text in arguments
+                if text.startswith("-") and text.partition("=")[0] not in known
+            ),
+            None,
+        )
+        raise ValueError(
+            no_such_option(unknown, known) if unknown else f"{message}; --help lists what there is"
+        )
 
     vars(parser)["error"] = refuse
     given = parser.parse_intermixed_args(arguments)
@@ -151,7 +190,8 @@ def for_hydra_application(arguments: list[str]) -> list[str]:
 def compose(overrides: list[str]) -> Config:
     """The checked configuration of a list of overrides, without Hydra's application around it.
 
-    Raises a HydraException, an OmegaConfBaseException or a ValueError for a user's mistake (see `user_errors`)."""
+    Raises a HydraException, an OmegaConfBaseException or a ValueError for a user's mistake (see
+    `user_errors`)."""
     check_overrides(overrides)
     return check(composed(overrides), overrides)
 
@@ -168,13 +208,16 @@ def defaults() -> Config:
     return typed
 
 
-def parse(options: type[T], arguments: list[str], others: tuple[str, ...] = ()) -> tuple[T, list[str]]:
+def parse(
+    options: type[T], arguments: list[str], others: tuple[str, ...] = ()
+) -> tuple[T, list[str]]:
     """Reads the arguments of a command.
 
     Prints its help and exits where that is asked for, or where nothing is given.
 
     Args:
-        options: dataclass of the command's keys; its docstring says what the command is for, with examples
+        options: dataclass of the command's keys; its docstring says what the command is for, with
+        examples
         arguments: words of the command line
         others: first parts of the overrides of a run that the command takes as well
 
@@ -186,7 +229,9 @@ def parse(options: type[T], arguments: list[str], others: tuple[str, ...] = ()) 
     """
     offer_help(options, arguments, others)
     entries: dict[str, Any] = {entry.name: entry for entry in fields(options)}  # type: ignore[arg-type]
-    positional = next((name for name, entry in entries.items() if "positional" in entry.metadata), None)
+    positional = next(
+        (name for name, entry in entries.items() if "positional" in entry.metadata), None
+    )
     given, rest = dict[str, Any](), list[str]()
     for argument in arguments:
         name, equals, value = argument.partition("=")
@@ -218,7 +263,8 @@ def offer_help(options: Any, arguments: list[str], others: tuple[str, ...] = ())
 
 
 def typed(entry: Any, value: str, argument: str) -> Any:
-    """Returns the value of an option: text as it stands, anything else by its type. Raises ValueError for one of another type."""
+    """Returns the value of an option: text as it stands, anything else by its type. Raises
+    ValueError for one of another type."""
     if entry.type is str or (entry.type == str | None and value.lower() != "null"):
         return value
     try:
@@ -241,8 +287,8 @@ def expanded(name: str, value: Any) -> Any:
 
 
 def check(composed: DictConfig, overrides: list[str]) -> Config:
-    """The typed configuration of a composed one. Raises ValueError for a value out of range or a contradiction, and notes once
-    which of the given keys the chosen method does not read."""
+    """The typed configuration of a composed one. Raises ValueError for a value out of range or a
+    contradiction, and notes once which of the given keys the chosen method does not read."""
     config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
     name_files(config.data)
     if config.tokenizer.name == "hf" and config.tokenizer.path is None:
@@ -253,7 +299,9 @@ def check(composed: DictConfig, overrides: list[str]) -> Config:
         # A default is expanded where it is used: who reads the run may have another home.
         if "path" in entry.metadata and value != entry.default:
             *section, last = name.split(".")
-            vars(lookup(config, ".".join(section)) if section else config)[last] = expanded(name, value)
+            vars(lookup(config, ".".join(section)) if section else config)[last] = expanded(
+                name, value
+            )
     for name, source in config.data.sources.items():
         check_value(f"data.sources.{name}.path", source.path, {})
         source.path = expanded(f"data.sources.{name}.path", source.path)
@@ -262,48 +310,76 @@ def check(composed: DictConfig, overrides: list[str]) -> Config:
     check_contradictions(config)
     given = [re.split("[=@]", override.lstrip("+~"))[0] for override in overrides]
     if idle := [name for name in given if name in KEYS and not is_read(config, name)]:
-        print(f"note: not read by this run, so left out of its name and identity: {', '.join(idle)}", file=sys.stderr)
+        print(
+            f"note: not read by this run, so left out of its name and identity: {', '.join(idle)}",
+            file=sys.stderr,
+        )
     return config
 
 
 def name_files(data: DataConfig) -> None:
-    """Types data.sources and data.validation, in place. Raises ValueError for anything that is not name: {path, weight}, name: files."""
+    """Types data.sources and data.validation, in place. Raises ValueError for anything that is not
+    name: {path, weight}, name: files."""
     try:
         given = sorted((data.sources if data.sources is not None else {}).items())
-        entries = {str(name): OmegaConf.merge(OmegaConf.structured(SourceConfig), entry) for name, entry in given}
+        entries = {
+            str(name): OmegaConf.merge(OmegaConf.structured(SourceConfig), entry)
+            for name, entry in given
+        }
         data.sources = {name: OmegaConf.to_object(entry) for name, entry in entries.items()}
     except (AttributeError, TypeError, ValueError, OmegaConfBaseException):
-        raise ValueError(f"data.sources={data.sources} is malformed; write data.sources='{{NAME: {{path: FILES, weight: 1.0}}}}'") from None
+        raise ValueError(
+            f"data.sources={data.sources} is malformed; write data.sources='{{NAME: {{path: FILES,"
+            " weight: 1.0}}'"
+        ) from None
     if data.source == "hub" and isinstance(data.validation, str):
         data.validation = {"validation": data.validation}
     if not isinstance(data.validation, (dict, type(None))):
-        raise ValueError(f"data.validation={data.validation} is malformed; write data.validation='{{NAME: FILES}}'")
+        raise ValueError(
+            f"data.validation={data.validation} is malformed; write data.validation='{{NAME:"
+            " FILES}'"
+        )
     data.validation = {str(name): files for name, files in (data.validation or {}).items()}
 
 
 def check_names(config: Config) -> None:
-    """Raises ValueError where a run would be called by the name of a choice that it is not: a report takes it for that."""
+    """Raises ValueError where a run would be called by the name of a choice that it is not: a
+    report takes it for that."""
     moves, claims = config.optim.path != "none", claimed("optim", config.optim.name, "path")
     if moves and claims == "none":
         method = "sam" if config.optim.path == "full" else f"{config.optim.path}_sam"
-        raise ValueError(f"optim.path={config.optim.path} moves the weights, and the run would be called {config.optim.name}; use optim={method}")
+        raise ValueError(
+            f"optim.path={config.optim.path} moves the weights, and the run would be called"
+            f" {config.optim.name}; use optim={method}"
+        )
     if not moves and claims not in ("none", None):
-        raise ValueError(f"optim.path=none is the plain gradient, and the run would be called {config.optim.name}; use optim=adamw")
+        raise ValueError(
+            "optim.path=none is the plain gradient, and the run would be called"
+            f" {config.optim.name}; use optim=adamw"
+        )
     source = config.data.source
     if claimed("data", config.data.name, "source") not in (source, None):
-        raise ValueError(f"data.source={source} is another corpus, and the run would be called {config.data.name}; use data={source}")
+        raise ValueError(
+            f"data.source={source} is another corpus, and the run would be called"
+            f" {config.data.name}; use data={source}"
+        )
 
 
 def check_given_names(overrides: list[str]) -> None:
-    """Raises ValueError where optim.name is given as that of a method which was not chosen: a report takes the run for that."""
+    """Raises ValueError where optim.name is given as that of a method which was not chosen: a
+    report takes the run for that."""
     given = dict(override.partition("=")[::2] for override in overrides)
     name = given.get("optim.name", "").strip(" '\"")
     if name and name in groups()["optim"] and name != given.get("optim", "").strip(" '\""):
-        raise ValueError(f"optim.name={name} is the name of a method, and the run need not be that; use optim={name}, or another name")
+        raise ValueError(
+            f"optim.name={name} is the name of a method, and the run need not be that; use"
+            f" optim={name}, or another name"
+        )
 
 
 def claimed(group: str, name: str, key: str) -> Any:
-    """Returns what the choice of a group says of a key; None where there is no such choice, or it does not say."""
+    """Returns what the choice of a group says of a key; None where there is no such choice, or it
+    does not say."""
     return read_yaml(Path(CONF) / group / f"{name}.yaml", dict, {}).get(key)
 
 
@@ -311,94 +387,175 @@ def check_contradictions(config: Config) -> None:
     """Raises ValueError for keys that are each in order but cannot hold together."""
     batch, model, schedule, data = config.batch, config.model, config.schedule, config.data
     if model.width % model.num_heads:
-        raise ValueError(f"model.width={model.width} is not divisible by model.num_heads={model.num_heads}; choose a divisor of the width")
+        raise ValueError(
+            f"model.width={model.width} is not divisible by model.num_heads={model.num_heads};"
+            " choose a divisor of the width"
+        )
     parallel, started, world = config.parallel, rank_and_world()[1], num_processes(config.parallel)
     if parallel.processes not in (None, started) and not (config.plan_only and started == 1):
-        raise ValueError(f"parallel.processes={world}, but {started} {'was' if started == 1 else 'were'} started; "
-                         f"use torchrun --nproc-per-node {world}, or plan_only=true")  # fmt: skip
+        raise ValueError(
+            f"parallel.processes={world}, but {started} {'was' if started == 1 else 'were'}"
+            f" started; use torchrun --nproc-per-node {world}, or plan_only=true"
+        )
     if parallel.name == "single" and world > 1:
-        raise ValueError(f"parallel=single with {world} processes: each would train the same run; use parallel=fsdp or hsdp")
-    if parallel.name == "hsdp" and world > 1 and world % parallel.replicas:  # one process may be a sweep's, which trains nothing itself
-        raise ValueError(f"parallel.replicas={parallel.replicas} does not divide {world} processes; choose a divisor")
+        raise ValueError(
+            f"parallel=single with {world} processes: each would train the same run; use"
+            " parallel=fsdp or hsdp"
+        )
+    if (
+        parallel.name == "hsdp" and world > 1 and world % parallel.replicas
+    ):  # one process may be a sweep's, which trains nothing itself
+        raise ValueError(
+            f"parallel.replicas={parallel.replicas} does not divide {world} processes; choose a"
+            " divisor"
+        )
     if batch.sequences % (batch.micro or 1):
-        raise ValueError(f"batch.sequences={batch.sequences} is not divisible by batch.micro={batch.micro}; choose a divisor of batch.sequences")
+        raise ValueError(
+            f"batch.sequences={batch.sequences} is not divisible by batch.micro={batch.micro};"
+            " choose a divisor of batch.sequences"
+        )
     if batch.sequences % ((batch.micro or 1) * world):
         raise ValueError(
-            f"batch.sequences={batch.sequences} is not divisible by batch.micro={batch.micro or 1} x {world} processes; choose a multiple"
+            f"batch.sequences={batch.sequences} is not divisible by batch.micro={batch.micro or 1}"
+            f" x {world} processes; choose a multiple"
         )
     if batch.length > model.max_length:
-        raise ValueError(f"batch.length={batch.length} exceeds model.max_length={model.max_length}; shorten the one or raise the other")
+        raise ValueError(
+            f"batch.length={batch.length} exceeds model.max_length={model.max_length}; shorten the"
+            " one or raise the other"
+        )
     if schedule.name == "fixed" and schedule.steps is None and schedule.tokens is None:
-        raise ValueError("schedule.steps=null leaves no horizon; set schedule.steps or schedule.tokens")
+        raise ValueError(
+            "schedule.steps=null leaves no horizon; set schedule.steps or schedule.tokens"
+        )
     if data.source in ("text", "tokens") and (data.path is None) == (not data.sources):
-        raise ValueError(f"data.path={data.path} with {len(data.sources)} data.sources; data={data.source} needs one of the two: "
-                         "data.path=FILES or data.sources")  # fmt: skip
+        raise ValueError(
+            f"data.path={data.path} with {len(data.sources)} data.sources; data={data.source} needs"
+            " one of the two: data.path=FILES or data.sources"
+        )
     if data.source == "hub" and not (isinstance(data.path, str) and data.path):
-        raise ValueError(f"data.path={data.path} names no dataset; data=hub needs its name on the hub, as in data.path=allenai/c4, or a folder")
+        raise ValueError(
+            f"data.path={data.path} names no dataset; data=hub needs its name on the hub, as in"
+            " data.path=allenai/c4, or a folder"
+        )
     check_rule(config)
     files_of = {} if data.path is None else {"data.path": data.path}
     files_of |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
     files_of |= {f"data.validation.{name}": files for name, files in data.validation.items()}
     for name, files in files_of.items():
-        if not files or not all(isinstance(file, str) for file in (files if isinstance(files, list) else [files])):
-            raise ValueError(f"{name}={files} names no files; give a file, a glob or a list of them")
+        if not files or not all(
+            isinstance(file, str) for file in (files if isinstance(files, list) else [files])
+        ):
+            raise ValueError(
+                f"{name}={files} names no files; give a file, a glob or a list of them"
+            )
     for name, source in data.sources.items():
         check_value(f"data.sources.{name}.weight", source.weight, {"above": 0.0, "high": 1e9})
     names = [(name, lookup(config, name)) for name in ("model.name", "optim.name", "data.name")]
-    for name, value in names + [("data.sources", name) for name in data.sources] + [("data.validation", name) for name in data.validation]:
+    for name, value in (
+        names
+        + [("data.sources", name) for name in data.sources]
+        + [("data.validation", name) for name in data.validation]
+    ):
         if not re.fullmatch(r"\w[\w.+-]*", str(value)):
-            raise ValueError(f"{name}={value} goes into a folder's name; use letters, digits and _ . + - only, the first a letter or digit")
+            raise ValueError(
+                f"{name}={value} goes into a folder's name; use letters, digits and _ . + - only,"
+                " the first a letter or digit"
+            )
     if config.init.run is not None and config.init.hf is not None:
-        raise ValueError(f"init.hf={config.init.hf} and init.run={config.init.run} both give the weights to start from; set one of the two")
+        raise ValueError(
+            f"init.hf={config.init.hf} and init.run={config.init.run} both give the weights to"
+            " start from; set one of the two"
+        )
     if config.init.run is None and config.init.step is not None:
-        raise ValueError(f"init.step={config.init.step} needs a run to take it from; set init.run=DIR")
+        raise ValueError(
+            f"init.step={config.init.step} needs a run to take it from; set init.run=DIR"
+        )
     if config.init.run is None and config.init.optimizer:
         raise ValueError("init.optimizer=true needs a run to take it from; set init.run=DIR")
 
 
 def check_rule(config: Config) -> None:
-    """Raises ValueError where the axes of the rule, its base optimiser and the batch do not fit each other."""
+    """Raises ValueError where the axes of the rule, its base optimiser and the batch do not fit
+    each other."""
     optim, batch = config.optim, config.batch
     if optim.base == "muon" and config.parallel.name != "single":
-        raise ValueError(f"optim.base=muon orthogonalises whole matrices, which parallel={config.parallel.name} keeps in shards; use parallel=single")
+        raise ValueError(
+            f"optim.base=muon orthogonalises whole matrices, which parallel={config.parallel.name}"
+            " keeps in shards; use parallel=single"
+        )
     if optim.path == "none":
         return
     try:
         check_axes(optim)
     except ValueError as error:
-        raise ValueError(re.sub(rf"\b({'|'.join(entry.name for entry in fields(RuleConfig))})=", r"optim.\1=", str(error))) from None
-    for name, value, whole in (("start", optim.start, optim.start >= 1), ("stop", optim.stop or 0, (optim.stop or 0) > 1)):
+        raise ValueError(
+            re.sub(
+                rf"\b({'|'.join(entry.name for entry in fields(RuleConfig))})=",
+                r"optim.\1=",
+                str(error),
+            )
+        ) from None
+    for name, value, whole in (
+        ("start", optim.start, optim.start >= 1),
+        ("stop", optim.stop or 0, (optim.stop or 0) > 1),
+    ):
         if whole and value % 1:
-            raise ValueError(f"optim.{name}={value:g} is no whole step; give one, or a fraction of the horizon below 1")
-    if optim.scope == "replica" and (config.parallel.name != "hsdp" or config.parallel.replicas == 1):
-        raise ValueError(f"optim.scope=replica needs replicas, which parallel={config.parallel.name} does not have; use parallel=hsdp with "
-                         "parallel.replicas, or optim.scope=batch or micro_batch")  # fmt: skip
+            raise ValueError(
+                f"optim.{name}={value:g} is no whole step; give one, or a fraction of the horizon"
+                " below 1"
+            )
+    if optim.scope == "replica" and (
+        config.parallel.name != "hsdp" or config.parallel.replicas == 1
+    ):
+        raise ValueError(
+            f"optim.scope=replica needs replicas, which parallel={config.parallel.name} does not"
+            " have; use parallel=hsdp with parallel.replicas, or optim.scope=batch or micro_batch"
+        )
     if optim.metric == "adam" and optim.base != "adamw":
-        raise ValueError(f"optim.metric=adam needs Adam's second moment, which optim.base={optim.base} does not keep of every weight; "
-                         "use optim.base=adamw or optim.metric=euclidean")  # fmt: skip
+        raise ValueError(
+            f"optim.metric=adam needs Adam's second moment, which optim.base={optim.base} does not"
+            " keep of every weight; use optim.base=adamw or optim.metric=euclidean"
+        )
     if optim.combine == "reuse" and optim.period == 1:
-        raise ValueError("optim.combine=reuse is about the steps between perturbed ones, and optim.period=1 leaves none; set optim.period=2 or more, "
-                         "or optim.combine=replace")  # fmt: skip
+        raise ValueError(
+            "optim.combine=reuse is about the steps between perturbed ones, and optim.period=1"
+            " leaves none; set optim.period=2 or more, or optim.combine=replace"
+        )
     if optim.direction == "momentum" and optim.base == "sgd" and optim.momentum == 0:
-        raise ValueError("optim.direction=momentum needs a momentum, and optim.momentum=0; raise it")
+        raise ValueError(
+            "optim.direction=momentum needs a momentum, and optim.momentum=0; raise it"
+        )
     if is_read(config, "optim.num_groups"):
         if optim.num_groups == 1:
-            raise ValueError(f"optim.num_groups=1 makes the whole batch one group, so optim.scope={optim.scope} means nothing; set 2 or more, "
-                             "or optim.scope=batch")  # fmt: skip
+            raise ValueError(
+                f"optim.num_groups=1 makes the whole batch one group, so optim.scope={optim.scope}"
+                " means nothing; set 2 or more, or optim.scope=batch"
+            )
         size, world = batch.micro or 1, num_processes(config.parallel)
-        if batch.sequences % optim.num_groups or batch.sequences // optim.num_groups % (size * world):
-            raise ValueError(f"optim.num_groups={optim.num_groups}: {batch.sequences} batch.sequences / {optim.num_groups} groups must be "
-                             f"a multiple of batch.micro={size}{f' x {world} processes' if world > 1 else ''}; choose another number of groups "
-                             "or another batch.micro")  # fmt: skip
+        if batch.sequences % optim.num_groups or batch.sequences // optim.num_groups % (
+            size * world
+        ):
+            raise ValueError(
+                f"optim.num_groups={optim.num_groups}: {batch.sequences} batch.sequences /"
+                f" {optim.num_groups} groups must be a multiple of"
+                f" batch.micro={size}{f' x {world} processes' if world > 1 else ''}; choose another"
+                " number of groups or another batch.micro"
+            )
     if optim.compute_matched and is_read(config, "optim.cotangent") and optim.cotangent == "auto":
-        raise ValueError("optim.compute_matched=true needs to know the cost of a step, and optim.cotangent=auto decides it on the machine; "
-                         "use optim.cotangent=store or rebuild")  # fmt: skip
+        raise ValueError(
+            "optim.compute_matched=true needs to know the cost of a step, and optim.cotangent=auto"
+            " decides it on the machine; use optim.cotangent=store or rebuild"
+        )
 
 
 def is_read(config: Config, name: str) -> bool:
-    """Whether a run of this configuration reads the key, given its `read_when` and that of the key named there."""
+    """Whether a run of this configuration reads the key, given its `read_when` and that of the key
+    named there."""
     condition = KEYS[name].metadata.get("read_when")
-    return condition is None or (lookup(config, condition[0]) in condition[1] and is_read(config, condition[0]))
+    return condition is None or (
+        lookup(config, condition[0]) in condition[1] and is_read(config, condition[0])
+    )
 
 
 def num_groups(config: Config) -> int:
@@ -408,4 +565,6 @@ def num_groups(config: Config) -> int:
 
 def micro_sequences(config: Config) -> int:
     """Sequences per forward on each process: batch.micro, else all of a group."""
-    return config.batch.micro or config.batch.sequences // (num_groups(config) * num_processes(config.parallel))
+    return config.batch.micro or config.batch.sequences // (
+        num_groups(config) * num_processes(config.parallel)
+    )

@@ -28,9 +28,8 @@ SPEEDS = (("perf/tokens_per_second", "{:,.0f} tokens/s"), ("perf/mfu", "MFU {:.1
 class Harmless:
     """A text stream that loses what it cannot write, and raises nothing.
 
-    Its reader may have gone away, the disk under it may be full, and its encoding may lack a character, which is
-    written as an escape.
-    """
+    Its reader may have gone away, the disk under it may be full, and its encoding may lack a
+    character, which is written as an escape."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -67,7 +66,8 @@ def harmless_output() -> Iterator[None]:
 
 
 def end_quietly(stream: TextIO) -> None:
-    """Throws away what a stream could not write: Python would try again at its exit, and make a failure of it."""
+    """Throws away what a stream could not write: Python would try again at its exit, and make a
+    failure of it."""
     try:
         stream.flush()
     except (OSError, ValueError):
@@ -76,7 +76,8 @@ def end_quietly(stream: TextIO) -> None:
 
 
 class Console:
-    """Shows a run's rows: on a terminal a live line, elsewhere a plain line now and then, and every evaluation a line that stays.
+    """Shows a run's rows: on a terminal a live line, elsewhere a plain line now and then, and every
+    evaluation a line that stays.
 
     The time left is that of the steps and of the evaluations to come, each at its own pace.
     """
@@ -165,7 +166,11 @@ class Console:
     def _figures(self, forms: tuple[tuple[str, str], ...]) -> list[str]:
         row = self._latest
         hidden = "sharpness/perturbed_loss" if row.get("train/loss") is not None else ""
-        return [form.format(row[key]) for key, form in forms if row.get(key) is not None and key != hidden]
+        return [
+            form.format(row[key])
+            for key, form in forms
+            if row.get(key) is not None and key != hidden
+        ]
 
     def _left_text(self) -> list[str]:
         left = self._left()
@@ -175,7 +180,8 @@ class Console:
         return [f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left"]
 
     def _time(self, row: dict[str, Any]) -> None:
-        """Learns from a row's seconds, which are those of the steps alone, how long an evaluation takes."""
+        """Learns from a row's seconds, which are those of the steps alone, how long an evaluation
+        takes."""
         self._first = self._first or row
         now = time.monotonic()
         if "val/loss" in row:
@@ -195,5 +201,6 @@ class Console:
 
 
 def _columns() -> int:
-    """Returns how wide a live line may be. The last column stays free: a full line would make some terminals wrap."""
+    """Returns how wide a live line may be. The last column stays free: a full line would make some
+    terminals wrap."""
     return shutil.get_terminal_size().columns - 1

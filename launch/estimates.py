@@ -27,7 +27,9 @@ class Estimate(NamedTuple):
     @property
     def margin(self) -> float:
         """Half the 95 % interval of Student's t, nan for fewer than two seeds."""
-        return float(student.ppf(0.975, self.seeds - 1)) * self.error if self.seeds > 1 else math.nan
+        return (
+            float(student.ppf(0.975, self.seeds - 1)) * self.error if self.seeds > 1 else math.nan
+        )
 
 
 class PairedTest(NamedTuple):
@@ -47,12 +49,23 @@ def estimate(values: Iterable[float], midway: bool = False) -> Estimate:
     known = np.array([value for value in values if math.isfinite(value)])
     if not len(known):
         return Estimate(math.nan, math.nan, 0)
-    return Estimate(known.mean(), known.std(ddof=1) / math.sqrt(len(known)) if len(known) > 1 else math.nan, len(known), midway)
+    return Estimate(
+        known.mean(),
+        known.std(ddof=1) / math.sqrt(len(known)) if len(known) > 1 else math.nan,
+        len(known),
+        midway,
+    )
 
 
-def paired_test(ours: dict[int, float], theirs: dict[int, float], midway: bool = False) -> PairedTest:
+def paired_test(
+    ours: dict[int, float], theirs: dict[int, float], midway: bool = False
+) -> PairedTest:
     """Returns Student's paired t-test of equal means of two sets of losses by seed."""
-    by_seed = {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys()) if math.isfinite(ours[seed] - theirs[seed])}
+    by_seed = {
+        seed: ours[seed] - theirs[seed]
+        for seed in sorted(ours.keys() & theirs.keys())
+        if math.isfinite(ours[seed] - theirs[seed])
+    }
     found = estimate(by_seed.values(), midway)
     if found.seeds < FEWEST or found.error < 1e-12 * max(abs(ours[seed]) for seed in by_seed):
         return PairedTest(by_seed, found)

@@ -1,7 +1,8 @@
-"""The loss of a model on a whole corpus: python -m launch.evaluate run=DIR [step=S] [data=text data.path=FILES ...]
+"""The loss of a model on a whole corpus: python -m launch.evaluate run=DIR [step=S] [data=text
+data.path=FILES ...]
 
-DIR is a run, an export, or a Hugging Face folder: GPT-2 or Llama weights in safetensors, with a tokenizer.json.
-"""
+DIR is a run, an export, or a Hugging Face folder: GPT-2 or Llama weights in safetensors, with a
+tokenizer.json."""
 
 import math
 import sys
@@ -36,8 +37,9 @@ def evaluate(
     stop: Callable[[], bool] = lambda: False,
     layout: Layout | None = None,
 ) -> dict[str, float] | None:
-    """Loss in nats per token, perplexity and bits per byte of each validation set, by `val/[<set>/]loss` and so on; the first set's go
-    by `val/loss`. Batches of `sequences` run under `context()`, each on one process of a layout. None where `stop()` came true meanwhile."""
+    """Loss in nats per token, perplexity and bits per byte of each validation set, by
+    `val/[<set>/]loss` and so on; the first set's go by `val/loss`. Batches of `sequences` run under
+    `context()`, each on one process of a layout. None where `stop()` came true meanwhile."""
     layout = layout or Layout()
     row: dict[str, float] = {}
     total: float | None = None
@@ -62,13 +64,18 @@ def total_loss(
     stop: Callable[[], bool],
     layout: Layout,
 ) -> float | None:
-    """Returns the loss in nats summed over the counted targets of all batches and processes; None where `stop()` came true meanwhile."""
+    """Returns the loss in nats summed over the counted targets of all batches and processes; None
+    where `stop()` came true meanwhile."""
     device = compute_device(model.embedding.weight)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for turn in batched(batches, layout.world):
         if layout.agreed(stop()):
             return None
-        tokens_BxT, targets_BxT = turn[layout.rank] if layout.rank < len(turn) else (turn[0][0], torch.full_like(turn[0][1], IGNORED))
+        tokens_BxT, targets_BxT = (
+            turn[layout.rank]
+            if layout.rank < len(turn)
+            else (turn[0][0], torch.full_like(turn[0][1], IGNORED))
+        )
         with context():
             total += model.loss(tokens_BxT.to(device), targets_BxT.to(device))[0]
     all_sum(model, total)
@@ -92,14 +99,20 @@ class Options:
 
     run: str = key(MISSING, "run folder, export or Hugging Face folder", path=True)
     step: int | None = key(None, "step of the checkpoint; default the newest", low=0, high=STEPS)
-    length: int | None = key(None, "tokens per sequence; default those of the training, else at most 1024", low=1, high=2**24)
+    length: int | None = key(
+        None,
+        "tokens per sequence; default those of the training, else at most 1024",
+        low=1,
+        high=2**24,
+    )
     sequences: int = key(16, "sequences per forward", low=1, high=2**20)
     device: str = key("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"))
     precision: str = key("auto", "as in training", choices=("auto", "bf16", "fp32"))
 
 
 def main(arguments: list[str]) -> None:
-    """Prints the full loss of a run's model on each validation set of a corpus; default the run's own corpus."""
+    """Prints the full loss of a run's model on each validation set of a corpus; default the run's
+    own corpus."""
     from launch.config import compose, parse, user_errors
     from launch.folder import load_config
     from launch.process import autocast, choose_device, choose_precision
@@ -112,20 +125,33 @@ def main(arguments: list[str]) -> None:
         if overrides:
             data = compose(overrides).data
         if data is None:
-            raise ValueError(f"run={options.run} is a Hugging Face folder, which names no corpus; add data=stdlib or data=text data.path=FILES")
+            raise ValueError(
+                f"run={options.run} is a Hugging Face folder, which names no corpus; add"
+                " data=stdlib or data=text data.path=FILES"
+            )
         device = choose_device(options.device)
         dtype = choose_precision(options.precision, device)
         corpus = prepare(data, trained.tokenizer)
         trained_at = own.batch.length if own else trained.length
         length = options.length or trained_at or min(1024, trained.model.config.max_length)
-        sets = {name: Validation(tokens, length, corpus.tokenizer) for name, tokens in corpus.validation.items()}
-        row = evaluate(trained.model.to(device), sets, options.sequences, lambda: autocast(device, dtype))
+        sets = {
+            name: Validation(tokens, length, corpus.tokenizer)
+            for name, tokens in corpus.validation.items()
+        }
+        row = evaluate(
+            trained.model.to(device), sets, options.sequences, lambda: autocast(device, dtype)
+        )
         assert row is not None
         print(f"{trained.path}, {length} tokens per sequence, {str(dtype).removeprefix('torch.')}")
         for name, validation in sets.items():
             prefix = "val/" if name == next(iter(sets)) else f"val/{name}/"
-            loss, perplexity, bits = (row[prefix + part] for part in ("loss", "perplexity", "bits_per_byte"))
-            print(f"{name}: loss {loss:.4f}, perplexity {perplexity:.2f}, {bits:.4f} bits per byte over {validation.num_tokens:,} tokens")
+            loss, perplexity, bits = (
+                row[prefix + part] for part in ("loss", "perplexity", "bits_per_byte")
+            )
+            print(
+                f"{name}: loss {loss:.4f}, perplexity {perplexity:.2f}, {bits:.4f} bits per byte"
+                f" over {validation.num_tokens:,} tokens"
+            )
 
 
 if __name__ == "__main__":

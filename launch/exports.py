@@ -10,7 +10,17 @@ from typing import Any
 from launch.comparison import Section
 from launch.estimates import Estimate, PairedTest
 from launch.record import Record
-from launch.tables import HOW, TESTING, Table, chosen_keys, conditions, facts, failed, headline, tables
+from launch.tables import (
+    HOW,
+    TESTING,
+    Table,
+    chosen_keys,
+    conditions,
+    facts,
+    failed,
+    headline,
+    tables,
+)
 
 
 def markdown(sections: list[Section], records: list[Record]) -> str:
@@ -18,9 +28,19 @@ def markdown(sections: list[Section], records: list[Record]) -> str:
     parts = []
     for section in sections:
         told = headline(section)
-        parts += [f"## {plain_text(section.title)}", plain_text(conditions(section)), "\n".join(f"- {plain_text(text)}" for text in told)]
-        for table in tables(section) if len(section.runs) > 1 else [facts(section.runs[0]), chosen_keys(section.runs[0])]:
-            parts += [f"**{plain_text(table.caption)}**", markdown_table(table)] if table.rows else []
+        parts += [
+            f"## {plain_text(section.title)}",
+            plain_text(conditions(section)),
+            "\n".join(f"- {plain_text(text)}" for text in told),
+        ]
+        for table in (
+            tables(section)
+            if len(section.runs) > 1
+            else [facts(section.runs[0]), chosen_keys(section.runs[0])]
+        ):
+            parts += (
+                [f"**{plain_text(table.caption)}**", markdown_table(table)] if table.rows else []
+            )
         parts += [HOW, TESTING] if section.best and len(section.runs) > 1 else []
     failures = failed(records)
     parts += ["## Runs that did not finish", markdown_table(failures) if failures.rows else "None."]
@@ -29,18 +49,65 @@ def markdown(sections: list[Section], records: list[Record]) -> str:
 
 def methods_csv(sections: list[Section]) -> str:
     """Returns a row for every method and budget."""
-    header = ["comparison", "method", "lr", "rho", "settings", "chosen", "at_equal", "budget", "mean", "standard_error", "low_95", "high_95",
-              "seeds", "planned_seeds", "midway", "no_evidence", "precision", "baseline", "pairs", "differences", "mean_difference",
-              "difference_standard_error", "difference_low_95", "difference_high_95", "difference_midway", "t", "p", "p_holm"]  # fmt: skip
+    header = [
+        "comparison",
+        "method",
+        "lr",
+        "rho",
+        "settings",
+        "chosen",
+        "at_equal",
+        "budget",
+        "mean",
+        "standard_error",
+        "low_95",
+        "high_95",
+        "seeds",
+        "planned_seeds",
+        "midway",
+        "no_evidence",
+        "precision",
+        "baseline",
+        "pairs",
+        "differences",
+        "mean_difference",
+        "difference_standard_error",
+        "difference_low_95",
+        "difference_high_95",
+        "difference_midway",
+        "t",
+        "p",
+        "p_holm",
+    ]
     rows = []
     for section in sections:
         for axis in section.chosen:
             for method, setting in section.chosen[axis].items():
                 tried = sum(bool(other.chosen_by) for other in section.methods[method])
-                found, doubt = section.at_equal(axis, method), section.doubt if axis == "seconds" else ""
-                rows.append([section.title, method, setting.lr, setting.rho, tried, section.selectors[method], axis, section.budgets[axis],
-                             *found[:2], *ends(found), found.seeds, section.planned, found.midway, doubt, section.imprecise.get(method),
-                             *difference_cells(section.tests[axis].get(method), section.baseline)])  # fmt: skip
+                found, doubt = (
+                    section.at_equal(axis, method),
+                    section.doubt if axis == "seconds" else "",
+                )
+                rows.append(
+                    [
+                        section.title,
+                        method,
+                        setting.lr,
+                        setting.rho,
+                        tried,
+                        section.selectors[method],
+                        axis,
+                        section.budgets[axis],
+                        *found[:2],
+                        *ends(found),
+                        found.seeds,
+                        section.planned,
+                        found.midway,
+                        doubt,
+                        section.imprecise.get(method),
+                        *difference_cells(section.tests[axis].get(method), section.baseline),
+                    ]
+                )
     return csv_text(header, rows)
 
 
@@ -50,7 +117,17 @@ def difference_cells(test: PairedTest | None, baseline: str | None) -> list[Any]
         return [None] * 11
     each = "; ".join(f"seed {seed}: {difference:.6g}" for seed, difference in test.by_seed.items())
     found = test.difference
-    return [baseline, found.seeds, each, *found[:2], *ends(found), found.midway, test.t, test.p, test.holm]
+    return [
+        baseline,
+        found.seeds,
+        each,
+        *found[:2],
+        *ends(found),
+        found.midway,
+        test.t,
+        test.p,
+        test.holm,
+    ]
 
 
 def ends(found: Estimate) -> tuple[float, float]:
@@ -64,8 +141,17 @@ def runs_csv(sections: list[Section], records: list[Record]) -> str:
     names = ["step", "tokens", "flops", "seconds", "skipped", "val/loss", "val/bits_per_byte"]
     header = ["run", "comparison", "state", "reason", "method", "lr", "rho", "seed", *names]
     keys = ("optim.name", "optim.lr", "optim.rho", "seed")
-    rows = [[run.folder, title.get(id(run)), run.state, run.reason, *(run.settings.get(key) for key in keys),
-             *(run.summary.get(name) for name in names)] for run in records]  # fmt: skip
+    rows = [
+        [
+            run.folder,
+            title.get(id(run)),
+            run.state,
+            run.reason,
+            *(run.settings.get(key) for key in keys),
+            *(run.summary.get(name) for name in names),
+        ]
+        for run in records
+    ]
     return csv_text(header, rows)
 
 
@@ -85,7 +171,8 @@ def csv_cell(value: Any) -> Any:
         return ""
     if isinstance(value, (int, float)):
         return value
-    text = str(value).replace("\r", " ")  # which csv would leave bare, and readers take for the end of the row
+    # which csv would leave bare, and readers take for the end of the row
+    text = str(value).replace("\r", " ")
     return f"'{text}" if re.match(r"\t|\s*[=+\-@\uff1d\uff0b\uff0d\uff20]", text) else text
 
 

@@ -1,8 +1,8 @@
-"""A run folder as it is read: its configuration, its rows and its summary. `model.checkpoint` opens its checkpoints.
+"""A run folder as it is read: its configuration, its rows and its summary. `model.checkpoint` opens
+its checkpoints.
 
-What lies in a folder may have been cut, emptied or exchanged since it was written. Every command reads it here, and
-says in one line what is wrong.
-"""
+What lies in a folder may have been cut, emptied or exchanged since it was written. Every command
+reads it here, and says in one line what is wrong."""
 
 import hashlib
 import json
@@ -19,10 +19,17 @@ from model.checkpoint import read_config
 from optim.diagnostics import unfaithful
 
 MOST = 2**34  # bytes of metrics.jsonl
-REMEDY = "bring it back, or go on from the checkpoint in another folder, dir=NEW init.run=THIS init.optimizer=true"
+REMEDY = (
+    "bring it back, or go on from the checkpoint in another folder, dir=NEW init.run=THIS"
+    " init.optimizer=true"
+)
 FILES = ("config.yaml", "metrics.jsonl", "summary.json")  # what a run writes beside its folders
 Row = dict[str, Any]
-Figures = TypedDict("Figures", {"step": int, "tokens": int, "flops": int, "seconds": float, "val/loss": float | None})  # of every summary
+# of every summary
+Figures = TypedDict(
+    "Figures",
+    {"step": int, "tokens": int, "flops": int, "seconds": float, "val/loss": float | None},
+)
 
 
 @dataclass
@@ -34,7 +41,8 @@ class Counted:
 
 
 def load_config(run: Path) -> Config:
-    """Returns the configuration of a run folder. Raises ValueError where it holds none, and DamagedFile."""
+    """Returns the configuration of a run folder. Raises ValueError where it holds none, and
+    DamagedFile."""
     config = read_config(run)
     if config is None:
         raise ValueError(f"run={run} holds no config.yaml; name the folder of a run")
@@ -57,13 +65,15 @@ def read_summary(run: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except DamagedFile as error:
-        raise DamagedFile(f"{error}; remove it, and the run's own command writes it anew from the last checkpoint") from None
+        raise DamagedFile(
+            f"{error}; remove it, and the run's own command writes it anew from the last checkpoint"
+        ) from None
     return summary
 
 
 def lines_of(file: Path) -> list[bytes]:
-    """Returns the lines of a metrics.jsonl, oldest first, none where there is no file. A last one that a crash cut
-    short is left out. Raises DamagedFile."""
+    """Returns the lines of a metrics.jsonl, oldest first, none where there is no file. A last one
+    that a crash cut short is left out. Raises DamagedFile."""
     try:
         return read_bytes(file, MOST).split(b"\n")[:-1]
     except FileNotFoundError:
@@ -71,7 +81,8 @@ def lines_of(file: Path) -> list[bytes]:
 
 
 def parse_row(line: bytes, number: int, file: Path) -> Row:
-    """Returns the row in a line of a metrics.jsonl, whose number counts from 1. Raises DamagedFile."""
+    """Returns the row in a line of a metrics.jsonl, whose number counts from 1. Raises
+    DamagedFile."""
     source = f"{file}, line {number},"
     row = parse_json(line, dict[str, Any], source)
     for name, value in row.items():
@@ -84,19 +95,22 @@ def parse_row(line: bytes, number: int, file: Path) -> Row:
 
 
 def refuse_endless(figures: Row, source: str | Path) -> None:
-    """Raises DamagedFile for an integer that is beyond what a float holds: no figure is, and no table or curve takes it."""
+    """Raises DamagedFile for an integer that is beyond what a float holds: no figure is, and no
+    table or curve takes it."""
     for name, value in figures.items():
         if isinstance(value, int) and abs(value) > sys.float_info.max:
             raise DamagedFile(f"{source} is damaged ({name} is no number that a run comes to)")
 
 
 def read_rows(file: Path) -> list[Row]:
-    """Returns the rows of a metrics.jsonl, oldest first. Raises DamagedFile for a line that is none."""
+    """Returns the rows of a metrics.jsonl, oldest first. Raises DamagedFile for a line that is
+    none."""
     return [parse_row(line, number, file) for number, line in enumerate(lines_of(file), 1)]
 
 
 def harm(file: Path) -> str:
-    """Returns what rounding does to the rule of a run, by the first row of its metrics.jsonl that tells; nothing where none does."""
+    """Returns what rounding does to the rule of a run, by the first row of its metrics.jsonl that
+    tells; nothing where none does."""
     try:
         return next(filter(None, map(unfaithful, read_rows(file))), "")
     except DamagedFile:
@@ -104,12 +118,14 @@ def harm(file: Path) -> str:
 
 
 def counted_lines(file: Path, logged: int, counted: Counted | None) -> list[bytes]:
-    """Returns the lines of the rows that a checkpoint counts. Later ones, however damaged, are left out.
+    """Returns the lines of the rows that a checkpoint counts. Later ones, however damaged, are left
+    out.
 
     Args:
         file: the metrics.jsonl of the run
         logged: step of the last row that the checkpoint knows, -1 where there is none
-        counted: the rows that it counts, None in the state of an older one, which knows the last step only
+        counted: the rows that it counts, None in the state of an older one, which knows the last
+        step only
 
     Raises:
         ValueError: they are not all there
@@ -119,14 +135,19 @@ def counted_lines(file: Path, logged: int, counted: Counted | None) -> list[byte
         kept = lines[: counted.rows]
         if digest(kept).hexdigest() == counted.sha256:
             return kept
-        raise ValueError(f"{file} does not hold the {counted.rows} rows that the checkpoint counts (it has {len(lines)}, or others); {REMEDY}")
+        raise ValueError(
+            f"{file} does not hold the {counted.rows} rows that the checkpoint counts (it has"
+            f" {len(lines)}, or others); {REMEDY}"
+        )
     kept = []
     for number, line in enumerate(lines, 1):
         if logged < 0 or parse_row(line, number, file)["step"] > logged:
             break
         kept.append(line)
     if logged >= 0 and not (kept and parse_row(kept[-1], len(kept), file)["step"] == logged):
-        raise ValueError(f"{file} does not hold the row of step {logged}, which the checkpoint counts; {REMEDY}")
+        raise ValueError(
+            f"{file} does not hold the row of step {logged}, which the checkpoint counts; {REMEDY}"
+        )
     return kept
 
 
@@ -136,8 +157,8 @@ def digest(lines: list[bytes]) -> Any:
 
 
 class RowFile:
-    """The metrics.jsonl of a run under way. It begins with the rows that the checkpoint counts: later ones are logged
-    again.
+    """The metrics.jsonl of a run under way. It begins with the rows that the checkpoint counts:
+    later ones are logged again.
 
     Raises ValueError as `counted_lines` does, and where the disk refuses a row."""
 
@@ -179,4 +200,7 @@ class RowFile:
         os.close(self.descriptor)
 
     def _refusal(self, error: OSError) -> str:
-        return f"{self.path}: {error.strerror}; make room on its disk and start the same command again: it goes on from the last checkpoint"
+        return (
+            f"{self.path}: {error.strerror}; make room on its disk and start the same command"
+            " again: it goes on from the last checkpoint"
+        )

@@ -1,4 +1,5 @@
-"""What makes two runs the same run: their canonical configuration, its name, and the folder that belongs to it."""
+"""What makes two runs the same run: their canonical configuration, its name, and the folder that
+belongs to it."""
 
 import hashlib
 import json
@@ -18,13 +19,19 @@ from model.checkpoint import PLACES, checkpoints, without_places
 
 
 def canonical(config: Config) -> dict[str, Any]:
-    """Every key that the run reads and that may not change on resume (those are marked `mutable` in conf/schema.py)."""
+    """Every key that the run reads and that may not change on resume (those are marked `mutable` in
+    conf/schema.py)."""
     plain = asdict(config)
-    return {name: lookup(plain, name) for name in KEYS if not is_mutable(config, name) and is_read(config, name)}
+    return {
+        name: lookup(plain, name)
+        for name in KEYS
+        if not is_mutable(config, name) and is_read(config, name)
+    }
 
 
 def as_read(config: Config) -> dict[str, Any]:
-    """The configuration as nested dicts, with None for what the run does not read: a radius that nobody uses is none."""
+    """The configuration as nested dicts, with None for what the run does not read: a radius that
+    nobody uses is none."""
     plain = asdict(config)
     for name in KEYS:
         if not is_read(config, name):
@@ -47,22 +54,45 @@ def run_name(config: Config) -> str:
     if schedule.name == "chinchilla":
         horizon = f"{schedule.tokens_per_parameter:g}tpp"
     else:
-        horizon = f"{schedule.steps}steps" if schedule.tokens is None else f"{schedule.tokens:g}tokens"
-    return "-".join([config.model.name, config.optim.name, *rho, config.data.name, horizon, f"s{config.seed}", digest])
+        horizon = (
+            f"{schedule.steps}steps" if schedule.tokens is None else f"{schedule.tokens:g}tokens"
+        )
+    return "-".join(
+        [
+            config.model.name,
+            config.optim.name,
+            *rho,
+            config.data.name,
+            horizon,
+            f"s{config.seed}",
+            digest,
+        ]
+    )
 
 
 def refuse_another(run: Path, config: Config) -> None:
     """Raises ValueError, with a diff of keys, where the folder holds a run of another identity.
 
-    The name of a run is made of paths too, but what it resumes on is known by checksums. So another path passes here where there is a
-    checkpoint that will tell whether the same thing lies there (`launch.state.resume`)."""
+    The name of a run is made of paths too, but what it resumes on is known by checksums. So another
+    path passes here where there is a checkpoint that will tell whether the same thing lies there
+    (`launch.state.resume`)."""
     if os.path.lexists(run / "config.yaml"):
         theirs, ours = canonical(load_config(run)), canonical(config)
         passing = PLACES if checkpoints(run) and not (run / "summary.json").exists() else ()
-        changed = [name for name in KEYS if compared(name, theirs, passing) != compared(name, ours, passing)]
+        changed = [
+            name
+            for name in KEYS
+            if compared(name, theirs, passing) != compared(name, ours, passing)
+        ]
         if changed:
-            diff = ", ".join(f"{name} {theirs.get(name, 'unread')} -> {ours.get(name, 'unread')}" for name in changed)
-            raise ValueError(f"dir={run} holds another run ({diff}); choose another dir, or leave dir out to have one named")
+            diff = ", ".join(
+                f"{name} {theirs.get(name, 'unread')} -> {ours.get(name, 'unread')}"
+                for name in changed
+            )
+            raise ValueError(
+                f"dir={run} holds another run ({diff}); choose another dir, or leave dir out to"
+                " have one named"
+            )
 
 
 def compared(name: str, identity: dict[str, Any], passing: Collection[str]) -> Any:

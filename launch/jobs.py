@@ -1,9 +1,12 @@
 """The jobs of a sweep: runs as they were asked for, and what has become of them.
 
-A sweep is a folder, in which its runs lie, with one file of its own, jobs.json. What started a run leaves in the run's folder
+A sweep is a folder, in which its runs lie, with one file of its own, jobs.json. What started a run
+leaves in the run's folder
 
-    logs/rank_<r>.log    what each of its processes printed, start after start, each begun by a line "$ <command>"
-    logs/exit_code       how the last start ended; not there while it runs, or where nobody was left to write it
+    logs/rank_<r>.log    what each of its processes printed, start after start, each begun by a line
+                         "$ <command>"
+    logs/exit_code       how the last start ended; not there while it runs, or where nobody was left
+                         to write it
     logs/waiting         there while a sweep on this machine has yet to start it
     submission.sh        the script that Slurm was given
 """
@@ -30,7 +33,8 @@ from launch.preemption import EXIT_PREEMPTED
 from launch.snapshot import ROOT
 
 LARGEST_LOG = 2**30  # bytes
-PATIENCE = 10.0  # seconds that the processes of a run have to end by themselves once one of them ended out of order
+# seconds that the processes of a run have to end by themselves once one of them ended out of order
+PATIENCE = 10.0
 SAVED = r"\w.*: saved step \d"  # the line of a run that stopped in order
 
 
@@ -49,7 +53,12 @@ class Job:
 
     @property
     def command(self) -> list[str]:
-        return [sys.executable, str(ROOT / "train.py"), *self.overrides, quoted("dir", str(self.run))]
+        return [
+            sys.executable,
+            str(ROOT / "train.py"),
+            *self.overrides,
+            quoted("dir", str(self.run)),
+        ]
 
     def log(self, rank: int = 0) -> Path:
         """What a process of the run printed."""
@@ -64,12 +73,14 @@ class Job:
         return self.run / "logs" / "waiting"
 
     def expect(self) -> None:
-        """Notes that the run is about to be started. What came of its last start is known until this one has begun."""
+        """Notes that the run is about to be started. What came of its last start is known until
+        this one has begun."""
         self.waiting.parent.mkdir(parents=True, exist_ok=True)
         self.waiting.touch()
 
     def start(self, rank: int, variables: dict[str, str]) -> subprocess.Popen:
-        """Starts a process of the run. It is out of reach of signals to this one's group, and gets those that are passed on."""
+        """Starts a process of the run. It is out of reach of signals to this one's group, and gets
+        those that are passed on."""
         self.log(rank).parent.mkdir(parents=True, exist_ok=True)
         with self.log(rank).open("a") as file:
             before = file.tell()
@@ -94,10 +105,14 @@ class Job:
         return process
 
     def lost(self, rank: int, code: int) -> None:
-        """Notes in the log of a process that a signal ended it, of which it cannot have said anything."""
+        """Notes in the log of a process that a signal ended it, of which it cannot have said
+        anything."""
         if code < 0:
             with contextlib.suppress(OSError), self.log(rank).open("a") as file:
-                file.write(f"error: rank {rank} was ended by {signal.Signals(-code).name}; the same command goes on from the last checkpoint\n")
+                file.write(
+                    f"error: rank {rank} was ended by {signal.Signals(-code).name}; the same"
+                    " command goes on from the last checkpoint\n"
+                )
 
     def ended(self, code: int) -> None:
         """Notes how the run's process ended."""
@@ -106,19 +121,25 @@ class Job:
 
     @property
     def stopped(self) -> bool:
-        """Whether the last start ended in order before the run was done: it saved. Where what would have noted its end was killed,
-        its log says so."""
+        """Whether the last start ended in order before the run was done: it saved. Where what would
+        have noted its end was killed, its log says so."""
         try:
             return read_bytes(self.exit_code) == f"{EXIT_PREEMPTED}\n".encode()
         except FileNotFoundError:
-            return self.log().exists() and any(re.match(SAVED, line) for line in last_start(self.log()))
+            return self.log().exists() and any(
+                re.match(SAVED, line) for line in last_start(self.log())
+            )
         except DamagedFile:
             return False
 
     @property
     def begun(self) -> bool:
         """Whether it was ever started."""
-        logs = [self.exit_code, self.log(), *([Path(self.scheduler_log)] if self.scheduler_log else [])]
+        logs = [
+            self.exit_code,
+            self.log(),
+            *([Path(self.scheduler_log)] if self.scheduler_log else []),
+        ]
         return any(log.exists() for log in logs)
 
 
@@ -129,24 +150,36 @@ def read_jobs(folder: Path) -> list[Job]:
 
 
 def write_jobs(folder: Path, jobs: Iterable[Job]) -> None:
-    entries = [asdict(job) | {"run": str(job.run.relative_to(folder) if job.run.is_relative_to(folder) else job.run)} for job in jobs]
+    entries = [
+        asdict(job)
+        | {"run": str(job.run.relative_to(folder) if job.run.is_relative_to(folder) else job.run)}
+        for job in jobs
+    ]
     write_atomically(folder / "jobs.json", json.dumps(entries, indent=1) + "\n")
 
 
 def queue(jobs: Iterable[Job]) -> set[str]:
-    """The ids of this user's jobs that Slurm has not done with. Raises ValueError where it must be asked and does not answer."""
+    """The ids of this user's jobs that Slurm has not done with. Raises ValueError where it must be
+    asked and does not answer."""
     if not any(job.job_id and not (job.run / "summary.json").exists() for job in jobs):
         return set()
     command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%i"]
     try:
-        return set(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split())
+        return set(
+            subprocess.run(
+                command, capture_output=True, text=True, check=True, timeout=60
+            ).stdout.split()
+        )
     except (OSError, subprocess.SubprocessError) as error:
-        raise ValueError(f"squeue does not say which jobs are waiting ({error}); call this where Slurm can be asked") from None
+        raise ValueError(
+            f"squeue does not say which jobs are waiting ({error}); call this where Slurm can be"
+            " asked"
+        ) from None
 
 
 def state(job: Job, queued: set[str], sweeping: bool = False) -> str:
-    """Returns done, running, waiting or, with nothing left that would start it, new (it never was), stopped or failed. `sweeping` says
-    that a process is at work on the local jobs."""
+    """Returns done, running, waiting or, with nothing left that would start it, new (it never was),
+    stopped or failed. `sweeping` says that a process is at work on the local jobs."""
     try:
         if read_summary(job.run) is not None:
             return "done"
@@ -163,12 +196,16 @@ def state(job: Job, queued: set[str], sweeping: bool = False) -> str:
 
 
 def reason(job: Job) -> tuple[str, Path]:
-    """Why a run ended: the last line that says so since it was last started, and the log that has it; or that its summary is damaged."""
+    """Why a run ended: the last line that says so since it was last started, and the log that has
+    it; or that its summary is damaged."""
     try:
         read_summary(job.run)
     except DamagedFile as error:
         return str(error), job.run / "summary.json"
-    logs = [*sorted(job.log().parent.glob("rank_*.log")), *([Path(job.scheduler_log)] if job.scheduler_log else [])]
+    logs = [
+        *sorted(job.log().parent.glob("rank_*.log")),
+        *([Path(job.scheduler_log)] if job.scheduler_log else []),
+    ]
     found = [(last_start(log), log) for log in logs if log.exists()]
     # Slurm calls it an error, too, that it ends a job which has saved.
     failed = (r"(slurmstepd\S*: )?error: ", r"[\w.]+(Error|Exception|Interrupt)\b", "")
@@ -181,11 +218,19 @@ def reason(job: Job) -> tuple[str, Path]:
 
 
 def last_start(log: Path) -> list[str]:
-    """The lines of a log since the last start, a run's or its task's on Slurm, but for empty ones."""
+    """The lines of a log since the last start, a run's or its task's on Slurm, but for empty
+    ones."""
     try:
         text = read_bytes(log, LARGEST_LOG).decode(errors="replace")
     except DamagedFile as error:
         text = f"error: {error}"
     lines = [line.strip() for line in text.splitlines()]
-    first = max((number for number, line in enumerate(lines) if line.startswith("$ ") or "Starting with JobEnvironment(" in line), default=-1)
+    first = max(
+        (
+            number
+            for number, line in enumerate(lines)
+            if line.startswith("$ ") or "Starting with JobEnvironment(" in line
+        ),
+        default=-1,
+    )
     return [line for line in lines[first + 1 :] if line]

@@ -19,7 +19,8 @@ from data.files import parse_json, read_bytes
 
 HEARTBEAT = 10.0  # seconds between touches of a live run's lock file
 WATCH = 25.0  # seconds without a touch after which an owner counts as dead; spans two heartbeats
-SETTLE = 2.0  # seconds until it shows who wrote last of newcomers that found the folder free at the same moment
+# seconds until it shows who wrote last of newcomers that found the folder free at the same moment
+SETTLE = 2.0
 EXIT_TAKEN_OVER = 2  # as for a newcomer that is refused
 
 
@@ -35,18 +36,21 @@ class Owner:
         return f"process {self.pid or '?'} on {self.host}"
 
 
-_held: dict[Path, Owner] = {}  # kernel locks exclude other processes only: these are this process's own
+_held: dict[
+    Path, Owner
+] = {}  # kernel locks exclude other processes only: these are this process's own
 
 
 class RunLock:
     """Holds the run folder `dir` for this process while the context is open.
 
-    The kernel's lock on `<dir>/lock` goes with its process, however that ends. Where a shared file system keeps such
-    locks to each node, or has none, the heartbeat counts: the owner touches the file every HEARTBEAT seconds, and a
-    newcomer watches for WATCH seconds whether its time moves. That compares no clocks of different hosts.
-    A clean exit empties the file. Where there is nothing else in the folder it removes the file, and the folder too if it made that.
-    What an owner that died left behind is taken over with a notice on stderr. An owner that was only suspended, and finds its folder
-    taken over, ends its process at once.
+    The kernel's lock on `<dir>/lock` goes with its process, however that ends. Where a shared file
+    system keeps such locks to each node, or has none, the heartbeat counts: the owner touches the
+    file every HEARTBEAT seconds, and a newcomer watches for WATCH seconds whether its time moves.
+    That compares no clocks of different hosts. A clean exit empties the file. Where there is
+    nothing else in the folder it removes the file, and the folder too if it made that. What an
+    owner that died left behind is taken over with a notice on stderr. An owner that was only
+    suspended, and finds its folder taken over, ends its process at once.
 
     Raises ValueError where the folder is in use, or cannot be made or written.
     """
@@ -57,7 +61,8 @@ class RunLock:
         self._made = False
 
     def __enter__(self) -> Self:
-        # Closing any descriptor of a file drops all of the process's locks on it: never open one that is held.
+        # Closing any descriptor of a file drops all of the process's locks on it: never open one
+        # that is held.
         if self._path in _held:
             raise ValueError(self._refusal(_held[self._path]))
         while True:
@@ -69,7 +74,10 @@ class RunLock:
                     os.close(self._file)
                     raise
             except OSError as error:
-                raise ValueError(f"dir={self._dir} cannot be a run folder ({error.strerror}); name one that can be written") from None
+                raise ValueError(
+                    f"dir={self._dir} cannot be a run folder ({error.strerror}); name one that can"
+                    " be written"
+                ) from None
             if os.fstat(self._file).st_nlink:  # else the one before removed the folder meanwhile
                 break
             os.close(self._file)
@@ -93,10 +101,13 @@ class RunLock:
         del _held[self._path]
 
     def refuse_moved(self) -> None:
-        """Raises ValueError where the folder does not lie any more where it lay: what is written there now would be half a run."""
+        """Raises ValueError where the folder does not lie any more where it lay: what is written
+        there now would be half a run."""
         if self._is_moved():
-            raise ValueError(f"dir={self._dir} was moved or removed while its run was at work; the same command with dir= its new place goes on "
-                             "from the last checkpoint there")  # fmt: skip
+            raise ValueError(
+                f"dir={self._dir} was moved or removed while its run was at work; the same command"
+                " with dir= its new place goes on from the last checkpoint there"
+            )
 
     def _is_moved(self) -> bool:
         try:
@@ -106,9 +117,13 @@ class RunLock:
         return (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino)
 
     def _open(self) -> int:
-        """Makes the folder where there is none, and opens its lock file. Raises ValueError for a link that leads nowhere."""
+        """Makes the folder where there is none, and opens its lock file. Raises ValueError for a
+        link that leads nowhere."""
         if self._dir.is_symlink() and not self._dir.exists():
-            raise ValueError(f"dir={self._dir} is a link to {os.readlink(self._dir)}, which is gone; make that folder, or name another dir")
+            raise ValueError(
+                f"dir={self._dir} is a link to {os.readlink(self._dir)}, which is gone; make that"
+                " folder, or name another dir"
+            )
         self._made = self._made or not self._dir.exists()
         self._dir.mkdir(parents=True, exist_ok=True)
         file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
@@ -123,7 +138,10 @@ class RunLock:
         if owner is not None:
             if (not has_kernel_lock or owner.host != host) and self._is_alive(owner):
                 raise ValueError(self._refusal(owner))
-            print(f"dir={self._dir}: taking over from {owner}, which did not clean up", file=sys.stderr)
+            print(
+                f"dir={self._dir}: taking over from {owner}, which did not clean up",
+                file=sys.stderr,
+            )
         claim = Owner(host, os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, json.dumps(asdict(claim)).encode(), 0)
@@ -134,15 +152,19 @@ class RunLock:
         return claim
 
     def _lock(self) -> bool:
-        """Takes the kernel's lock; False where the file system has none (Lustre mounted without flock, say) or fails. NFS drops what it has cached of
-        a file whenever a lock is asked for, or the file is opened."""
+        """Takes the kernel's lock; False where the file system has none (Lustre mounted without
+        flock, say) or fails. NFS drops what it has cached of a file whenever a lock is asked for,
+        or the file is opened."""
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(self._refusal(self._owner() or Owner())) from None
         except OSError:
-            # Whatever its number says, the heartbeat counts: ENOLCK, ENOSYS and EOPNOTSUPP are usual, EACCES may mean a holder.
-            with contextlib.suppress(FileNotFoundError):  # the one before removed the folder meanwhile
+            # Whatever its number says, the heartbeat counts: ENOLCK, ENOSYS and EOPNOTSUPP are
+            # usual, EACCES may mean a holder.
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # the one before removed the folder meanwhile
                 os.close(os.open(self._path, os.O_RDONLY))  # there is no lock that this could drop
             return False
         return True
@@ -154,7 +176,8 @@ class RunLock:
 
     def _is_alive(self, owner: Owner) -> bool:
         print(
-            f"dir={self._dir}: last used by {owner}; watching for {WATCH:.0f} s whether it is alive",
+            f"dir={self._dir}: last used by {owner}; watching for {WATCH:.0f} s whether it is"
+            " alive",
             file=sys.stderr,
         )
         before, end = os.fstat(self._file).st_mtime_ns, time.monotonic() + WATCH
@@ -176,11 +199,17 @@ class RunLock:
         try:
             self._check(self._claim)
         except ValueError as refusal:  # two would write the folder
-            print(f"error: this process ends, for another one has taken over: {refusal}", file=sys.stderr, flush=True)
+            print(
+                f"error: this process ends, for another one has taken over: {refusal}",
+                file=sys.stderr,
+                flush=True,
+            )
             os._exit(EXIT_TAKEN_OVER)
 
     def _beat(self) -> None:
-        pause = SETTLE  # where each node has kernel locks of its own, a newcomer of another node may have written last
+        # where each node has kernel locks of its own, a newcomer of another node may have written
+        # last
+        pause = SETTLE
         while not self._closing.wait(pause):
             with contextlib.suppress(OSError):  # a file server may be away for a while
                 self._end_if_taken_over()
@@ -188,7 +217,10 @@ class RunLock:
             pause = HEARTBEAT
 
     def _refusal(self, owner: Owner) -> str:
-        return f"dir={self._dir} is in use by {owner} since {owner.start}; wait for it, stop it, or choose another dir"
+        return (
+            f"dir={self._dir} is in use by {owner} since {owner.start}; wait for it, stop it, or"
+            " choose another dir"
+        )
 
 
 def owner_in(content: bytes, file: Path) -> Owner:
@@ -200,7 +232,8 @@ def owner_in(content: bytes, file: Path) -> Owner:
 
 
 def is_in_use(dir: Path) -> bool:
-    """Whether a process seems to hold the folder: one that has not let go of it, and gave a sign of life lately. It takes nothing."""
+    """Whether a process seems to hold the folder: one that has not let go of it, and gave a sign of
+    life lately. It takes nothing."""
     file = dir / "lock"
     try:
         content, touched = read_bytes(file), file.stat().st_mtime

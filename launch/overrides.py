@@ -1,8 +1,8 @@
-"""From words as they were typed to overrides that Hydra takes, and from its errors to one line for a person.
+"""From words as they were typed to overrides that Hydra takes, and from its errors to one line for
+a person.
 
-Hydra's grammar gives a meaning to many characters. Where a key is text a value is put into quotes, so that it arrives as it stands; the
-grammar stays for numbers, lists, mappings and sweeps.
-"""
+Hydra's grammar gives a meaning to many characters. Where a key is text a value is put into quotes,
+so that it arrives as it stands; the grammar stays for numbers, lists, mappings and sweeps."""
 
 import difflib
 import re
@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, OverrideType, Quote, QuotedString, RangeSweep
+from hydra.core.override_parser.types import (
+    ChoiceSweep,
+    Glob,
+    IntervalSweep,
+    Override,
+    OverrideType,
+    Quote,
+    QuotedString,
+    RangeSweep,
+)
 from hydra.errors import HydraException
 
 from conf.schema import KEYS, LauncherConfig, check_value, expand, meaning, type_name
@@ -24,7 +33,9 @@ SWEEP_DIR = "hydra.sweep.dir"
 MOST_RUNS = 10_000  # of a sweep; a mistake in a range may ask for any number
 HELP = ("-h", "--help", "help=true")
 
-LAUNCHER_KEYS: dict[str, Any] = {f"hydra.launcher.{entry.name}": entry for entry in fields(LauncherConfig) if entry.metadata}
+LAUNCHER_KEYS: dict[str, Any] = {
+    f"hydra.launcher.{entry.name}": entry for entry in fields(LauncherConfig) if entry.metadata
+}
 SETTABLE = KEYS | LAUNCHER_KEYS  # every key that a user may set, by its dotted name
 
 QUOTED = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""")
@@ -32,7 +43,8 @@ BRACKETED = re.compile(r"\[.*\]|\{.*\}", re.S)
 FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag|str)\s*\(.*\)", re.S)
 INTERPOLATION = re.compile(r"\$\{[^}]*\}")
 STRUCTURE = re.compile(r"[][{}(),:=]")
-# A word between the structure of lists and mappings; those with another character than these are no part of Hydra's grammar.
+# A word between the structure of lists and mappings; those with another character than these are no
+# part of Hydra's grammar.
 WORD = re.compile(r"""[^][{}(),:='"]+""")
 PART = re.compile("|".join(pattern.pattern for pattern in (QUOTED, INTERPOLATION, STRUCTURE, WORD)))
 FOREIGN = re.compile(r"[^A-Za-z0-9_/\\.+$%*@?|\s-]")
@@ -46,7 +58,10 @@ def asks_for_help(arguments: Iterable[str]) -> bool:
 def groups() -> dict[str, list[str]]:
     """Returns the groups of conf/ and their choices."""
     files = sorted(Path(CONF).glob("*/*.yaml"))
-    return {group: [file.stem for file in files if file.parent.name == group] for group in sorted({file.parent.name for file in files})}
+    return {
+        group: [file.stem for file in files if file.parent.name == group]
+        for group in sorted({file.parent.name for file in files})
+    }
 
 
 # What is typed
@@ -58,11 +73,17 @@ def quoted(name: str, value: str) -> str:
 
 
 def for_hydra(override: str, sweep: bool) -> str:
-    """Returns an override in Hydra's grammar: text in quotes, each value of a `sweep` in its own."""
+    """Returns an override in Hydra's grammar: text in quotes, each value of a `sweep` in its
+    own."""
     name, equals, value = override.partition("=")
     # A sweep has one launcher, so that its keys take a comma for a comma.
     several = sweep and not name.startswith("hydra.")
-    if not equals or not value.strip(" ") or takes_numbers(name) or (several and FUNCTION.fullmatch(value)):
+    if (
+        not equals
+        or not value.strip(" ")
+        or takes_numbers(name)
+        or (several and FUNCTION.fullmatch(value))
+    ):
         return override
     values = split(value) if several else [value]
     return f"{name}=" + ",".join(in_quotes(name, one) for one in values)
@@ -76,7 +97,12 @@ def in_quotes(name: str, value: str) -> str:
     if rules is not None and ("text" in rules or not BRACKETED.fullmatch(value)):
         return quoted_text(name, value, rules)
     entry = SETTABLE.get(name)
-    if entry is not None and entry.type == list[str] and BRACKETED.fullmatch(value) and value != "[]":
+    if (
+        entry is not None
+        and entry.type == list[str]
+        and BRACKETED.fullmatch(value)
+        and value != "[]"
+    ):
         return f"[{','.join(in_quotes(f'{name}[]', text) for text in split(value[1:-1]))}]"
     return quote_foreign(value)
 
@@ -84,7 +110,9 @@ def in_quotes(name: str, value: str) -> str:
 def takes_numbers(name: str) -> bool:
     """Whether a key is a number or a bool, of which every other character is a mistake."""
     entry = SETTABLE.get(name)
-    return entry is not None and bool(re.fullmatch(r"(int|float|bool)( \| None)?", type_name(entry)))
+    return entry is not None and bool(
+        re.fullmatch(r"(int|float|bool)( \| None)?", type_name(entry))
+    )
 
 
 def text_rules(name: str) -> Any:
@@ -101,7 +129,8 @@ def text_rules(name: str) -> Any:
 
 
 def quoted_text(name: str, text: str, rules: Any) -> str:
-    """Returns a text in quotes; one that is any text has no interpolations, which OmegaConf would resolve."""
+    """Returns a text in quotes; one that is any text has no interpolations, which OmegaConf would
+    resolve."""
     if name == SWEEP_DIR:
         # Hydra makes this folder before anything of ours runs.
         text = expand(name, text)
@@ -111,7 +140,8 @@ def quoted_text(name: str, text: str, rules: Any) -> str:
 
 
 def quote_foreign(value: str) -> str:
-    """Returns a value with quotes around its words that Hydra's grammar knows nothing of, as é, ~, # or & in a list."""
+    """Returns a value with quotes around its words that Hydra's grammar knows nothing of, as é, ~,
+    # or & in a list."""
 
     def quote(match: re.Match[str]) -> str:
         word = match[0]
@@ -138,8 +168,9 @@ def split(value: str) -> list[str]:
 
 
 def check_overrides(overrides: list[str], sweep: bool = False) -> None:
-    """Raises ValueError for an override that is malformed, of neither key nor group, by `+` or `~`, or with a value that its key cannot
-    have: Hydra would drop a key of the schema without a word, and take the last of a list of choices."""
+    """Raises ValueError for an override that is malformed, of neither key nor group, by `+` or `~`,
+    or with a value that its key cannot have: Hydra would drop a key of the schema without a word,
+    and take the last of a list of choices."""
     choices, runs = groups(), 1
     for text in overrides:
         if text.startswith("-"):
@@ -149,17 +180,23 @@ def check_overrides(overrides: list[str], sweep: bool = False) -> None:
         if not name.startswith(("hydra.", "hydra/")):
             check_name(override, text, choices)
         if override.is_sweep_override() and not sweep:
-            raise ValueError(f"{text}: several values are a sweep; give one, or start a sweep with python train.py -m")
+            raise ValueError(
+                f"{text}: several values are a sweep; give one, or start a sweep with python"
+                " train.py -m"
+            )
         values = values_of(override, text)
         runs *= len(values)
         if runs > MOST_RUNS:
-            raise ValueError(f"{text} makes a sweep of more than {MOST_RUNS:,} runs; give fewer values")
+            raise ValueError(
+                f"{text} makes a sweep of more than {MOST_RUNS:,} runs; give fewer values"
+            )
         for value in values:
             check_choice(name, value, text, choices)
 
 
 def parsed(text: str, sweep: bool) -> Override:
-    """Returns what Hydra makes of an override. Raises ValueError, with the place where it stumbles, for a malformed one."""
+    """Returns what Hydra makes of an override. Raises ValueError, with the place where it stumbles,
+    for a malformed one."""
     try:
         return OverridesParser.create().parse_override(for_hydra(text, sweep))
     except (RecursionError, ValueError):
@@ -178,31 +215,43 @@ def parsed(text: str, sweep: bool) -> Override:
         if entry is not None and takes_numbers(name):
             remedy = f"give {name}=<{type_name(entry)}>, {meaning(entry)}"
         found = re.search(r"(?:error at|input|at input):? '(.+?)'(?: |$|\n)", str(error))
-        raise ValueError(f"{text} is malformed{f' at {found[1]}' if found else ''}; {remedy}") from None
+        raise ValueError(
+            f"{text} is malformed{f' at {found[1]}' if found else ''}; {remedy}"
+        ) from None
 
 
 def as_text(name: str, value: str) -> str:
-    """Returns the remedy for a text that Hydra's grammar takes for something else: quotes for Hydra in quotes for the shell."""
+    """Returns the remedy for a text that Hydra's grammar takes for something else: quotes for Hydra
+    in quotes for the shell."""
     quote = Quote.single if '"' in value else Quote.double
-    return f"a text is written {shlex.quote(f'{name}={QuotedString(value, quote).with_quotes()}')}, with both layers of quotes"
+    return (
+        f"a text is written {shlex.quote(f'{name}={QuotedString(value, quote).with_quotes()}')},"
+        " with both layers of quotes"
+    )
 
 
 def check_name(override: Override, text: str, choices: dict[str, list[str]]) -> None:
-    """Raises ValueError for an override of neither key nor group, and for one that adds or takes away."""
+    """Raises ValueError for an override of neither key nor group, and for one that adds or takes
+    away."""
     name = override.key_or_group
     if override.type != OverrideType.CHANGE:
         raise ValueError(neither_added(text, name))
-    if override.package or not (name in choices or any(f"{name}.".startswith(f"{known}.") for known in KEYS)):
+    if override.package or not (
+        name in choices or any(f"{name}.".startswith(f"{known}.") for known in KEYS)
+    ):
         raise ValueError(no_such_key(name, text))
 
 
 def values_of(override: Override, text: str) -> list[Any]:
-    """Returns the values of an override, of a sweep those that it visits. Raises ValueError where there are none."""
+    """Returns the values of an override, of a sweep those that it visits. Raises ValueError where
+    there are none."""
     if not override.is_sweep_override():
         return [override.value()]
     value: Any = override.value()
     if isinstance(value, IntervalSweep):
-        raise ValueError(f"{text} is a range without steps; list the values, or write range(START,STOP,STEP)")
+        raise ValueError(
+            f"{text} is a range without steps; list the values, or write range(START,STOP,STEP)"
+        )
     if isinstance(value, RangeSweep):
         values = steps_of(value, text)
     elif isinstance(value, ChoiceSweep):
@@ -216,7 +265,8 @@ def values_of(override: Override, text: str) -> list[Any]:
 
 
 def steps_of(value: RangeSweep, text: str) -> list[Any]:
-    """Returns the values of a range, as far as any sweep goes. Raises ValueError where its step is 0."""
+    """Returns the values of a range, as far as any sweep goes. Raises ValueError where its step is
+    0."""
     try:
         return list(islice(value.range(), MOST_RUNS + 1))
     except (ValueError, HydraException):
@@ -224,8 +274,8 @@ def steps_of(value: RangeSweep, text: str) -> list[Any]:
 
 
 def check_choice(name: str, value: Any, text: str, choices: dict[str, list[str]]) -> None:
-    """Raises ValueError for a value that is empty, for one of a group that names no single choice, and for a number where a key is a
-    bool, which OmegaConf would take."""
+    """Raises ValueError for a value that is empty, for one of a group that names no single choice,
+    and for a number where a key is a bool, which OmegaConf would take."""
     entry = SETTABLE.get(name)
     if value == "" and not (entry and "empty" in entry.metadata):
         check_value(name, value, {})
@@ -243,8 +293,14 @@ def explain(error: Exception) -> str:
     """Returns one line for an error of Hydra or OmegaConf: the key, the value and the remedy."""
     text, cause = (" ".join(str(part).split()) for part in (error, error.__cause__ or error))
     full_key = match[1] if (match := re.search(r"full_key: (\S+)", text + " " + cause)) else ""
-    if match := re.search(r"Could not find '([^']*)/([^'/]*)'(?: Available options in \S+ (.*?) Config search path)?", text):
-        return f"{match[1]}={match[2]}: no such choice; choose one of {(match[3] or '').replace(' ', ', ')}"
+    if match := re.search(
+        r"Could not find '([^']*)/([^'/]*)'(?: Available options in \S+ (.*?) Config search path)?",
+        text,
+    ):
+        return (
+            f"{match[1]}={match[2]}: no such choice; choose one of"
+            f" {(match[3] or '').replace(' ', ', ')}"
+        )
     if (match := re.match(r"Error merging override (([^=]*)=.*)", text)) and match[2] in SETTABLE:
         return wrong_type(SETTABLE[match[2]], match[1])
     if match := re.search(r"Could not override '([^']*)'", text):
@@ -252,25 +308,39 @@ def explain(error: Exception) -> str:
     if re.search(r"Key '[^']*' (not in|is not in struct)", text):
         return no_such_key(full_key, full_key)
     reason = text.split(" full_key")[0].split(" See https")[0]
-    return (f"{full_key}: " if full_key else "") + f"{reason}; overrides are written key=value, and python train.py help=true lists all"
+    return (
+        f"{full_key}: " if full_key else ""
+    ) + f"{reason}; overrides are written key=value, and python train.py help=true lists all"
 
 
 def no_such_key(name: str, text: str) -> str:
     """Returns what is said to a key that nothing has, with the near one."""
     known = [*SETTABLE, SWEEP_DIR, *groups()]
-    near = [full for full in KEYS if full.endswith(f".{name}")] or difflib.get_close_matches(name, known, 1)
-    return f"{text}: no such key; " + (f"did you mean {' or '.join(near)}? " if near else "") + "python train.py help=true lists all"
+    near = [full for full in KEYS if full.endswith(f".{name}")] or difflib.get_close_matches(
+        name, known, 1
+    )
+    return (
+        f"{text}: no such key; "
+        + (f"did you mean {' or '.join(near)}? " if near else "")
+        + "python train.py help=true lists all"
+    )
 
 
 def no_such_option(text: str, known: Iterable[str]) -> str:
     """Returns what is said to an option that nothing has, with the near one."""
     name, equals, value = text.lstrip("-").partition("=")
     name = name.replace("-", "_")
-    meant = next((full for full in (*KEYS, *groups()) if full == name or full.endswith(f".{name}")), None)
+    meant = next(
+        (full for full in (*KEYS, *groups()) if full == name or full.endswith(f".{name}")), None
+    )
     if text.startswith("-") and meant:
         return f"{text}: keys take no dashes; write {meant}={value if equals else 'VALUE'}"
     near = difflib.get_close_matches(text.partition("=")[0], known, 1)
-    return f"{text}: no such option; " + (f"did you mean {near[0]}? " if near else "") + "--help lists all"
+    return (
+        f"{text}: no such option; "
+        + (f"did you mean {near[0]}? " if near else "")
+        + "--help lists all"
+    )
 
 
 def neither_added(text: str, name: str) -> str:
@@ -282,4 +352,8 @@ def wrong_type(entry: Any, text: str) -> str:
     """Returns what is said to a value of another type than its key has."""
     name, _, value = text.partition("=")
     said = f"{text} has the wrong type; give {name}=<{type_name(entry)}>, {meaning(entry)}"
-    return f"{said}; {as_text(name, value)}" if entry.type in (str, str | None) and BRACKETED.fullmatch(value) else said
+    return (
+        f"{said}; {as_text(name, value)}"
+        if entry.type in (str, str | None) and BRACKETED.fullmatch(value)
+        else said
+    )

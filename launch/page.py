@@ -11,43 +11,28 @@ from launch import charts
 from launch.comparison import Section
 from launch.meanings import meaning
 from launch.record import Record
-from launch.tables import HOW, TESTING, Table, all_runs, caveats, chosen_keys, conditions, facts, failed, plural, tables, winners
+from launch.tables import (
+    HOW,
+    TESTING,
+    Table,
+    all_runs,
+    caveats,
+    chosen_keys,
+    conditions,
+    facts,
+    failed,
+    plural,
+    tables,
+    winners,
+)
 
-STYLE = """
-:root { color-scheme: light dark; --back: #ffffff; --ink: #1b1f24; --soft: #59636e; --line: #d1d9e0; --panel: #f6f8fa; }
-@media (prefers-color-scheme: dark) { :root { --back: #0f1419; --ink: #e6edf3; --soft: #9aa7b4; --line: #333d47; --panel: #171d24; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--back); color: var(--ink); font: 16px/1.5 system-ui, sans-serif;
-       overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.25rem; margin: 2.2rem 0 .5rem; border-top: 1px solid var(--line); padding-top: 1rem; }
-h3 { font-size: 1.1rem; margin: 1.6rem 0 .3rem; } h4 { font-size: .95rem; margin: 1.1rem 0 .2rem; }
-p, ul { margin: .4rem 0; } ul { padding-left: 1.2rem; }
-.soft, figcaption { color: var(--soft); font-size: .88rem; }
-nav ul { list-style: none; padding: 0; } nav li { margin: .2rem 0; }
-.won { background: var(--panel); border: 1px solid var(--line); border-radius: .5rem; padding: .6rem 1rem; margin: .8rem 0; }
-.note { border-left: 3px solid #e69f00; padding-left: .7rem; }
-.box { overflow-x: auto; max-width: 100%; margin: .5rem 0; }
-table { border-collapse: separate; border-spacing: 0; overflow-wrap: normal; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--back); }
-td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
-td.text, th.text { text-align: left; } td.long { white-space: normal; min-width: 16rem; } td.wrap { white-space: normal; min-width: 10rem; }
-thead th { border-bottom: 2px solid var(--line); white-space: normal; vertical-align: bottom; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
-figure { margin: 0; break-inside: avoid; } svg { display: block; width: 100%; height: auto; }
-summary { cursor: pointer; margin-top: 1rem; font-weight: 600; }
-@media (max-width: 30rem) {
-  body { padding: .7rem; } table { font-size: .78rem; } th, td { padding: .25rem .3rem; white-space: normal; } td:first-child { min-width: 6.6rem; }
+STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+PARTS = {
+    "results": "Results",
+    "losses": "Loss",
+    "training": "Sharpness, gradient and speed while training",
+    "runs": "Runs",
 }
-@media print {
-  :root { color-scheme: light; --back: #ffffff; --ink: #000000; --soft: #444444; --line: #bbbbbb; --panel: #ffffff; }
-  body { max-width: none; padding: 0; font-size: 10pt; } .box { overflow: visible; } table { font-size: 7.5pt; } th, td { padding: .1rem .3rem; }
-  th, td, td.long, td.wrap, td:first-child { white-space: normal; min-width: 0; position: static; }
-  .charts { grid-template-columns: 1fr 1fr; } h2, h3, h4 { break-after: avoid; } tr, .won { break-inside: avoid; }
-  details::details-content { content-visibility: visible; }
-}
-"""
-PARTS = {"results": "Results", "losses": "Loss", "training": "Sharpness, gradient and speed while training", "runs": "Runs"}
 
 
 def page(sections: list[Section], records: list[Record], made: str, axis: str, beside: Path) -> str:
@@ -64,7 +49,10 @@ def page(sections: list[Section], records: list[Record], made: str, axis: str, b
     failures = failed(records)
     count = {"finished": len(records) - len(failures.rows), "not finished": len(failures.rows)}
     parts = [
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
+        (
+            '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport"'
+            ' content="width=device-width, initial-scale=1">'
+        ),
         f"<title>flatgpt: {plural(len(records), 'run')}</title><style>{STYLE}</style></head><body>",
         f"<h1>{plural(len(records), 'run')}{' compared' if len(records) > 1 else ''}</h1>"
         f'<p class="soft">{count["finished"]} finished, {count["not finished"]} not; '
@@ -77,7 +65,10 @@ def page(sections: list[Section], records: list[Record], made: str, axis: str, b
         parts.append(f'<div class="won">{heading}<ul>{items(winners(section))}</ul>{against}</div>')
     if failures.rows:
         parts.append(f'<h2 id="failed">Runs that did not finish</h2>{html(failures, beside)}')
-    parts += [section_html(section, looks, number, axis, beside) for number, section in enumerate(sections)]
+    parts += [
+        section_html(section, looks, number, axis, beside)
+        for number, section in enumerate(sections)
+    ]
     return "\n".join([*parts, "</body></html>\n"])
 
 
@@ -86,16 +77,29 @@ def contents(sections: list[Section], failures: bool) -> str:
     entries = ['<a href="#failed">Runs that did not finish</a>'] * failures
     for number, section in enumerate(sections):
         parts = [f'<a href="#section{number}-{name}">{title}</a>' for name, title in PARTS.items()]
-        entries.append(f'<a href="#section{number}">{escape(section.title)}</a>: {", ".join(parts)}')
+        entries.append(
+            f'<a href="#section{number}">{escape(section.title)}</a>: {", ".join(parts)}'
+        )
     return f"<nav><ul>{''.join(f'<li>{entry}</li>' for entry in entries)}</ul></nav>"
 
 
-def section_html(section: Section, looks: dict[str, charts.Style], number: int, axis: str, beside: Path) -> str:
+def section_html(
+    section: Section, looks: dict[str, charts.Style], number: int, axis: str, beside: Path
+) -> str:
     """Returns one comparison: tables, notes, charts, runs."""
     heads = {name: f'<h3 id="section{number}-{name}">{title}</h3>' for name, title in PARTS.items()}
-    parts = [f'<h2 id="section{number}">{escape(section.title)}</h2>', f'<p class="soft">{escape(conditions(section))}</p>', heads["results"]]
+    parts = [
+        f'<h2 id="section{number}">{escape(section.title)}</h2>',
+        f'<p class="soft">{escape(conditions(section))}</p>',
+        heads["results"],
+    ]
     alone = len(section.runs) == 1
-    parts += [titled(table) for table in ([facts(section.runs[0]), chosen_keys(section.runs[0])] if alone else tables(section))]
+    parts += [
+        titled(table)
+        for table in (
+            [facts(section.runs[0]), chosen_keys(section.runs[0])] if alone else tables(section)
+        )
+    ]
     if not alone and section.best:
         parts += [f'<p class="soft">{escape(text)}</p>' for text in (HOW, TESTING)]
         parts += [f'<p class="note">{escape(text)}</p>' for text in caveats(section)]
@@ -108,28 +112,54 @@ def section_html(section: Section, looks: dict[str, charts.Style], number: int, 
     return "\n".join(parts)
 
 
-def loss_figures(section: Section, looks: dict[str, charts.Style], axis: str) -> list[tuple[str, charts.Figure | None]]:
+def loss_figures(
+    section: Section, looks: dict[str, charts.Style], axis: str
+) -> list[tuple[str, charts.Figure | None]]:
     """Returns the charts of losses with their captions."""
     alone = len(section.runs) == 1
-    against = {"step": "steps and tokens"} if alone else {"step": "steps and tokens", "flops": "training FLOPs", "seconds": "training time"}
+    against = (
+        {"step": "steps and tokens"}
+        if alone
+        else {"step": "steps and tokens", "flops": "training FLOPs", "seconds": "training time"}
+    )
     best = "" if alone else " Settings that are best at equal steps; a dot is a seed."
-    doubt = {"seconds": f" No evidence: {section.doubt.partition(':')[0]}." if section.doubt else ""}
+    doubt = {
+        "seconds": f" No evidence: {section.doubt.partition(':')[0]}." if section.doubt else ""
+    }
     drawn = []
     for over, name in against.items():
-        caption = f"Validation loss against {name}.{best} The first fifth is cut off.{doubt.get(over, '')}"
+        caption = (
+            f"Validation loss against {name}.{best} The first fifth is cut"
+            f" off.{doubt.get(over, '')}"
+        )
         drawn.append((caption, charts.loss_chart(section, looks, over)))
     drawn.append(
         (
-            "Validation loss minus that of the baseline at the same step and seed (thin: each seed, thick: their mean).",
+            (
+                "Validation loss minus that of the baseline at the same step and seed (thin: each"
+                " seed, thick: their mean)."
+            ),
             charts.difference_chart(section, looks),
         )
     )
-    drawn.append(("Training loss (clean). Rules of one pass, which see only the loss at the moved weights, have none.",
-                  charts.training_chart(section, looks, axis)))  # fmt: skip
+    drawn.append(
+        (
+            (
+                "Training loss (clean). Rules of one pass, which see only the loss at the moved"
+                " weights, have none."
+            ),
+            charts.training_chart(section, looks, axis),
+        )
+    )
     for key, other, name in (("rho", "learning rate", "radius"), ("lr", "radius", "learning rate")):
         told = f"Response to the {name}, each method at its best {other}; a dot is a seed."
         drawn.append((told, charts.response_chart(section, looks, key)))
-    drawn.append(("Final validation loss by learning rate and radius; x: a seed diverged.", charts.grid_chart(section)))
+    drawn.append(
+        (
+            "Final validation loss by learning rate and radius; x: a seed diverged.",
+            charts.grid_chart(section),
+        )
+    )
     return drawn
 
 
@@ -144,21 +174,36 @@ def items(texts: Iterable[str]) -> str:
 
 def grid(drawn: Iterable[tuple[str, charts.Figure | None]], name: str) -> str:
     """Returns charts with their captions, side by side where there is room."""
-    figures = [f"<figure>{charts.svg(figure, f'{name} {caption}')}<figcaption>{escape(caption)}</figcaption></figure>"
-               for caption, figure in drawn if figure]  # fmt: skip
+    figures = [
+        f"<figure>{charts.svg(figure, f'{name} {caption}')}"
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        for caption, figure in drawn
+        if figure
+    ]
     return f'<div class="charts">{"".join(figures)}</div>'
 
 
 def html(table: Table, beside: Path | None = None) -> str:
     """Returns a table in a box of its own that scrolls where it is too wide; its folders are linked
     from `beside`."""
-    head = "".join(f"<th{aligned(table, column)}>{escape(text)}</th>" for column, text in enumerate(table.header))
+    head = "".join(
+        f"<th{aligned(table, column)}>{escape(text)}</th>"
+        for column, text in enumerate(table.header)
+    )
     rows = []
     for number, row in enumerate(table.rows):
-        there = table.folders and beside and table.folders[number].is_dir()  # one that waits has none
+        # one that waits has none
+        there = table.folders and beside and table.folders[number].is_dir()
         link = quote(os.path.relpath(table.folders[number], beside)) if there else ""
-        rows.append("<tr>" + "".join(cell(table, column, text, link) for column, text in enumerate(row)) + "</tr>")
-    return f'<div class="box"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        rows.append(
+            "<tr>"
+            + "".join(cell(table, column, text, link) for column, text in enumerate(row))
+            + "</tr>"
+        )
+    return (
+        f'<div class="box"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
 
 
 def cell(table: Table, column: int, text: str, link: str) -> str:
@@ -174,5 +219,9 @@ def cell(table: Table, column: int, text: str, link: str) -> str:
 
 def aligned(table: Table, column: int, text: str = "") -> str:
     """The class of a cell: text stands to the left, and what is long may take several lines."""
-    names = ["text"] * (column in table.text) + ["long"] * (column in table.text and len(text) > 60) + ["wrap"] * (len(text) > 30)
+    names = (
+        ["text"] * (column in table.text)
+        + ["long"] * (column in table.text and len(text) > 60)
+        + ["wrap"] * (len(text) > 30)
+    )
     return f' class="{" ".join(names)}"' if names else ""

@@ -1,4 +1,5 @@
-"""What follows from a configuration before anything is built: sizes, steps, FLOPs, memory, hours."""
+"""What follows from a configuration before anything is built: sizes, steps, FLOPs, memory,
+hours."""
 
 import os
 from collections.abc import Iterator
@@ -17,8 +18,15 @@ from model import GPT, GPTConfig
 from optim import ForwardFlops, Schedule, build_schedule, forward_flops, passes
 from optim.axes import choose
 
-DEVICES = {"A100 40 GB": 39, "A100 80 GB": 79, "H100 80 GB": 79, "H200 141 GB": 139}  # GiB that torch sees
-USABLE = 0.93  # of a device; the rest is for CUDA's context, NCCL's buffers and what the allocator cannot use
+# GiB that torch sees
+DEVICES = {
+    "A100 40 GB": 39,
+    "A100 80 GB": 79,
+    "H100 80 GB": 79,
+    "H200 141 GB": 139,
+}
+# of a device; the rest is for CUDA's context, NCCL's buffers and what the allocator cannot use
+USABLE = 0.93
 MOST_MEMORY = 2.0**46  # bytes, 64 TiB: no device has as much
 ASSUMED_MFU = 0.4  # of the dense bf16 peak, for the estimate of hours
 
@@ -45,7 +53,10 @@ class Plan:
     def flops(self) -> float:
         """Of all steps."""
         moved = self.schedule.perturbed_steps
-        return self.flops_per_step * (self.schedule.steps - moved) + self.flops_per_perturbed_step * moved
+        return (
+            self.flops_per_step * (self.schedule.steps - moved)
+            + self.flops_per_perturbed_step * moved
+        )
 
     def hours(self, device: str) -> float:
         """On one device of PEAK_FLOPS; as many share them as if they cost each other nothing."""
@@ -59,7 +70,8 @@ def gpt_config(config: ModelConfig, vocab_size: int) -> GPTConfig:
 
 
 def make_plan(config: Config) -> Plan:
-    """The plan of a configuration. Raises ValueError for a schedule that does not fit its horizon."""
+    """The plan of a configuration. Raises ValueError for a schedule that does not fit its
+    horizon."""
     shape = gpt_config(config.model, vocabulary(config.tokenizer))
     with torch.device("meta"):
         model = GPT(shape)
@@ -72,7 +84,12 @@ def make_plan(config: Config) -> Plan:
         refuse_nothing_to_move(model, optim)
         groups = config.parallel.replicas if optim.scope == "replica" else num_groups(config)
         rough = planned_precision(config) != torch.float32 and optim.compute == "precision"
-        cost = passes(optim, store=optim.cotangent != "rebuild", instances=config.batch.sequences // groups, rough=rough)
+        cost = passes(
+            optim,
+            store=optim.cotangent != "rebuild",
+            instances=config.batch.sequences // groups,
+            rough=rough,
+        )
         perturbed = forward.of(*cost)
     schedule = build_schedule(config.schedule, optim, tokens_per_step, counted, perturbed / plain)
     tenth = max(1, schedule.steps // 10)
@@ -96,21 +113,31 @@ def make_plan(config: Config) -> Plan:
 
 
 def refuse_more_than(size: float, whose: str, config: Config, plan: Plan) -> None:
-    """Raises ValueError where a step of a process needs more than so many bytes by the least that it can need: weights and gradients,
-    the residuals that every layer keeps, and the tokens of a batch. That needs no look at the model, and refuses nothing that fits."""
+    """Raises ValueError where a step of a process needs more than so many bytes by the least that
+    it can need: weights and gradients, the residuals that every layer keeps, and the tokens of a
+    batch. That needs no look at the model, and refuses nothing that fits."""
     world, shape = num_processes(config.parallel), plan.model
-    shards = {"single": 1, "fsdp": world, "hsdp": max(1, world // config.parallel.replicas)}[config.parallel.name]
+    shards = {"single": 1, "fsdp": world, "hsdp": max(1, world // config.parallel.replicas)}[
+        config.parallel.name
+    ]
     residuals = 4 * shape.num_layers * shape.width * plan.micro * config.batch.length
     least = 8 * plan.num_parameters / shards + residuals + 8 * plan.tokens_per_step
     if least > size:
-        raise ValueError(f"{plan.num_parameters:,} parameters and batches of {plan.tokens_per_step:,} tokens, {plan.micro} sequences at a time, "
-                         f"need at least {human(least)} a process, where {whose} has {human(size)}; lower model.*, batch.length or batch.micro, or "
-                         "take more processes with parallel=fsdp")  # fmt: skip
+        raise ValueError(
+            f"{plan.num_parameters:,} parameters and batches of {plan.tokens_per_step:,} tokens,"
+            f" {plan.micro} sequences at a time, need at least {human(least)} a process, where"
+            f" {whose} has {human(size)}; lower model.*, batch.length or batch.micro, or take more"
+            " processes with parallel=fsdp"
+        )
 
 
 def refuse_here(config: Config, plan: Plan) -> None:
     """Raises ValueError where this machine cannot hold a step, whatever else it does."""
-    if planned_device(config) == "cuda" and torch.cuda.is_available() and not config.parallel.cpu_offload:
+    if (
+        planned_device(config) == "cuda"
+        and torch.cuda.is_available()
+        and not config.parallel.cpu_offload
+    ):
         size = torch.cuda.get_device_properties().total_memory
     else:
         size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -129,40 +156,110 @@ def describe(config: Config, plan: Plan, name: str) -> str:
     """Everything derived, as a person reads it."""
     schedule, shape = plan.schedule, plan.model
     tokens, counted = schedule.steps * plan.tokens_per_step, config.schedule.parameters
-    memory, world, moved = estimate(config, shape), num_processes(config.parallel), schedule.perturbed_steps
+    memory, world, moved = (
+        estimate(config, shape),
+        num_processes(config.parallel),
+        schedule.perturbed_steps,
+    )
     where = f"{planned_device(config)} in {str(planned_precision(config)).removeprefix('torch.')}"
     fits = [f"{device}: {remedy(config, shape, size)}" for device, size in devices(config).items()]
     rows = [
         ("name", name),
-        ("model", f"{shape.num_layers} layers x {shape.width}, {shape.num_heads} heads, vocabulary {shape.vocab_size:,}"),
-        ("parameters", f"{plan.num_parameters:,}, of which {plan.num_non_embedding:,} without embeddings"),
-        ("tokens per step", f"{plan.tokens_per_step:,} = {config.batch.sequences} sequences x {config.batch.length}, "
-                            f"in {config.batch.sequences // plan.micro} micro-batches of {plan.micro}"
-                            + (f", {config.batch.sequences // plan.micro // world} on each of {world} processes" if world > 1 else "")),
-        ("steps", f"{schedule.steps:,}, of which {schedule.warmup:,} warm-up"
-                  + (f"; {config.schedule.tokens_per_parameter:g} tokens per parameter, {counted.replace('_', '-')} ones counted"
-                     if config.schedule.name == "chinchilla" else "")),
+        (
+            "model",
+            (
+                f"{shape.num_layers} layers x {shape.width}, {shape.num_heads} heads, vocabulary"
+                f" {shape.vocab_size:,}"
+            ),
+        ),
+        (
+            "parameters",
+            f"{plan.num_parameters:,}, of which {plan.num_non_embedding:,} without embeddings",
+        ),
+        (
+            "tokens per step",
+            f"{plan.tokens_per_step:,} = {config.batch.sequences} sequences x"
+            f" {config.batch.length}, in {config.batch.sequences // plan.micro} micro-batches of"
+            f" {plan.micro}"
+            + (
+                f", {config.batch.sequences // plan.micro // world} on each of {world} processes"
+                if world > 1
+                else ""
+            ),
+        ),
+        (
+            "steps",
+            f"{schedule.steps:,}, of which {schedule.warmup:,} warm-up"
+            + (
+                f"; {config.schedule.tokens_per_parameter:g} tokens per parameter,"
+                f" {counted.replace('_', '-')} ones counted"
+                if config.schedule.name == "chinchilla"
+                else ""
+            ),
+        ),
         ("tokens", f"{tokens:,}"),
-        ("tokens per parameter", f"{tokens / plan.num_non_embedding:.2f} without embeddings, {tokens / plan.num_parameters:.2f} with"),
-        ("evaluation", f"every {plan.evaluation_every:,} steps; rows every {plan.tracking_every:,}; checkpoints every {plan.checkpoint_every:,}"),
-        ("FLOPs", f"{plan.flops:.3e} in all, {plan.flops_per_step:.3e} a {'plain ' * bool(moved)}step "
-                  "(forward and backward, the head with its padded rows)"),
-        *([("perturbed steps", f"{moved:,}, each {plan.flops_per_perturbed_step / plan.flops_per_step:.2f} plain ones in FLOPs")] if moved else []),
-        ("memory, about", f"{human(memory.total)}{' a process' * (world > 1)} on {where}, fullest in the {memory.moment} = "
-                          + " + ".join(f"{human(size)} {part}" for part, size in memory.parts.items() if size)),
+        (
+            "tokens per parameter",
+            (
+                f"{tokens / plan.num_non_embedding:.2f} without embeddings,"
+                f" {tokens / plan.num_parameters:.2f} with"
+            ),
+        ),
+        (
+            "evaluation",
+            (
+                f"every {plan.evaluation_every:,} steps; rows every {plan.tracking_every:,};"
+                f" checkpoints every {plan.checkpoint_every:,}"
+            ),
+        ),
+        (
+            "FLOPs",
+            (
+                f"{plan.flops:.3e} in all, {plan.flops_per_step:.3e} a {'plain ' * bool(moved)}step"
+                " (forward and backward, the head with its padded rows)"
+            ),
+        ),
+        *(
+            [
+                (
+                    "perturbed steps",
+                    (
+                        f"{moved:,}, each {plan.flops_per_perturbed_step / plan.flops_per_step:.2f}"
+                        " plain ones in FLOPs"
+                    ),
+                )
+            ]
+            if moved
+            else []
+        ),
+        (
+            "memory, about",
+            f"{human(memory.total)}{' a process' * (world > 1)} on {where}, fullest in the"
+            f" {memory.moment} = "
+            + " + ".join(f"{human(size)} {part}" for part, size in memory.parts.items() if size),
+        ),
         *([("fits on", "; ".join(fits))] if fits else []),
         ("checkpoint", human(12.0 * plan.num_parameters)),
-    ]  # fmt: skip
+    ]
     for device in ("A100", "H100", "H200"):
         hours = plan.hours(device)
-        one, each = (human_hours(spent, ",.2f" if spent >= 0.1 else ".2g") for spent in (hours, hours / world))
+        one, each = (
+            human_hours(spent, ",.2f" if spent >= 0.1 else ".2g")
+            for spent in (hours, hours / world)
+        )
         shared = f", {each} on {world} of them," if world > 1 else ""
-        rows.append((f"hours on one {device}", f"{one}{shared} at an assumed {ASSUMED_MFU:.0%} of its dense bf16 peak"))
+        rows.append(
+            (
+                f"hours on one {device}",
+                f"{one}{shared} at an assumed {ASSUMED_MFU:.0%} of its dense bf16 peak",
+            )
+        )
     return "\n".join(f"{label:22}{text}" for label, text in rows)
 
 
 def devices(config: Config) -> dict[str, float]:
-    """Bytes of the devices that a run may have to fit on, by name: what config.device_memory says, this machine's, or common ones."""
+    """Bytes of the devices that a run may have to fit on, by name: what config.device_memory says,
+    this machine's, or common ones."""
     if config.device_memory is not None:
         return {f"{config.device_memory:g} GiB": config.device_memory * 2**30}
     if planned_device(config) == "cpu":
@@ -173,22 +270,35 @@ def devices(config: Config) -> dict[str, float]:
 
 
 def remedy(config: Config, shape: GPTConfig, size: float) -> str:
-    """Whether a step fits on a device of so many bytes: "yes", or the first change of keys that makes it fit, found by trying."""
+    """Whether a step fits on a device of so many bytes: "yes", or the first change of keys that
+    makes it fit, found by trying."""
     for change in changes(config):
         if estimate(changed(config, change), shape).total <= USABLE * size:
-            return "with " + " ".join(f"{name}={str(value).lower()}" for name, value in change.items()) if change else "yes"
+            return (
+                "with " + " ".join(f"{name}={str(value).lower()}" for name, value in change.items())
+                if change
+                else "yes"
+            )
     return "no change of keys tried makes it fit"
 
 
 def changes(config: Config) -> Iterator[dict[str, Any]]:
-    """Changes of keys that spend less memory, the cheapest in time first: none, then each of three alone, then together, then more processes,
-    with everything else spared as well."""
-    world, sequences, groups = num_processes(config.parallel), config.batch.sequences, num_groups(config)
+    """Changes of keys that spend less memory, the cheapest in time first: none, then each of three
+    alone, then together, then more processes, with everything else spared as well."""
+    world, sequences, groups = (
+        num_processes(config.parallel),
+        config.batch.sequences,
+        num_groups(config),
+    )
     yield {}
     spared: dict[str, Any] = {}
     if is_read(config, "optim.cotangent") and config.optim.cotangent != "rebuild":
         yield (spared := {"optim.cotangent": "rebuild"})
-    smaller = [micro for micro in range(micro_sequences(config) - 1, 0, -1) if sequences % (micro * world * groups) == 0]
+    smaller = [
+        micro
+        for micro in range(micro_sequences(config) - 1, 0, -1)
+        if sequences % (micro * world * groups) == 0
+    ]
     yield from ({"batch.micro": micro} for micro in smaller)
     if not config.activation_checkpointing:
         yield {"activation_checkpointing": True}
@@ -198,7 +308,9 @@ def changes(config: Config) -> Iterator[dict[str, Any]]:
     sharded = {} if config.parallel.name != "single" else {"parallel": "fsdp"}
     for extra in ({}, least):
         micro = extra.get("batch.micro", config.batch.micro or 1)
-        more = [world * 2**k for k in range(1, 13) if sequences % (micro * world * 2**k * groups) == 0]
+        more = [
+            world * 2**k for k in range(1, 13) if sequences % (micro * world * 2**k * groups) == 0
+        ]
         yield from (extra | sharded | {"parallel.processes": processes} for processes in more)
 
 

@@ -1,4 +1,5 @@
-"""Ends a run in time to save it: on a signal from the scheduler or the keyboard, or at a time limit."""
+"""Ends a run in time to save it: on a signal from the scheduler or the keyboard, or at a time
+limit."""
 
 import contextlib
 import os
@@ -9,9 +10,15 @@ from typing import Any, Self
 
 EXIT_DIVERGED = 3
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: saved but not done; start the same command again
-IN_ORDER = (0, EXIT_DIVERGED, EXIT_PREEMPTED)  # all processes of a run end by one of these, the main one perhaps much later
+# all processes of a run end by one of these, the main one perhaps much later
+IN_ORDER = (
+    0,
+    EXIT_DIVERGED,
+    EXIT_PREEMPTED,
+)
 
-# Slurm sends SIGTERM, or SIGUSR1 or SIGUSR2 where asked for with --signal; the keyboard sends SIGINT.
+# Slurm sends SIGTERM, or SIGUSR1 or SIGUSR2 where asked for with --signal; the keyboard sends
+# SIGINT.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 ECHO = 3.0
 
@@ -21,14 +28,14 @@ class Preemption:
 
     requested    why to stop: the first signal's name, "time limit" once `minutes` are over, or None
 
-    A second signal exits at once, with status 128 + its number and without saving. The handlers that were there
-    before come back when the context closes. Enter it in the main thread.
+    A second signal exits at once, with status 128 + its number and without saving. The handlers
+    that were there before come back when the context closes. Enter it in the main thread.
 
-    torchrun passes on to its workers the signals it gets, and so does a task of a sweep on Slurm, and a scheduler sends them to both: under
-    these what comes within ECHO seconds of the first is the same signal. torchrun also sends SIGTERM to the others as soon as one has died,
-    which must not cut short what they are about to say: where an exception closes the context, SIGTERM is ignored from then on. And the echo
-    may come when the context has closed: it is ignored, too.
-    """
+    torchrun passes on to its workers the signals it gets, and so does a task of a sweep on Slurm,
+    and a scheduler sends them to both: under these what comes within ECHO seconds of the first is
+    the same signal. torchrun also sends SIGTERM to the others as soon as one has died, which must
+    not cut short what they are about to say: where an exception closes the context, SIGTERM is
+    ignored from then on. And the echo may come when the context has closed: it is ignored, too."""
 
     def __init__(self, minutes: float | None = None) -> None:
         self._deadline = float("inf") if minutes is None else time.monotonic() + 60 * minutes
@@ -59,7 +66,13 @@ class Preemption:
             os._exit(128 + number)
         self._signal = signal.Signals(number).name
         self._until = time.monotonic() + ECHO if self._echoes else 0.0
-        text = f"received {self._signal}: saving after this step, then exiting with code {EXIT_PREEMPTED}; a second signal exits at once"
+        text = (
+            f"received {self._signal}: saving after this step, then exiting with code"
+            f" {EXIT_PREEMPTED}; a second signal exits at once"
+        )
         erase = "\r\x1b[K" if os.isatty(2) else ""  # of the live line
-        with contextlib.suppress(OSError):  # the terminal may be gone, and an exception here would end the run unsaved
-            os.write(2, f"{erase}{text}\n".encode())  # not print: the signal may have come in the middle of one
+        with contextlib.suppress(
+            OSError
+        ):  # the terminal may be gone, and an exception here would end the run unsaved
+            # not print: the signal may have come in the middle of one
+            os.write(2, f"{erase}{text}\n".encode())

@@ -24,7 +24,12 @@ from optim.diagnostics import unfaithful
 KEPT = (b'"val/loss"', b'"sharpness/delta_func"', b'"sharpness/fidelity"')
 ANCESTORS = 10  # runs that a run goes back to, one from another, that are asked for their settings
 SAMPLED = 400  # rows that are read of the others
-FILES = {"metrics.jsonl", "summary.json", "lock"}  # beside config.yaml, what tells a run's folder from others
+# beside config.yaml, what tells a run's folder from others
+FILES = {
+    "metrics.jsonl",
+    "summary.json",
+    "lock",
+}
 
 
 @dataclass
@@ -47,10 +52,12 @@ class Measured:
 class Record:
     """One run, as its folder tells it.
 
-    state       finished; diverged; crashed; running; waiting (a job of a sweep that was never started); stopped; damaged (a file of it)
+    state       finished; diverged; crashed; running; waiting (a job of a sweep that was never
+                started); stopped; damaged (a file of it)
     reason      why, where the folder tells
     settings    every key that the run reads and that may change its result, by dotted name
-    parent      the same of the run that it started from, by "parent.KEY"; "parent.run", its folder, where that is gone
+    parent      the same of the run that it started from, by "parent.KEY"; "parent.run", its folder,
+                where that is gone
     tags        its tracking.tags
     columns     its rows, by name of the figure: arrays of one length, nan where a row has none
     summary     its final figures
@@ -92,8 +99,8 @@ class Record:
 
 
 def find_runs(folders: Iterable[Path]) -> Iterator[Path]:
-    """The run folders among and below the given ones, each once, with those that a sweep has yet to fill. Raises ValueError where there is
-    no such folder."""
+    """The run folders among and below the given ones, each once, with those that a sweep has yet to
+    fill. Raises ValueError where there is no such folder."""
     seen = set()
     for given in folders:
         if not given.is_dir():
@@ -101,8 +108,16 @@ def find_runs(folders: Iterable[Path]) -> Iterator[Path]:
         for root, below, files in os.walk(given, followlinks=True):
             here = {*below, *files}
             found = [Path(root)] if "config.yaml" in here and not FILES.isdisjoint(here) else []
-            below[:] = [] if found or os.path.realpath(root) in seen else sorted(name for name in below if not name.startswith("."))
-            for run in found or [job.run for job in jobs_of(Path(root), warn=True) if not (job.run / "config.yaml").exists()]:
+            below[:] = (
+                []
+                if found or os.path.realpath(root) in seen
+                else sorted(name for name in below if not name.startswith("."))
+            )
+            for run in found or [
+                job.run
+                for job in jobs_of(Path(root), warn=True)
+                if not (job.run / "config.yaml").exists()
+            ]:
                 if (real := os.path.realpath(run)) not in seen:
                     yield run
                 seen.add(real)
@@ -115,7 +130,10 @@ def jobs_of(folder: Path, warn: bool = False) -> list[Job]:
         return read_jobs(folder)
     except DamagedFile as error:
         if warn:
-            print(f"note: {error}; the sweep's own command writes it anew once it is removed", file=sys.stderr)
+            print(
+                f"note: {error}; the sweep's own command writes it anew once it is removed",
+                file=sys.stderr,
+            )
         return []
 
 
@@ -142,8 +160,8 @@ def read_run(folder: Path) -> Record:
 
 
 def read_settings(folder: Path) -> tuple[dict[str, Any], Config | None]:
-    """(settings of a run, its whole configuration) from its config.yaml; none of a run that never began. Raises ValueError for a file that is
-    damaged."""
+    """(settings of a run, its whole configuration) from its config.yaml; none of a run that never
+    began. Raises ValueError for a file that is damaged."""
     if not os.path.lexists(folder / "config.yaml"):
         return {}, None
     config = load_config(folder)
@@ -156,8 +174,9 @@ def last_start(folder: Path) -> Start:
 
 
 def read_parent(folder: Path, config: Config, ancestors: int = ANCESTORS) -> dict[str, Any]:
-    """Returns the settings of the run that the run in `folder` started from, by "parent.KEY", those of its own parent by
-    "parent.parent.KEY"; nothing where it started from none, and only the folder where nothing is known of it."""
+    """Returns the settings of the run that the run in `folder` started from, by "parent.KEY", those
+    of its own parent by "parent.parent.KEY"; nothing where it started from none, and only the
+    folder where nothing is known of it."""
     if not config.init.run:
         return {}
     named = Path(config.init.run)
@@ -176,8 +195,8 @@ def read_parent(folder: Path, config: Config, ancestors: int = ANCESTORS) -> dic
 
 
 def read_sampled(file: Path) -> list[Row]:
-    """The rows of a metrics.jsonl with an evaluation, and of the others at most SAMPLED, evenly spread, with the last; none where there is
-    no file.
+    """The rows of a metrics.jsonl with an evaluation, and of the others at most SAMPLED, evenly
+    spread, with the last; none where there is no file.
 
     Raises DamagedFile where a line is damaged."""
     lines = lines_of(file)
@@ -201,13 +220,22 @@ def ending(folder: Path, summary: dict[str, Any], rows: list[dict[str, Any]]) ->
     """(state, reason) of a run whose files are in order."""
     last = rows[-1] if rows else {}
     if summary:
-        return ("finished", "") if summary["val/loss"] is not None else ("diverged", "its final validation loss is not finite")
+        return (
+            ("finished", "")
+            if summary["val/loss"] is not None
+            else ("diverged", "its final validation loss is not finite")
+        )
     if is_in_use(folder):
         return "running", ""
     job = next((job for job in jobs_of(folder.parent) if job.run == folder), None)
     line = reason(job)[0] if job and job.log().exists() else read_failure(folder)
     if "grad/norm" in last and last["grad/norm"] is None:
-        return "diverged", line or f"its last step was not finite; {last.get('skipped', '?')} steps were skipped in all"
+        return (
+            "diverged",
+            line
+            or "its last step was not finite;"
+            f" {last.get('skipped', '?')} steps were skipped in all",
+        )
     if line:
         return "stopped" if job and job.stopped else "crashed", line
     if job and not rows:
@@ -218,7 +246,8 @@ def ending(folder: Path, summary: dict[str, Any], rows: list[dict[str, Any]]) ->
 
 
 def data_of(folder: Path) -> str | None:
-    """The fingerprint of a run's data, as its newest sound checkpoint tells it; None where none does."""
+    """The fingerprint of a run's data, as its newest sound checkpoint tells it; None where none
+    does."""
     for path in reversed(checkpoints(folder).values()):
         with suppress(OSError, ValueError):
             return read_state(path).get("data")

@@ -5,12 +5,14 @@ DIR is a run's folder, or a folder that holds such folders at any depth. Beside 
 needs no other file and no network, lie
 
     FILE.md           what won, the tables and the failures
-    FILE.csv          validation loss of every method at equal steps, FLOPs and time, with the paired tests
+    FILE.csv          validation loss of every method at equal steps, FLOPs and time, with the
+                      paired tests
     FILE_runs.csv     a row for every run
 
 One chart for a paper, of the largest comparison:
 
-    python -m launch.report DIR... out=FILE.png|svg|pdf [chart=loss|difference|training|rho|lr|grid|FIGURE] [axis=...]
+    python -m launch.report DIR... out=FILE.png|svg|pdf
+    [chart=loss|difference|training|rho|lr|grid|FIGURE] [axis=...]
 
 The setting of a method is chosen on the seeds that are reported, which flatters those that tried
 many, unless select_seeds names some to choose on (the others are reported), or the runs carry
@@ -32,19 +34,39 @@ PICTURES = (".png", ".svg", ".pdf")
 
 @dataclass
 class Options:
-    """Compares runs: tables and plots in one HTML file that needs no network, with the same as Markdown and CSV beside it.
+    """Compares runs: tables and plots in one HTML file that needs no network, with the same as
+    Markdown and CSV beside it.
 
     python -m launch.report runs
     python -m launch.report runs/a runs/b out=comparison.html axis=flops
     """
 
-    folders: list[str] = key([], "run folders, or folders that hold such at any depth", positional="DIR ...", path=True)
-    out: str | None = key(None, "page, an .html file, default report.html in the first folder; or one chart, .png, .svg or .pdf", path=True)
-    axis: str = key("step", "what curves other than those of the validation loss, which are drawn against all of these, and the one chart are drawn "
-                    "against", choices=("step", "tokens", "flops", "seconds"))  # fmt: skip
-    chart: str | None = key(None, "the one chart: loss, difference, training, rho, lr, grid, or a figure such as sharpness/gap; default loss")
-    select_seeds: str | None = key(None, "seeds on which the setting of each method is chosen, such as 0,1; the other seeds are reported. Default: "
-                                         "all choose and are reported, but for runs with the tags role=tune and role=report")  # fmt: skip
+    folders: list[str] = key(
+        [], "run folders, or folders that hold such at any depth", positional="DIR ...", path=True
+    )
+    out: str | None = key(
+        None,
+        "page, an .html file, default report.html in the first folder; or one chart, .png, .svg or"
+        " .pdf",
+        path=True,
+    )
+    axis: str = key(
+        "step",
+        "what curves other than those of the validation loss, which are drawn against all of these,"
+        " and the one chart are drawn against",
+        choices=("step", "tokens", "flops", "seconds"),
+    )
+    chart: str | None = key(
+        None,
+        "the one chart: loss, difference, training, rho, lr, grid, or a figure such as"
+        " sharpness/gap; default loss",
+    )
+    select_seeds: str | None = key(
+        None,
+        "seeds on which the setting of each method is chosen, such as 0,1; the other seeds are"
+        " reported. Default: all choose and are reported, but for runs with the tags role=tune and"
+        " role=report",
+    )
 
 
 def main(arguments: list[str]) -> None:
@@ -56,15 +78,26 @@ def main(arguments: list[str]) -> None:
         options, _ = parse(Options, arguments)
         folders = [Path(folder) for folder in options.folders]
         if not folders:
-            raise ValueError("no folder given; python -m launch.report DIR [DIR ...] [out=FILE.html]")
+            raise ValueError(
+                "no folder given; python -m launch.report DIR [DIR ...] [out=FILE.html]"
+            )
         runs = list(find_runs(folders))
         if not runs:
-            raise ValueError(f"{', '.join(map(str, folders))}: no run in there; a run's folder holds config.yaml and metrics.jsonl")
+            raise ValueError(
+                f"{', '.join(map(str, folders))}: no run in there; a run's folder holds config.yaml"
+                " and metrics.jsonl"
+            )
         out = Path(options.out or folders[0] / "report.html")
         if out.suffix not in (".html", *PICTURES) or out.is_dir() or not out.parent.is_dir():
-            raise ValueError(f"out={out} cannot be written; name an .html, .png, .svg or .pdf file in a folder that exists")
+            raise ValueError(
+                f"out={out} cannot be written; name an .html, .png, .svg or .pdf file in a folder"
+                " that exists"
+            )
         if options.chart and out.suffix == ".html":
-            raise ValueError(f"chart={options.chart} is one chart, and out={out} holds all; give out=FILE.png, .svg or .pdf")
+            raise ValueError(
+                f"chart={options.chart} is one chart, and out={out} holds all; give out=FILE.png,"
+                " .svg or .pdf"
+            )
         print(write(runs, out, options))
 
 
@@ -77,7 +110,9 @@ def write(runs: list[Path], out: Path, options: Options) -> str:
     try:
         from launch import comparison, exports, page, tables
     except ModuleNotFoundError as error:
-        raise ValueError(f"the report needs {error.name}, which is not installed; pip install -e '.[report]'") from None
+        raise ValueError(
+            f"the report needs {error.name}, which is not installed; pip install -e '.[report]'"
+        ) from None
     from data.files import write_atomically
     from launch.record import read_run
 
@@ -92,16 +127,28 @@ def write(runs: list[Path], out: Path, options: Options) -> str:
             out.with_suffix(".md"): exports.markdown(sections, records),
             out.with_suffix(".csv"): exports.methods_csv(sections),
             out.with_name(f"{out.stem}_runs.csv"): exports.runs_csv(sections, records),
-            out: page.page(sections, records, time.strftime("%Y-%m-%d %H:%M"), options.axis, out.parent),
+            out: page.page(
+                sections, records, time.strftime("%Y-%m-%d %H:%M"), options.axis, out.parent
+            ),
         }
         last = f"report of {tables.plural(len(records), 'run')}: {out}"
     try:
         for path, content in files.items():
             write_atomically(path, content)
     except OSError as error:
-        raise ValueError(f"out={out} cannot be written ({error.strerror}); name another place") from None
-    unfinished = [f"{run.folder}: {run.state} at step {run.step:,}; {run.reason}" for run in records if run.state != "finished"]
-    told = [line for section in sections for line in (section.title, *(f"    {sentence}" for sentence in tables.headline(section)))]
+        raise ValueError(
+            f"out={out} cannot be written ({error.strerror}); name another place"
+        ) from None
+    unfinished = [
+        f"{run.folder}: {run.state} at step {run.step:,}; {run.reason}"
+        for run in records
+        if run.state != "finished"
+    ]
+    told = [
+        line
+        for section in sections
+        for line in (section.title, *(f"    {sentence}" for sentence in tables.headline(section)))
+    ]
     return "\n".join([*told, *unfinished, last])
 
 
@@ -110,8 +157,13 @@ def one_chart(sections: list[Any], out: Path, options: Options) -> bytes:
     from launch import charts
 
     if not sections:
-        raise ValueError(f"out={out}: no run has a configuration to draw anything of; give out=FILE.html, which lists them")
-    drawn = charts.chart(sections[0], charts.styles(sections[0].methods), options.chart or "loss", options.axis)
+        raise ValueError(
+            f"out={out}: no run has a configuration to draw anything of; give out=FILE.html, which"
+            " lists them"
+        )
+    drawn = charts.chart(
+        sections[0], charts.styles(sections[0].methods), options.chart or "loss", options.axis
+    )
     return charts.encoded(drawn, out.suffix)
 
 

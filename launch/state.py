@@ -1,4 +1,5 @@
-"""The state of a run: what its checkpoints hold, and how a run takes it over from one, its own or another's."""
+"""The state of a run: what its checkpoints hold, and how a run takes it over from one, its own or
+another's."""
 
 import hashlib
 import json
@@ -45,7 +46,8 @@ from optim.perturbation import random_state, set_random_state
 
 @dataclass
 class Progress:
-    """How far a run has come: with weights, optimiser and random state, all that the next step depends on."""
+    """How far a run has come: with weights, optimiser and random state, all that the next step
+    depends on."""
 
     step: int = 0
     tokens: int = 0  # counted targets trained on
@@ -61,8 +63,10 @@ class Progress:
     logged: int = -1  # step of the last row
     evaluated: int = -1  # step of the last evaluation
     validation: dict[str, float] = field(default_factory=dict)  # what it found
-    measured: dict[str, float] = field(default_factory=dict)  # what the rule found in the step that the next row tells of
-    row: dict[str, Any] = field(default_factory=dict)  # of this step, not logged yet: it waits for the step's evaluation
+    # what the rule found in the step that the next row tells of
+    measured: dict[str, float] = field(default_factory=dict)
+    # of this step, not logged yet: it waits for the step's evaluation
+    row: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -77,11 +81,15 @@ class State:
     identity: dict[str, Any]
     wandb_id: str | None = None
     rows: Counted | None = None  # of metrics.jsonl; None in checkpoints that are older than this
-    origin: str | None = None  # checksum of what the run began from: a checkpoint of init.run, or the weights of init.hf
+    origin: str | None = (
+        # checksum of what the run began from: a checkpoint of init.run, or the weights of init.hf
+        None
+    )
 
 
 class Interval:
-    """What goes by from one row to the next, evaluations and saves left out: the speeds of a row are taken over it."""
+    """What goes by from one row to the next, evaluations and saves left out: the speeds of a row
+    are taken over it."""
 
     def __init__(self, progress: Progress, waited: float) -> None:
         self.began, self.first, self.waited = time.perf_counter(), replace(progress), waited
@@ -93,9 +101,18 @@ class Interval:
         yield
         self.began += time.perf_counter() - began
 
-    def speeds(self, progress: Progress, waited: float, plan: Plan, recomputes: bool, device: torch.device, world: int) -> dict[str, float]:
-        """Returns the speeds of a row: tokens a second over all processes and the share of time spent waiting for data; on GPUs their memory
-        and, where their peak is known, the shares of all devices' peak that AdamW's passes would need (mfu) and that was executed, recomputed
+    def speeds(
+        self,
+        progress: Progress,
+        waited: float,
+        plan: Plan,
+        recomputes: bool,
+        device: torch.device,
+        world: int,
+    ) -> dict[str, float]:
+        """Returns the speeds of a row: tokens a second over all processes and the share of time
+        spent waiting for data; on GPUs their memory and, where their peak is known, the shares of
+        all devices' peak that AdamW's passes would need (mfu) and that was executed, recomputed
         blocks included (hardware_mfu).
 
         Args:
@@ -107,25 +124,42 @@ class Interval:
             world: the number of processes, each with a device of its own
         """
         seconds = time.perf_counter() - self.began
-        found = {"perf/tokens_per_second": (progress.tokens - self.first.tokens) / seconds, "perf/data_wait": (waited - self.waited) / seconds}
+        found = {
+            "perf/tokens_per_second": (progress.tokens - self.first.tokens) / seconds,
+            "perf/data_wait": (waited - self.waited) / seconds,
+        }
         if device.type == "cuda":
             found["perf/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if peak := peak_flops(device):
             useful = plan.flops_per_step * (progress.step - self.first.step)
-            recomputed = recomputes * (plan.forward.body + plan.forward.attention) * plan.tokens_per_step
-            executed = progress.flops - self.first.flops + recomputed * (progress.backwards - self.first.backwards)
+            recomputed = (
+                recomputes * (plan.forward.body + plan.forward.attention) * plan.tokens_per_step
+            )
+            executed = (
+                progress.flops
+                - self.first.flops
+                + recomputed * (progress.backwards - self.first.backwards)
+            )
             available = seconds * peak * world
             found |= {"perf/mfu": useful / available, "perf/hardware_mfu": executed / available}
         return found
 
 
-def tensors_of(model: GPT, optimizer: Optimizer, rule: Gradient, layout: Layout) -> dict[str, dict[str, Tensor]]:
-    """What this process saves of the tensors that the next step depends on, by file and name: of sharded ones its shard; every process
-    has a random state of its own."""
+def tensors_of(
+    model: GPT, optimizer: Optimizer, rule: Gradient, layout: Layout
+) -> dict[str, dict[str, Tensor]]:
+    """What this process saves of the tensors that the next step depends on, by file and name: of
+    sharded ones its shard; every process has a random state of its own."""
     reshard(model)
-    tensors: dict[str, dict[str, Any]] = {"model": dict(model.named_parameters()), "optimizer": state_tensors(model, optimizer)}
+    tensors: dict[str, dict[str, Any]] = {
+        "model": dict(model.named_parameters()),
+        "optimizer": state_tensors(model, optimizer),
+    }
     tensors["rule"] = rule.state_dict()
-    mine = {file: {name: value for name, value in group.items() if layout.saves(value)} for file, group in tensors.items()}
+    mine = {
+        file: {name: value for name, value in group.items() if layout.saves(value)}
+        for file, group in tensors.items()
+    }
     mine["random"] = {name + own(layout): value for name, value in random_state().items()}
     return mine
 
@@ -145,10 +179,11 @@ def resume(
     layout: Layout,
     warn: Callable[[str], Any] = print,
 ) -> tuple[Path, State] | None:
-    """Takes over the newest usable checkpoint of a run, and returns its folder and state; None where there is none yet.
+    """Takes over the newest usable checkpoint of a run, and returns its folder and state; None
+    where there is none yet.
 
-    Raises ValueError where the data are others by now, where all checkpoints are damaged or another run's, and where metrics.jsonl lacks
-    rows that the checkpoint counts."""
+    Raises ValueError where the data are others by now, where all checkpoints are damaged or another
+    run's, and where metrics.jsonl lacks rows that the checkpoint counts."""
 
     def take(saved: Checkpoint) -> tuple[Path, State]:
         found = found_elsewhere(state_of(saved), settings, corpus, layout)
@@ -158,7 +193,9 @@ def resume(
     resumed = use_newest(folder, take, layout, warn)
     if resumed:
         state = resumed[1]
-        layout.on_main(lambda: counted_lines(folder / "metrics.jsonl", state.progress.logged, state.rows))
+        layout.on_main(
+            lambda: counted_lines(folder / "metrics.jsonl", state.progress.logged, state.rows)
+        )
     return resumed
 
 
@@ -168,7 +205,8 @@ def state_of(saved: Checkpoint) -> State:
 
 
 def found_elsewhere(state: State, settings: Config, corpus: Corpus, layout: Layout) -> set[str]:
-    """The keys of PLACES whose paths may differ from those in a checkpoint: what lies there now is what it was made with."""
+    """The keys of PLACES whose paths may differ from those in a checkpoint: what lies there now is
+    what it was made with."""
     found = set()
     if state.data == corpus.fingerprint:
         found |= {name for name in PLACES if name.startswith("data.")}
@@ -177,13 +215,18 @@ def found_elsewhere(state: State, settings: Config, corpus: Corpus, layout: Layo
     for name, ours in (("init.run", settings.init.run), ("init.hf", settings.init.hf)):
         moved = ours is not None and state.identity.get(name) not in (None, ours)
         # Looked at by the main process alone: it may be much to read.
-        if moved and state.origin and layout.agreed(layout.main and state.origin in origins(name, ours)):
+        if (
+            moved
+            and state.origin
+            and layout.agreed(layout.main and state.origin in origins(name, ours))
+        ):
             found.add(name)
     return found
 
 
 def origins(name: str, place: str | None) -> Collection[str]:
-    """The checksums of what a run can begin from at a place: of all checkpoints of an init.run, or of the weights of an init.hf."""
+    """The checksums of what a run can begin from at a place: of all checkpoints of an init.run, or
+    of the weights of an init.hf."""
     if name == "init.hf":
         return {checksum_of_weights(str(place))}
     found = set()
@@ -196,24 +239,44 @@ def origins(name: str, place: str | None) -> Collection[str]:
 def checksum_of_weights(name_or_dir: str) -> str:
     """sha256 of the weights of a Hugging Face folder or hub name."""
     files = sorted(find_folder(name_or_dir, WEIGHTS).glob("*.safetensors"))
-    return hashlib.sha256(json.dumps([(file.name, *describe(file)) for file in files]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([(file.name, *describe(file)) for file in files]).encode()
+    ).hexdigest()
 
 
-def restore(saved: Checkpoint, model: GPT, optimizer: Optimizer, rule: Gradient, corpus: Corpus, layout: Layout) -> State:
-    """Takes over everything that the next step depends on. Raises DamagedFile, on all processes, for a checkpoint that does not fit,
-    and ValueError where the data or the tokenizer are others by now."""
+def restore(
+    saved: Checkpoint,
+    model: GPT,
+    optimizer: Optimizer,
+    rule: Gradient,
+    corpus: Corpus,
+    layout: Layout,
+) -> State:
+    """Takes over everything that the next step depends on. Raises DamagedFile, on all processes,
+    for a checkpoint that does not fit, and ValueError where the data or the tokenizer are others by
+    now."""
     state = state_of(saved)
     if state.data != corpus.fingerprint:
-        raise ValueError(f"the data have changed since {saved.path} was made; bring them back, or choose another dir")
+        raise ValueError(
+            f"the data have changed since {saved.path} was made; bring them back, or choose"
+            " another dir"
+        )
     if state.tokenizer != corpus.tokenizer.hash:
-        raise ValueError(f"the tokenizer has changed since {saved.path} was made; bring it back, or choose another dir")
+        raise ValueError(
+            f"the tokenizer has changed since {saved.path} was made; bring it back, or choose"
+            " another dir"
+        )
     refuse_other_shapes(saved, model)
 
     def load() -> None:
         load_weights(model, saved.tensors["model"])
         load_state_tensors(model, optimizer, saved.tensors["optimizer"])
         random = saved.tensors["random"]
-        mine = {name: random[name + own(layout)][...] for name in ("cpu", "cuda") if name + own(layout) in random}
+        mine = {
+            name: random[name + own(layout)][...]
+            for name in ("cpu", "cuda")
+            if name + own(layout) in random
+        }
         if mine:  # with more processes than there were, the new ones' streams begin anew
             set_random_state(mine)
         if saved.tensors["rule"]:
@@ -224,26 +287,44 @@ def restore(saved: Checkpoint, model: GPT, optimizer: Optimizer, rule: Gradient,
 
 
 def refuse_other_shapes(saved: Checkpoint, model: GPT) -> None:
-    """Raises DamagedCheckpoint where tensors are not those of this model, before any of its own is touched."""
+    """Raises DamagedCheckpoint where tensors are not those of this model, before any of its own is
+    touched."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     for name in shapes.keys() ^ saved.tensors["model"].keys():
         raise DamagedCheckpoint(f"its weights are of another model, by {name}")
     named = [(name, name, value) for name, value in saved.tensors["model"].items()]
-    named += [(name, name.rpartition(".")[0], value) for name, value in saved.tensors["optimizer"].items() if value.shape]
-    named += [(name, name.partition("/")[2], value) for name, value in saved.tensors["rule"].items() if value.shape]
+    named += [
+        (name, name.rpartition(".")[0], value)
+        for name, value in saved.tensors["optimizer"].items()
+        if value.shape
+    ]
+    named += [
+        (name, name.partition("/")[2], value)
+        for name, value in saved.tensors["rule"].items()
+        if value.shape
+    ]
     for name, parameter, value in named:
         if value.shape != shapes.get(parameter):
-            raise DamagedCheckpoint(f"{name} has the shape {list(value.shape)}, not that of the model")
+            raise DamagedCheckpoint(
+                f"{name} has the shape {list(value.shape)}, not that of the model"
+            )
 
 
 def branch(
-    settings: Config, model: GPT, optimizer: Optimizer, rule: Gradient, corpus: Corpus, layout: Layout, schedule: Schedule
+    settings: Config,
+    model: GPT,
+    optimizer: Optimizer,
+    rule: Gradient,
+    corpus: Corpus,
+    layout: Layout,
+    schedule: Schedule,
 ) -> tuple[Checkpoint, Progress]:
-    """Starts from a checkpoint of another run: from its weights, and with init.optimizer from its optimiser, step and place in the data too.
-    The rule, which may be another, starts without memory at that step.
+    """Starts from a checkpoint of another run: from its weights, and with init.optimizer from its
+    optimiser, step and place in the data too. The rule, which may be another, starts without memory
+    at that step.
 
-    Raises ValueError where there is no such checkpoint, where it does not fit this model or these data, or lies beyond the horizon
-    or past the beginning of what counts from there."""
+    Raises ValueError where there is no such checkpoint, where it does not fit this model or these
+    data, or lies beyond the horizon or past the beginning of what counts from there."""
     init, ours = settings.init, identity.canonical(settings)
     try:
         saved = open_run(init.run or "", init.step, TENSORS, layout, "init.step")
@@ -251,28 +332,59 @@ def branch(
         raise ValueError(f"init.run={init.run}: {error}") from None
     state = state_of(saved)
     if state.tokenizer != corpus.tokenizer.hash or state.model != asdict(model.config):
-        raise ValueError(f"init.run={init.run} has another shape or tokenizer; choose its model, tokenizer and data")
+        raise ValueError(
+            f"init.run={init.run} has another shape or tokenizer; choose its model, tokenizer and"
+            " data"
+        )
     if not init.optimizer:
         refuse_other_shapes(saved, model)
         together(layout, lambda: load_weights(model, saved.tensors["model"]))
         return saved, Progress()
     theirs = state.identity
     if ours["optim.base"] != theirs.get("optim.base"):
-        raise ValueError(f"optim.base={ours['optim.base']} differs from {theirs.get('optim.base')} in init.run, whose state it cannot take over; "
-                         "keep it, or leave init.optimizer out")  # fmt: skip
-    order = {key: value for key, value in theirs.items() if key == "seed" or key.startswith(("data.", "batch.sequences", "batch.length"))}
-    if changed := differing(order, asdict(settings), found_elsewhere(state, settings, corpus, layout)):
+        raise ValueError(
+            f"optim.base={ours['optim.base']} differs from {theirs.get('optim.base')} in init.run,"
+            " whose state it cannot take over; keep it, or leave init.optimizer out"
+        )
+    order = {
+        key: value
+        for key, value in theirs.items()
+        if key == "seed" or key.startswith(("data.", "batch.sequences", "batch.length"))
+    }
+    if changed := differing(
+        order, asdict(settings), found_elsewhere(state, settings, corpus, layout)
+    ):
         key, (before, now) = next(iter(changed.items()))
-        raise ValueError(f"{key}={now} differs from {before} in init.run; to go on in its data order, keep it")
+        raise ValueError(
+            f"{key}={now} differs from {before} in init.run; to go on in its data order, keep it"
+        )
     saved.tensors["rule"].clear()
     done = restore(saved, model, optimizer, rule, corpus, layout).progress
     rule.step = done.step
     optim = settings.optim
     unlike = theirs.get("optim.path") == "none" and schedule.first < min(done.step, schedule.stop)
     if unlike and (optim.compute_matched or optim.rho_schedule in ("warmup", "cosine")):
-        key = "compute_matched=true" if optim.compute_matched else f"rho_schedule={optim.rho_schedule}"
-        raise ValueError(f"optim.{key} counts from optim.start={optim.start:g}, and init.run moved nothing up to step {done.step}; "
-                         f"set optim.start={done.step}")  # fmt: skip
+        key = (
+            "compute_matched=true"
+            if optim.compute_matched
+            else f"rho_schedule={optim.rho_schedule}"
+        )
+        raise ValueError(
+            f"optim.{key} counts from optim.start={optim.start:g}, and init.run moved nothing up to"
+            f" step {done.step}; set optim.start={done.step}"
+        )
     if done.step >= schedule.steps:
-        raise ValueError(f"schedule.steps={schedule.steps} ends before step {done.step} of init.run; lengthen the run")
-    return saved, Progress(done.step, done.tokens, done.flops, done.forwards, done.backwards, done.seconds, done.perturbed, done.skipped)
+        raise ValueError(
+            f"schedule.steps={schedule.steps} ends before step {done.step} of init.run; lengthen"
+            " the run"
+        )
+    return saved, Progress(
+        done.step,
+        done.tokens,
+        done.flops,
+        done.forwards,
+        done.backwards,
+        done.seconds,
+        done.perturbed,
+        done.skipped,
+    )

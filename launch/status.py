@@ -1,9 +1,9 @@
 """How runs fare: python -m launch.status DIR [resubmit=true].
 
-DIR is the folder of a sweep, or holds run folders, or is one. A run is done, running or waiting, or it has ended without being
-done, and nothing is left that would start it again: it stopped, having saved, or it failed. Of a sweep, `resubmit=true` starts those two
-again, as they were started before, with those that were never started, and no others.
-"""
+DIR is the folder of a sweep, or holds run folders, or is one. A run is done, running or waiting, or
+it has ended without being done, and nothing is left that would start it again: it stopped, having
+saved, or it failed. Of a sweep, `resubmit=true` starts those two again, as they were started
+before, with those that were never started, and no others."""
 
 import sys
 import time
@@ -19,24 +19,37 @@ from launch.lock import is_in_use
 from launch.record import find_runs, read_run
 
 STATES = ("done", "running", "waiting", "stopped", "failed")
-OF_RECORDS = {"finished": "done", "running": "running", "waiting": "waiting", "stopped": "stopped"}  # any other has failed
+# any other has failed
+OF_RECORDS = {
+    "finished": "done",
+    "running": "running",
+    "waiting": "waiting",
+    "stopped": "stopped",
+}
 
 
 @dataclass
 class Options:
-    """Says how the runs of a sweep, or of a folder, fare: done, running, waiting, stopped or failed, and why.
+    """Says how the runs of a sweep, or of a folder, fare: done, running, waiting, stopped or
+    failed, and why.
 
     python -m launch.status runs/radii
     python -m launch.status runs/radii resubmit=true
     """
 
-    folders: list[str] = key([], "folder of a sweep (hydra.sweep.dir), or one of run folders", positional="DIR", path=True)
+    folders: list[str] = key(
+        [],
+        "folder of a sweep (hydra.sweep.dir), or one of run folders",
+        positional="DIR",
+        path=True,
+    )
     resubmit: bool = key(False, "start again what stopped or failed, and what was never started")
 
 
 @dataclass
 class Line:
-    """A run as it is shown: done, running, waiting, stopped or failed, and what there is to say about that."""
+    """A run as it is shown: done, running, waiting, stopped or failed, and what there is to say
+    about that."""
 
     state: str
     name: str
@@ -44,7 +57,8 @@ class Line:
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the runs of a folder by state; returns the exit code. Raises ValueError for a folder without runs."""
+    """Prints the runs of a folder by state; returns the exit code. Raises ValueError for a folder
+    without runs."""
     options, _ = parse(Options, arguments)
     if len(options.folders) != 1:
         raise ValueError(f"{len(options.folders)} folders; name one, python -m launch.status DIR")
@@ -55,7 +69,10 @@ def main(arguments: list[str]) -> int:
     found = states(jobs, sweeping=is_in_use(folder))
     lines = [line_of(job, found[job.run]) for job in jobs] + plain_runs(folder, jobs)
     if not lines:
-        raise ValueError(f"{options.folders[0]} holds no runs; name the folder of a sweep (hydra.sweep.dir) or one of run folders")
+        raise ValueError(
+            f"{options.folders[0]} holds no runs; name the folder of a sweep (hydra.sweep.dir) or"
+            " one of run folders"
+        )
     show(lines)
     return 0
 
@@ -65,7 +82,10 @@ def resubmit(folder: Path) -> int:
     from launch.sweep import hold, start
 
     if not (folder / "jobs.json").exists():
-        raise ValueError(f"{folder} holds no jobs.json, so no sweep made it; start its runs by their own commands")
+        raise ValueError(
+            f"{folder} holds no jobs.json, so no sweep made it; start its runs by their own"
+            " commands"
+        )
     with hold(folder):  # a sweep at work might start what seems to have ended
         jobs = read_jobs(folder)
         found = states(jobs)
@@ -76,8 +96,11 @@ def resubmit(folder: Path) -> int:
             if job.cwd in gone:
                 job.cwd = str(Path.cwd())
         if gone:
-            print(f"note: {', '.join(sorted(gone))} is gone, where the runs were started; they start from {Path.cwd()}, to which relative "
-                  "paths refer", file=sys.stderr)  # fmt: skip
+            print(
+                f"note: {', '.join(sorted(gone))} is gone, where the runs were started; they start"
+                f" from {Path.cwd()}, to which relative paths refer",
+                file=sys.stderr,
+            )
         return start(ended, folder) if ended else 0
 
 
@@ -93,11 +116,15 @@ def show(lines: list[Line]) -> None:
         for line in lines:
             if line.state == kind:
                 print(f"{kind:9}{line.name}{line.details}")
-    print(", ".join(f"{sum(line.state == kind for line in lines)} {kind}" for kind in STATES), flush=True)
+    print(
+        ", ".join(f"{sum(line.state == kind for line in lines)} {kind}" for kind in STATES),
+        flush=True,
+    )
 
 
 def line_of(job: Job, kind: str) -> Line:
-    """Returns what there is to say about a job: how far it is, or why it ended, and what rounding does to its rule, if it does."""
+    """Returns what there is to say about a job: how far it is, or why it ended, and what rounding
+    does to its rule, if it does."""
     harmed = harm(job.run / "metrics.jsonl")
     warning = f"\n         warning: {harmed}" if harmed else ""
     if kind == "running":
@@ -122,13 +149,18 @@ def plain_runs(folder: Path, jobs: list[Job]) -> list[Line]:
         record = read_run(run)
         kind = OF_RECORDS.get(record.state, "failed")
         name = str(run.relative_to(folder)) if run != folder else run.name
-        said = "".join(f"\n         {line}" for line in (record.reason, record.harm and f"warning: {record.harm}") if line)
+        said = "".join(
+            f"\n         {line}"
+            for line in (record.reason, record.harm and f"warning: {record.harm}")
+            if line
+        )
         lines.append(Line(kind, name, progress(run, None) if kind == "running" else said))
     return lines
 
 
 def progress(run: Path, steps: int | None) -> str:
-    """Returns how far a run is by its last row and, where its number of steps is known, how long it will take at the speed of its last rows."""
+    """Returns how far a run is by its last row and, where its number of steps is known, how long it
+    will take at the speed of its last rows."""
     metrics = run / "metrics.jsonl"
     try:
         rows = read_rows(metrics)[-20:]
@@ -141,8 +173,13 @@ def progress(run: Path, steps: int | None) -> str:
         return f"  step {last['step']:,}"
     said = f"  step {last['step']:,} of {steps:,}"
     if last["step"] > first["step"]:
-        left = (steps - last["step"]) * (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
-        said += f", {time.strftime('%H:%M:%S', time.gmtime(left)) if left < 86400 else f'{left / 86400:.1f} days'} left"
+        left = (
+            (steps - last["step"])
+            * (last["seconds"] - first["seconds"])
+            / (last["step"] - first["step"])
+        )
+        clock = time.strftime("%H:%M:%S", time.gmtime(left))
+        said += f", {clock if left < 86400 else f'{left / 86400:.1f} days'} left"
     return said
 
 

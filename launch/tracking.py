@@ -1,8 +1,7 @@
 """What a run tells the world: metrics.jsonl, the console, W&B and summary.json, behind one object.
 
-`Tracker` is the whole interface of train.py. Rows are flat dicts with a "step"; the file is the truth, and the
-console and W&B are views of it that may fail without harm.
-"""
+`Tracker` is the whole interface of train.py. Rows are flat dicts with a "step"; the file is the
+truth, and the console and W&B are views of it that may fail without harm."""
 
 import json
 import math
@@ -22,13 +21,16 @@ NEAR = 0.05  # a run that ends within this share of a budget is read at its end
 
 
 def loss_at_flops(rows: list[Row], budget: float) -> float | None:
-    """The validation loss where a run had spent `budget` FLOPs, on a line between the evaluations around it; the last one's where the run
-    ended short of the budget or within NEAR of it. None where no evaluation was finite."""
+    """The validation loss where a run had spent `budget` FLOPs, on a line between the evaluations
+    around it; the last one's where the run ended short of the budget or within NEAR of it. None
+    where no evaluation was finite."""
     points = [(row["flops"], row["val/loss"]) for row in rows if row.get("val/loss") is not None]
     if not points:
         return None
     flops, losses = zip(*points, strict=True)
-    return losses[-1] if flops[-1] <= (1 + NEAR) * budget else float(np.interp(budget, flops, losses))
+    return (
+        losses[-1] if flops[-1] <= (1 + NEAR) * budget else float(np.interp(budget, flops, losses))
+    )
 
 
 class Tracker:
@@ -38,7 +40,8 @@ class Tracker:
     plain_config     the configuration as plain dicts, for W&B
     wandb_id         the id of an earlier start of this run, where its checkpoint knows one
     console          where its rows are shown
-    last_logged      step of the last row that the checkpoint knows, -1 from scratch; later ones are dropped
+    last_logged      step of the last row that the checkpoint knows, -1 from scratch; later ones are
+                     dropped
     counted          the rows that it counts, where it tells
     """
 
@@ -60,16 +63,25 @@ class Tracker:
         self.wandb_id = wandb_id
         mode, why = wandb_mode(config.mode)
         if mode == "offline":
-            self.message(f"W&B: recording offline, {why}; `wandb sync {dir}/wandb/offline-run-*` uploads it")
+            self.message(
+                f"W&B: recording offline, {why}; `wandb sync {dir}/wandb/offline-run-*` uploads it"
+            )
         elif mode == "off" and config.mode != "off":
             self.message(f"W&B: tracking off, {why}")
         if mode != "off":
             self.wandb_id = wandb_id or recorded_id(dir) or secrets.token_hex(4)
             arguments = wandb_arguments(dir, config, run_name, plain_config, self.wandb_id)
-            self._wandb = Wandb(mode, config.timeout, arguments, lambda: read_rows(dir / "metrics.jsonl"), self.message)
+            self._wandb = Wandb(
+                mode,
+                config.timeout,
+                arguments,
+                lambda: read_rows(dir / "metrics.jsonl"),
+                self.message,
+            )
 
     def log(self, row: Row) -> None:
-        """Appends a row, which has a "step", to metrics.jsonl; numbers that JSON lacks (nan, inf) become null there."""
+        """Appends a row, which has a "step", to metrics.jsonl; numbers that JSON lacks (nan, inf)
+        become null there."""
         row = _strict(row)
         self._file.append(row)
         if self._wandb:
@@ -93,7 +105,9 @@ class Tracker:
         """Writes summary.json, whose presence means that the run is done."""
         values = _strict(values)
         self.sync()
-        write_atomically(self._dir / "summary.json", json.dumps(values, allow_nan=False, indent=1) + "\n")
+        write_atomically(
+            self._dir / "summary.json", json.dumps(values, allow_nan=False, indent=1) + "\n"
+        )
         if self._wandb:
             self._wandb.send(lambda run: run.summary.update(values))
 
@@ -105,11 +119,13 @@ class Tracker:
             self._wandb.close(exit_code)
 
 
-def wandb_arguments(dir: Path, config: TrackingConfig, run_name: str, plain_config: dict[str, Any], wandb_id: str) -> dict[str, Any]:
+def wandb_arguments(
+    dir: Path, config: TrackingConfig, run_name: str, plain_config: dict[str, Any], wandb_id: str
+) -> dict[str, Any]:
     """Returns what W&B is told of a run when it starts.
 
-    What our keys set overrides W&B's own environment variables and settings files, and these override our defaults.
-    """
+    What our keys set overrides W&B's own environment variables and settings files, and these
+    override our defaults."""
     own = wandb_settings()
     model, method, data = (plain_config[group]["name"] for group in ("model", "optim", "data"))
     return {
@@ -126,14 +142,23 @@ def wandb_arguments(dir: Path, config: TrackingConfig, run_name: str, plain_conf
     }
 
 
-def send_rest(dir: Path, config: TrackingConfig, run_name: str, plain_config: dict[str, Any]) -> None:
-    """Sends W&B what it lacks of a finished run, whose last start may have had no network at its end. Where nothing is known to be lacking,
-    or the run is not tracked online, nobody is asked."""
+def send_rest(
+    dir: Path, config: TrackingConfig, run_name: str, plain_config: dict[str, Any]
+) -> None:
+    """Sends W&B what it lacks of a finished run, whose last start may have had no network at its
+    end. Where nothing is known to be lacking, or the run is not tracked online, nobody is asked."""
     wandb_id = recorded_id(dir)
     if wandb_id and unsent(dir) and wandb_mode(config.mode)[0] == "online":
         summary = read_summary(dir) or {}
         arguments = wandb_arguments(dir, config, run_name, plain_config, wandb_id)
-        wandb = Wandb("online", config.timeout, arguments, lambda: read_rows(dir / "metrics.jsonl"), print, fall_back=False)
+        wandb = Wandb(
+            "online",
+            config.timeout,
+            arguments,
+            lambda: read_rows(dir / "metrics.jsonl"),
+            print,
+            fall_back=False,
+        )
         wandb.send(lambda run: run.summary.update(summary))
         wandb.close(0)
 

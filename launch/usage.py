@@ -1,4 +1,5 @@
-"""The help of the commands: purpose, keys with type, default and meaning, examples. All of it is read off the schema and docstrings."""
+"""The help of the commands: purpose, keys with type, default and meaning, examples. All of it is
+read off the schema and docstrings."""
 
 import inspect
 import json
@@ -19,14 +20,18 @@ RUN = """Trains a decoder-only language model, and goes on with a run that stopp
     python train.py -m KEY=A,B ... [hydra/launcher=local|slurm]    a sweep
 
     python train.py experiment=quickstart
-    python train.py optim=functional_sam optim.rho=0.05 model=nanodo_24m data=text data.path='books/*.txt' tokenizer=bpe
+    python train.py optim=functional_sam optim.rho=0.05 model=nanodo_24m \\
+        data=text data.path='books/*.txt' tokenizer=bpe
 
 -h, --help, help=true           this text
--m                              a sweep over values with commas between them, range(START,STOP[,STEP]) or choice(A,B)
+-m                              a sweep over values with commas between them,
+                                range(START,STOP[,STEP]) or choice(A,B)
 --cfg job [--resolve]           the configuration as YAML, and nothing else
--sc install=bash                tab completion: eval "$(python train.py -sc install=bash)", or zsh, fish
+-sc install=bash                tab completion, also for zsh and fish:
+                                eval "$(python train.py -sc install=bash)"
 --hydra-help                    Hydra's own options
-A text is taken as it stands; null is none. Lists are [A,B], mappings {NAME: VALUE}, and the shell wants quotes around most of that."""
+A text is taken as it stands; null is none. Lists are [A,B], mappings {NAME: VALUE}, and the shell
+wants quotes around most of that."""
 
 WIDTH = 150  # of the lines of groups; a key's meaning is one line of any length
 
@@ -34,20 +39,40 @@ WIDTH = 150  # of the lines of groups; a key's meaning is one line of any length
 def run_help(defaults: Config) -> str:
     """Returns the help of train.py: every group and every key."""
     rows = key_rows(KEYS, defaults)
-    rows += [row(name, entry, getattr(LauncherConfig(), entry.name)) for name, entry in LAUNCHER_KEYS.items()]
+    rows += [
+        row(name, entry, getattr(LauncherConfig(), entry.name))
+        for name, entry in LAUNCHER_KEYS.items()
+    ]
     width = max(len(name) for name, *_ in rows)
-    return "\n".join([RUN, "", "Groups: choices", *group_lines(groups(), width), "",
-                      "Keys: type, default (another choice of a group may set another), meaning", *aligned(rows)])  # fmt: skip
+    return "\n".join(
+        [
+            RUN,
+            "",
+            "Groups: choices",
+            *group_lines(groups(), width),
+            "",
+            "Keys: type, default (another choice of a group may set another), meaning",
+            *aligned(rows),
+        ]
+    )
 
 
 def command_help(options: Any, defaults: Config, others: Iterable[str] = ()) -> str:
-    """Returns the help of a command from its dataclass, and of the groups of a run's keys that it takes as well."""
-    rows = [row(entry.metadata.get("positional", entry.name), entry, default_of(entry)) for entry in fields(options)]
+    """Returns the help of a command from its dataclass, and of the groups of a run's keys that it
+    takes as well."""
+    rows = [
+        row(entry.metadata.get("positional", entry.name), entry, default_of(entry))
+        for entry in fields(options)
+    ]
     rows.append(("help", "bool", "false", "print this and exit, as -h and --help do"))
     lines = [inspect.cleandoc(options.__doc__), "", "Keys: type, default, meaning", *aligned(rows)]
     for group in others:
         known = [name for name in KEYS if name.startswith(f"{group}.")]
-        lines += ["", *group_lines({group: groups()[group]}, len(group)), *aligned(key_rows(known, defaults))]
+        lines += [
+            "",
+            *group_lines({group: groups()[group]}, len(group)),
+            *aligned(key_rows(known, defaults)),
+        ]
     return "\n".join(lines)
 
 
@@ -75,13 +100,21 @@ def key_rows(names: Iterable[str], defaults: Config) -> list[tuple[str, str, str
 def aligned(rows: list[tuple[str, str, str, str]]) -> list[str]:
     """Returns rows as lines whose first three columns are as wide as their widest entries."""
     widths = [max(len(columns[place]) for columns in rows) for place in range(3)]
-    return [f"{name:{widths[0]}}  {kind:{widths[1]}}  {default:{widths[2]}}  {text}" for name, kind, default, text in rows]
+    return [
+        f"{name:{widths[0]}}  {kind:{widths[1]}}  {default:{widths[2]}}  {text}"
+        for name, kind, default, text in rows
+    ]
 
 
 def group_lines(choices: dict[str, list[str]], width: int) -> list[str]:
     """Returns groups with their choices, as lines that are no longer than WIDTH."""
     indent = " " * (width + 2)
     return [
-        textwrap.fill(f"{group:{width}}  {' | '.join(names)}", WIDTH, subsequent_indent=indent, break_on_hyphens=False)
+        textwrap.fill(
+            f"{group:{width}}  {' | '.join(names)}",
+            WIDTH,
+            subsequent_indent=indent,
+            break_on_hyphens=False,
+        )
         for group, names in choices.items()
     ]

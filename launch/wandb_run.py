@@ -1,4 +1,5 @@
-"""A run on W&B: the same run however often it is started, with every row once, whatever the network does."""
+"""A run on W&B: the same run however often it is started, with every row once, whatever the network
+does."""
 
 import contextlib
 import struct
@@ -20,8 +21,8 @@ TAIL = 128 * BLOCK  # where its last row is looked for first
 def wandb_mode(mode: str) -> tuple[str, str]:
     """Returns online, offline or off for a tracking.mode, and why, in words for the user.
 
-    W&B itself says whether there is a key and, under `auto`, which mode its environment variables and settings files ask for.
-    """
+    W&B itself says whether there is a key and, under `auto`, which mode its environment variables
+    and settings files ask for."""
     if mode == "off":
         return "off", "as tracking.mode asks"
     found, why = _ask(mode)
@@ -39,7 +40,14 @@ def _ask(mode: str) -> tuple[str, str]:
         if asked == "disabled":
             return "off", "as WANDB_MODE or `wandb disabled` asks"
         if asked in ("offline", "dryrun"):
-            return "offline", "as WANDB_MODE or `wandb offline` asks" if mode == "auto" else "as tracking.mode asks"
+            return (
+                "offline",
+                (
+                    "as WANDB_MODE or `wandb offline` asks"
+                    if mode == "auto"
+                    else "as tracking.mode asks"
+                ),
+            )
         if wandb.login(prompt=False, verify=False):
             return "online", "there is a key"
         why = "no key found (`wandb login` stores one)"
@@ -53,7 +61,8 @@ def _ask(mode: str) -> tuple[str, str]:
 
 
 def wandb_settings(mode: str | None = None) -> Any:
-    """Returns W&B's settings of this process, after its environment variables and files; `mode` overrides the one there."""
+    """Returns W&B's settings of this process, after its environment variables and files; `mode`
+    overrides the one there."""
     import wandb
 
     asked = {} if mode is None else {"mode": mode}
@@ -62,14 +71,15 @@ def wandb_settings(mode: str | None = None) -> Any:
 
 
 class Wandb:
-    """A W&B run on a thread of its own, so that a slow or absent network costs the training nothing.
+    """A W&B run on a thread of its own, so that a slow or absent network costs the training
+    nothing.
 
-    Calls queue up until the run has started. Where no online run starts, it is recorded offline, unless `fall_back` is false. Whatever goes
-    wrong becomes a notice, never an exception.
+    Calls queue up until the run has started. Where no online run starts, it is recorded offline,
+    unless `fall_back` is false. Whatever goes wrong becomes a notice, never an exception.
 
-    W&B cannot take rows back, and what a start sent may be lost. So a row's step is W&B's step too, and a start sends every row of the run,
-    `rows()` and those logged from now on, beyond the last step that W&B has: the server's online, offline that of this folder's records.
-    """
+    W&B cannot take rows back, and what a start sent may be lost. So a row's step is W&B's step too,
+    and a start sends every row of the run, `rows()` and those logged from now on, beyond the last
+    step that W&B has: the server's online, offline that of this folder's records."""
 
     def __init__(
         self,
@@ -101,7 +111,8 @@ class Wandb:
             self._queue.put(call)
 
     def close(self, exit_code: int) -> None:
-        """Finishes the run, within the time of a failed start and of an upload without a network."""
+        """Finishes the run, within the time of a failed start and of an upload without a
+        network."""
         if exit_code == EXIT_PREEMPTED:
             self.send(lambda run: run.mark_preempting())
         self.send(lambda run: self._finish(run, exit_code))
@@ -130,14 +141,16 @@ class Wandb:
             init_timeout=self._timeout,
             finish_timeout=FINISH,
             finish_timeout_raises=True,
-            # W&B's service dies at once of the SIGTERM that Slurm sends to every process of a job, and takes with it
-            # what it has not yet written: by default the last 15 seconds.
+            # W&B's service dies at once of the SIGTERM that Slurm sends to every process of a job,
+            # and takes with it what it has not yet written: by default the last 15 seconds.
             x_transaction_log_flush_interval=1.0,
             console="off",  # it would catch each redraw of the live line
             silent=True,
         )
         dir, wandb_id = Path(self._arguments["dir"]), self._arguments["id"]
-        recorded = max((last_step(path) for path in records_of(dir) if id_of(path) == wandb_id), default=-1)
+        recorded = max(
+            (last_step(path) for path in records_of(dir) if id_of(path) == wandb_id), default=-1
+        )
         try:
             run = wandb.init(mode=self._mode, settings=settings, **self._arguments)  # type: ignore[arg-type]
             if self._mode == "online":
@@ -146,7 +159,10 @@ class Wandb:
             if self._mode != "online" or not self._fall_back:
                 raise
             self._mode = "offline"
-            self._notice(f"W&B: recording offline, {_first_line(error)}; `wandb sync {dir}/wandb/offline-run-*` uploads it")
+            self._notice(
+                f"W&B: recording offline, {_first_line(error)}; `wandb sync"
+                f" {dir}/wandb/offline-run-*` uploads it"
+            )
             _teardown()  # the failed run would still hold the id
             wandb_settings()
             run = wandb.init(mode="offline", settings=settings, **self._arguments)
@@ -162,12 +178,17 @@ class Wandb:
     def _log(self, run: Any, row: dict[str, Any]) -> None:
         """Sends a row that W&B does not have."""
         if row["step"] > self._last:
-            run.log({key: value for key, value in row.items() if value is not None}, step=row["step"], commit=True)
+            run.log(
+                {key: value for key, value in row.items() if value is not None},
+                step=row["step"],
+                commit=True,
+            )
             self._last = row["step"]
 
     def _finish(self, run: Any, exit_code: int) -> None:
-        """Ends the run. Once an online start has ended, the server has what any start recorded: `wandb sync` shall skip it, for it would send
-        all rows of a record again, whichever of them the server has."""
+        """Ends the run. Once an online start has ended, the server has what any start recorded:
+        `wandb sync` shall skip it, for it would send all rows of a record again, whichever of them
+        the server has."""
         run.finish(exit_code)
         if self._mode == "online":
             for path in records_of(Path(self._arguments["dir"])):
@@ -175,14 +196,23 @@ class Wandb:
 
     def _remedy(self) -> str:
         if self._mode == "offline":
-            return f"; `wandb sync {self._arguments['dir']}/wandb/offline-run-*` uploads what was recorded"
+            return (
+                f"; `wandb sync {self._arguments['dir']}/wandb/offline-run-*` uploads what was"
+                " recorded"
+            )
         dir = self._arguments["dir"]
-        return f"; {dir}/metrics.jsonl has every row; the run's own command (in {dir}/code/environment.json) sends W&B what it lacks"
+        return (
+            f"; {dir}/metrics.jsonl has every row; the run's own command (in"
+            f" {dir}/code/environment.json) sends W&B what it lacks"
+        )
 
 
 def records_of(dir: Path) -> list[Path]:
     """The files in which W&B recorded the starts of a run folder, oldest first."""
-    return sorted(dir.glob("wandb/*run-*/run-*.wandb"), key=lambda path: path.parent.name.removeprefix("offline-"))
+    return sorted(
+        dir.glob("wandb/*run-*/run-*.wandb"),
+        key=lambda path: path.parent.name.removeprefix("offline-"),
+    )
 
 
 def id_of(path: Path) -> str:
@@ -209,14 +239,18 @@ def unsent(dir: Path) -> bool:
 def last_step(path: Path) -> int:
     """The step of the last row in a .wandb file, -1 where there is none."""
     for begin in (max(0, path.stat().st_size - TAIL) // BLOCK * BLOCK, 0):
-        if steps := [record.history.step.num for record in read_records(path, begin) if record.WhichOneof("record_type") == "history"]:
+        if steps := [
+            record.history.step.num
+            for record in read_records(path, begin)
+            if record.WhichOneof("record_type") == "history"
+        ]:
             return max(steps)
     return -1
 
 
 def read_records(path: Path, begin: int = 0) -> Iterator[Any]:
-    """The records of a .wandb file from the beginning of a block on: 7 bytes of header, then a LevelDB log of protobufs. It ends where the
-    file was cut short or is damaged."""
+    """The records of a .wandb file from the beginning of a block on: 7 bytes of header, then a
+    LevelDB log of protobufs. It ends where the file was cut short or is damaged."""
     from google.protobuf.message import DecodeError
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made at run time
 

@@ -1,16 +1,20 @@
-"""Ends the processes of a run together: where one dies, fails or hangs, one line says which, and the others do not wait for it.
+"""Ends the processes of a run together: where one dies, fails or hangs, one line says which, and
+the others do not wait for it.
 
-A thread of every process writes every few seconds, for people and for the other processes, what its process is doing:
+A thread of every process writes every few seconds, for people and for the other processes, what its
+process is doing:
 
-    heartbeat/rank_<r>.json     rank, host, pid, phase, step, idle (seconds since it last got on), overdue, marks, time
-    heartbeat/failure.json      what ends the run, written once by the first process to find out: by, code, line
+    heartbeat/rank_<r>.json     rank, host, pid, phase, step, idle (seconds since it last got on),
+                                overdue, marks, time
+    heartbeat/failure.json      what ends the run, written once by the first process to find out:
+                                by, code, line
     logs/stacks_rank<r>.txt     where every thread of a process stood that was given up
 
-in the run folder, which all processes share. Until the tasks of a Slurm step have met, heartbeats and a failure lie in a hidden folder
-beside that one, for it may be another run's yet. The main thread makes a mark whenever it gets on (`Layout.enter`, `Layout.agreed`), the same
-marks in the same order on all processes, so that the one with the fewest is the one that the others wait for. Clocks of different
-hosts are not compared, and a stopped or sleeping machine counts no time.
-"""
+in the run folder, which all processes share. Until the tasks of a Slurm step have met, heartbeats
+and a failure lie in a hidden folder beside that one, for it may be another run's yet. The main
+thread makes a mark whenever it gets on (`Layout.enter`, `Layout.agreed`), the same marks in the
+same order on all processes, so that the one with the fewest is the one that the others wait for.
+Clocks of different hosts are not compared, and a stopped or sleeping machine counts no time."""
 
 import contextlib
 import faulthandler
@@ -37,7 +41,9 @@ from model.sharding import AgreedError, Layout
 EXIT_LOST = 4  # another process died, failed or hung; start the same command again
 BEAT = 2.0  # seconds between heartbeats
 GRACE = 10.0  # seconds for a process to end in order once the run has failed
-NEAR = 4  # beats without a heartbeat after which a process that is gone from this host counts as lost
+NEAR = (
+    4  # beats without a heartbeat after which a process that is gone from this host counts as lost
+)
 FAR = 60  # the same for a process of another host: NFS may show a file as it was a minute ago
 FAR_AT_FIRST = 35  # the same until they have met: there is no training to lose
 GO_ON = "the same command goes on from the last checkpoint"
@@ -65,11 +71,13 @@ class Failure(TypedDict):
 
 
 class Watchdog:
-    """Watches the processes of a run from before they meet until they part; `minutes` is how long none of them may get on. One that is no
-    more ends the run sooner: at once where a collective fails by it, else as soon as the heartbeats tell.
+    """Watches the processes of a run from before they meet until they part; `minutes` is how long
+    none of them may get on. One that is no more ends the run sooner: at once where a collective
+    fails by it, else as soon as the heartbeats tell.
 
-    A process that leaves by an exception leaves with one line on stderr and an exit code, of which only the first to fail speaks; the
-    others end with its code. A process alone in its run is not watched, and only shows its heartbeat."""
+    A process that leaves by an exception leaves with one line on stderr and an exit code, of which
+    only the first to fail speaks; the others end with its code. A process alone in its run is not
+    watched, and only shows its heartbeat."""
 
     def __init__(self, folder: Path, layout: Layout, minutes: float) -> None:
         self.layout, self.minutes, self.limit = layout, minutes, 60 * minutes
@@ -85,13 +93,17 @@ class Watchdog:
         self.idle = 0.0
         self.written = 0  # heartbeats in a row that the disk took
         self.missed = 0  # looks in a row at which a task had no process
-        self.still: dict[int, tuple[float, int]] = {}  # of neighbours: their last heartbeat, and for how many beats it has been the last
+        self.still: dict[
+            int, tuple[float, int]
+        ] = {}  # of neighbours: their last heartbeat, and for how many beats it has been the last
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
         if self.meeting:
-            with contextlib.suppress(OSError):  # then there is no warning of a process that dies before they have met
+            with contextlib.suppress(
+                OSError
+            ):  # then there is no warning of a process that dies before they have met
                 self.meeting.mkdir(exist_ok=True)
                 self.shown = True
                 self._write()
@@ -99,7 +111,8 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        """Ends the watch, unless the run failed: then the thread ends a process that does not end by itself."""
+        """Ends the watch, unless the run failed: then the thread ends a process that does not end
+        by itself."""
         if error is None or self.layout.world == 1:
             self.closing.set()
             self.thread.join()
@@ -141,15 +154,19 @@ class Watchdog:
                 shutil.rmtree(self.heartbeat, ignore_errors=True)
 
     def _end_meeting(self) -> None:
-        """Removes where the processes showed themselves before they had met, and what starts left that were killed meanwhile."""
+        """Removes where the processes showed themselves before they had met, and what starts left
+        that were killed meanwhile."""
         if self.meeting and self.layout.main:
-            for left in self.meeting.parent.glob(f"{glob.escape(self.meeting.name.rpartition('_')[0])}_*"):
+            for left in self.meeting.parent.glob(
+                f"{glob.escape(self.meeting.name.rpartition('_')[0])}_*"
+            ):
                 shutil.rmtree(left, ignore_errors=True)
 
     # What a process says when it leaves
 
     def _leave(self, error: Exception) -> None:
-        """Lets an error of this process end it, or, where the cause is another process, ends it with that one's code."""
+        """Lets an error of this process end it, or, where the cause is another process, ends it
+        with that one's code."""
         self.left, mine, main = True, self.layout.rank, self.layout.main
         if self.layout.world == 1 or isinstance(error, AgreedError):
             raise error
@@ -159,7 +176,8 @@ class Watchdog:
                 raise error
             failure, speak = found, found["by"] == mine
         elif isinstance(error, ValueError):
-            end = time.monotonic() + (0.0 if main else 1.0)  # what all find wrong the main process says
+            # what all find wrong the main process says
+            end = time.monotonic() + (0.0 if main else 1.0)
             while time.monotonic() < end and not self._find_failure():
                 time.sleep(0.05)
             failure = self._publish(EXIT_USER_ERROR, str(error))
@@ -171,13 +189,22 @@ class Watchdog:
             say(f"rank {mine}: {type(error).__name__}, which ends the run")
             raise error
         if speak:
-            say(f"rank {mine}: {failure['line']}" if failure["code"] == EXIT_USER_ERROR else failure["line"])
+            say(
+                f"rank {mine}: {failure['line']}"
+                if failure["code"] == EXIT_USER_ERROR
+                else failure["line"]
+            )
         raise SystemExit(failure["code"]) from None
 
     def _find_lost(self) -> dict[str, Any] | None:
-        """What ended the run, after a collective failed: what another process has said by now, or that it died without a word."""
+        """What ended the run, after a collective failed: what another process has said by now, or
+        that it died without a word."""
         if not self.shown:
-            return self._publish(EXIT_LOST, f"rank {self.layout.rank}: another process ended while this one was {self.layout.phase}")
+            return self._publish(
+                EXIT_LOST,
+                f"rank {self.layout.rank}: another process ended while this one was"
+                f" {self.layout.phase}",
+            )
         before, end = self._read(), time.monotonic() + 4 * self.beat
         lost: list[int] = []
         while not (failure := self._find_failure()) and not lost and time.monotonic() < end:
@@ -193,7 +220,8 @@ class Watchdog:
         return self._publish(EXIT_LOST, f"{names(before, lost)} ended without a word; {GO_ON}")
 
     def _publish(self, code: int, line: str) -> dict[str, Any]:
-        """Says what ends the run, and with which code the other processes end; returns what was said first, perhaps by another one."""
+        """Says what ends the run, and with which code the other processes end; returns what was
+        said first, perhaps by another one."""
         failure = {"by": self.layout.rank, "code": code, "line": " ".join(line.split())}
         if self.shown:
             with contextlib.suppress(OSError), (self.place / "failure.json").open("x") as file:
@@ -211,7 +239,9 @@ class Watchdog:
     def _await_the_others(self) -> None:
         """Leaves the others time to write that they ended, and to read why."""
         end = time.monotonic() + self.grace / 2
-        while time.monotonic() < end and any(seen["phase"] != "ended" and not has_died(seen) for seen in self._read().values()):
+        while time.monotonic() < end and any(
+            seen["phase"] != "ended" and not has_died(seen) for seen in self._read().values()
+        ):
             time.sleep(0.05)
 
     # The thread
@@ -225,8 +255,11 @@ class Watchdog:
             if self.layout.world == 1:
                 continue
             if failure := self._find_failure():
-                # In order means: the main process lets go of the run folder, a process with a traceback prints it.
-                if failure["by"] == self.layout.rank or (self.layout.main and self.place == self.heartbeat):
+                # In order means: the main process lets go of the run folder, a process with a
+                # traceback prints it.
+                if failure["by"] == self.layout.rank or (
+                    self.layout.main and self.place == self.heartbeat
+                ):
                     self.closing.wait(self.grace)
                 self._give_up(failure)
             if self.idle < NEAR * self.beat:
@@ -243,11 +276,14 @@ class Watchdog:
                 self.idle, before = self.limit / 2, None
 
     def _lost_neighbour(self) -> str | None:
-        """Which process beside this one, in the order of ranks, is no more, looked at every beat while this one waits; None where none is.
+        """Which process beside this one, in the order of ranks, is no more, looked at every beat
+        while this one waits; None where none is.
 
-        Not every collective fails where a process dies: NCCL's wait on. Ranks go from host to host, so that mostly one neighbour runs on
-        this host, where its death shows; but its number may be one in another container, and its heartbeat must stand still as well. Of
-        another host only the heartbeat is seen, and where this process cannot write its own, that one may not be able to either."""
+        Not every collective fails where a process dies: NCCL's wait on. Ranks go from host to host,
+        so that mostly one neighbour runs on this host, where its death shows; but its number may be
+        one in another container, and its heartbeat must stand still as well. Of another host only
+        the heartbeat is seen, and where this process cannot write its own, that one may not be able
+        to either."""
         if self.place == self.meeting and (line := self._missing_task()):
             return line
         if not self.shown:
@@ -264,17 +300,24 @@ class Watchdog:
                 return f"{names(beats, [other])} ended without a word; {GO_ON}"
             far = FAR if self.place == self.heartbeat else FAR_AT_FIRST
             if min(still, self.written) >= far and seen["host"] != socket.gethostname():
-                return f"{names(beats, [other])} has shown no sign of life for {far * self.beat:g} seconds; {GO_ON}"
+                return (
+                    f"{names(beats, [other])} has shown no sign of life for {far * self.beat:g}"
+                    f" seconds; {GO_ON}"
+                )
         return None
 
     def _missing_task(self) -> str | None:
-        """Returns which task of the Slurm step has no process, where that shows: it may have died before it could show itself."""
+        """Returns which task of the Slurm step has no process, where that shows: it may have died
+        before it could show itself."""
         missing = missing_tasks(self.layout)
         self.missed = self.missed + 1 if missing else 0
         if self.missed < NEAR:
             return None
         ranks = " and ".join(f"rank {rank}" for rank in missing)
-        return f"{ranks} has no process on {socket.gethostname()}, where the whole step runs: it ended before it had loaded; {GO_ON}"
+        return (
+            f"{ranks} has no process on {socket.gethostname()}, where the whole step runs: it ended"
+            f" before it had loaded; {GO_ON}"
+        )
 
     def _end(self, line: str) -> None:
         """Ends the run with what this process found, or what another one has said by now."""
@@ -284,11 +327,17 @@ class Watchdog:
         self._give_up(failure)
 
     def _judge(self, before: dict[int, Beat], after: dict[int, Beat]) -> str | None:
-        """Which process keeps this one waiting, from two looks at all heartbeats; None where one that lives may still take its time."""
-        remedy = f"stacks are in {self.logs}; {GO_ON}, and parallel.timeout={self.minutes:g} allows more"
+        """Which process keeps this one waiting, from two looks at all heartbeats; None where one
+        that lives may still take its time."""
+        remedy = (
+            f"stacks are in {self.logs}; {GO_ON}, and parallel.timeout={self.minutes:g} allows more"
+        )
         if self.place != self.heartbeat or not self.shown:
-            return f"rank {self.layout.rank} of {self.layout.world} has been {self.layout.phase} for {self.minutes:g} minutes; start all of them " \
-                   "within parallel.timeout, and check that they reach MASTER_ADDR and MASTER_PORT"  # fmt: skip
+            return (
+                f"rank {self.layout.rank} of {self.layout.world} has been {self.layout.phase} for"
+                f" {self.minutes:g} minutes; start all of them within parallel.timeout, and check"
+                " that they reach MASTER_ADDR and MASTER_PORT"
+            )
         if lost := self._silent(before, after):
             return f"{names(after, lost)} shows no sign of life; {remedy}"
         if any(not seen["overdue"] and seen["phase"] != "ended" for seen in after.values()):
@@ -296,14 +345,27 @@ class Watchdog:
         fewest = min(seen["marks"] for seen in after.values())
         behind = [rank for rank, seen in after.items() if seen["marks"] == fewest]
         if len(behind) == len(after):
-            return f"all {len(after)} processes have been {self.layout.phase} at step {self.layout.step} for {self.minutes:g} minutes; {remedy}"
-        return f"{names(after, behind)} has not got on for {self.minutes:g} minutes while the others wait; {remedy}"
+            return (
+                f"all {len(after)} processes have been {self.layout.phase} at step"
+                f" {self.layout.step} for {self.minutes:g} minutes; {remedy}"
+            )
+        return (
+            f"{names(after, behind)} has not got on for {self.minutes:g} minutes while the others"
+            f" wait; {remedy}"
+        )
 
     def _silent(self, before: dict[int, Beat], after: dict[int, Beat]) -> list[int]:
         """The ranks without a heartbeat between two looks."""
         nothing: Beat = {"phase": "", "time": None}
-        seen = {rank: (before.get(rank, nothing), after.get(rank, nothing)) for rank in range(self.layout.world)}
-        return [rank for rank, (one, other) in seen.items() if other["phase"] != "ended" and one["time"] == other["time"]]
+        seen = {
+            rank: (before.get(rank, nothing), after.get(rank, nothing))
+            for rank in range(self.layout.world)
+        }
+        return [
+            rank
+            for rank, (one, other) in seen.items()
+            if other["phase"] != "ended" and one["time"] == other["time"]
+        ]
 
     def _give_up(self, failure: dict[str, Any]) -> None:
         """Ends the process wherever its main thread stands, and notes where that is."""
@@ -322,9 +384,17 @@ class Watchdog:
     def _write(self) -> None:
         """Writes this process's heartbeat, where there are heartbeats."""
         layout = self.layout
-        seen = {"rank": layout.rank, "host": socket.gethostname(), "pid": os.getpid(), "phase": layout.phase, "step": layout.step,
-                "idle": round(self.idle, 1), "overdue": self.idle >= self.limit * layout.allowance, "marks": layout.marks,
-                "time": time.time()}  # fmt: skip
+        seen = {
+            "rank": layout.rank,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "phase": layout.phase,
+            "step": layout.step,
+            "idle": round(self.idle, 1),
+            "overdue": self.idle >= self.limit * layout.allowance,
+            "marks": layout.marks,
+            "time": time.time(),
+        }
         partial = self.place / f".rank_{layout.rank}"
         with self.writing:
             if self.shown:
@@ -345,19 +415,24 @@ class Watchdog:
 
 
 def meeting_place(folder: Path) -> Path | None:
-    """Returns where the tasks of a Slurm step show themselves until they have met: beside the run folder, or what there is of its path.
+    """Returns where the tasks of a Slurm step show themselves until they have met: beside the run
+    folder, or what there is of its path.
 
-    Other processes than tasks were started by torchrun or a sweep on this machine, which notice by themselves that one died.
-    """
+    Other processes than tasks were started by torchrun or a sweep on this machine, which notice by
+    themselves that one died."""
     if "RANK" in os.environ or "SLURM_JOB_ID" not in os.environ:
         return None
     parent = next(parent for parent in folder.absolute().parents if parent.is_dir())
-    start = "-".join(os.environ.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    start = "-".join(
+        os.environ.get(name, "0")
+        for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    )
     return parent / f".{folder.name}.meeting_{start}"
 
 
 def missing_tasks(layout: Layout) -> list[int]:
-    """Returns the ranks of a Slurm step on one host that have no process there; none where that cannot be told."""
+    """Returns the ranks of a Slurm step on one host that have no process there; none where that
+    cannot be told."""
     nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", ""))
     if "," in nodes or "[" in nodes:
         return []
@@ -365,10 +440,14 @@ def missing_tasks(layout: Layout) -> list[int]:
     ranks = {}  # by process
     for file in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):  # another user's, or it has ended meanwhile
-            variables = dict(entry.partition("=")[::2] for entry in file.read_bytes().decode(errors="replace").split("\0"))
+            variables = dict(
+                entry.partition("=")[::2]
+                for entry in file.read_bytes().decode(errors="replace").split("\0")
+            )
             if tuple(variables.get(name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")) == step:
                 ranks[file.parent.name] = variables.get("SLURM_PROCID")
-    # In a container of its own a task does not see the others, nor itself under the number that Slurm knows.
+    # In a container of its own a task does not see the others, nor itself under the number that
+    # Slurm knows.
     own = ranks.get(os.environ.get("SLURM_TASK_PID", str(os.getpid())))
     if own != str(layout.rank):
         return []
@@ -376,7 +455,8 @@ def missing_tasks(layout: Layout) -> list[int]:
 
 
 def lost_contact(error: Exception) -> bool:
-    """Whether a collective failed, as it does where another process is gone. gloo's errors have no type of their own."""
+    """Whether a collective failed, as it does where another process is gone. gloo's errors have no
+    type of their own."""
     return isinstance(error, torch.distributed.DistError) or "gloo/" in str(error)
 
 
@@ -392,7 +472,10 @@ def has_died(seen: Beat) -> bool:
 
 def names(beats: dict[int, Beat], ranks: list[int]) -> str:
     """Ranks with what they were last seen doing."""
-    known = {rank: "{host}, process {pid}, {phase} at step {step}".format(**seen) for rank, seen in beats.items()}
+    known = {
+        rank: "{host}, process {pid}, {phase} at step {step}".format(**seen)
+        for rank, seen in beats.items()
+    }
     return " and ".join(f"rank {rank} ({known.get(rank, 'never seen')})" for rank in ranks)
 
 

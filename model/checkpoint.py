@@ -1,15 +1,17 @@
-"""Checkpoints as they lie on a disk: their names, the tensors in them, and the one way to open one, which verifies it.
+"""Checkpoints as they lie on a disk: their names, the tensors in them, and the one way to open one,
+which verifies it.
 
-Tensors are in safetensors files, each whole in one file, or in parts over the files of several processes. The header of a file of parts says
-where in the full tensors they begin, in the words of torch.distributed.checkpoint, whose HuggingFaceStorageReader reads these folders too:
+Tensors are in safetensors files, each whole in one file, or in parts over the files of several
+processes. The header of a file of parts says where in the full tensors they begin, in the words of
+torch.distributed.checkpoint, whose HuggingFaceStorageReader reads these folders too:
 
     DCP_SHARDING_INFO = {"<name>": {"saved_offsets": [first row, first column, ...]}, ...}
 
-Its writer builds a whole file in memory before it writes and names files by no group, and planning a load costs more than the few lines here.
+Its writer builds a whole file in memory before it writes and names files by no group, and planning
+a load costs more than the few lines here.
 
-state.json says what else a checkpoint is: counters, shape, the identity of its run, size and sha256 of every other file, and its own
-checksum. `launch.checkpoint` writes them.
-"""
+state.json says what else a checkpoint is: counters, shape, the identity of its run, size and sha256
+of every other file, and its own checksum. `launch.checkpoint` writes them."""
 
 import hashlib
 import json
@@ -33,8 +35,18 @@ from model.sharding import Layout
 T = TypeVar("T")
 SHARDING = "DCP_SHARDING_INFO"
 TENSORS = ("model", "optimizer", "random", "rule")
-PLACES = {name for name, entry in KEYS.items() if entry.metadata.get("place")}  # keys that say where something lies, not what it is
-SECTIONS = {"model", "tokenizer", "data", "batch", "optim", "schedule", "seed"}  # of every config.yaml, of whatever version
+# keys that say where something lies, not what it is
+PLACES = {name for name, entry in KEYS.items() if entry.metadata.get("place")}
+# of every config.yaml, of whatever version
+SECTIONS = {
+    "model",
+    "tokenizer",
+    "data",
+    "batch",
+    "optim",
+    "schedule",
+    "seed",
+}
 
 
 class DamagedCheckpoint(DamagedFile):
@@ -61,23 +73,45 @@ class StoredPart(NamedTuple):
 
 
 class Stored:
-    """A tensor on disk. `stored[region]`, a slice with both bounds for every dimension, reads that part of it and nothing else;
-    `stored[...]` reads all. What was opened stays readable though its files be removed."""
+    """A tensor on disk. `stored[region]`, a slice with both bounds for every dimension, reads that
+    part of it and nothing else; `stored[...]` reads all. What was opened stays readable though its
+    files be removed."""
 
     def __init__(self, name: str, parts: list[StoredPart]) -> None:
         self.name, self.parts = name, parts
-        ends = [[first + size for first, size in zip(part.offset, part.shape, strict=True)] for part in parts]
+        ends = [
+            [first + size for first, size in zip(part.offset, part.shape, strict=True)]
+            for part in parts
+        ]
         self.shape = torch.Size(map(max, zip(*ends, strict=True)))
 
     def __getitem__(self, region: tuple[slice, ...] | EllipsisType) -> Tensor:
-        wanted = tuple(slice(0, size) for size in self.shape) if isinstance(region, EllipsisType) else region
-        found = self.parts[0].file.get_slice(self.name)[:0].new_empty([side.stop - side.start for side in wanted])
+        wanted = (
+            tuple(slice(0, size) for size in self.shape)
+            if isinstance(region, EllipsisType)
+            else region
+        )
+        found = (
+            self.parts[0]
+            .file.get_slice(self.name)[:0]
+            .new_empty([side.stop - side.start for side in wanted])
+        )
         filled = 0
         for file, offset, shape in self.parts:
-            common = [slice(max(side.start, first), min(side.stop, first + size)) for side, first, size in zip(wanted, offset, shape, strict=True)]
+            common = [
+                slice(max(side.start, first), min(side.stop, first + size))
+                for side, first, size in zip(wanted, offset, shape, strict=True)
+            ]
             if all(side.start < side.stop for side in common):
-                values = file.get_slice(self.name)[tuple(within(side, first) for side, first in zip(common, offset, strict=True))]
-                found[tuple(within(side, other.start) for side, other in zip(common, wanted, strict=True))] = values
+                values = file.get_slice(self.name)[
+                    tuple(within(side, first) for side, first in zip(common, offset, strict=True))
+                ]
+                found[
+                    tuple(
+                        within(side, other.start)
+                        for side, other in zip(common, wanted, strict=True)
+                    )
+                ] = values
                 filled += values.numel()
         if filled != found.numel():
             raise DamagedCheckpoint(f"the parts of {self.name} are not all there")
@@ -90,10 +124,16 @@ def within(side: slice, first: int) -> slice:
 
 
 def save_parts(path: Path, parts: Mapping[str, Part]) -> None:
-    """Writes contiguous tensors of the CPU to one file. Raises OSError or SafetensorError where the disk refuses."""
+    """Writes contiguous tensors of the CPU to one file. Raises OSError or SafetensorError where the
+    disk refuses."""
     offsets = {name: {"saved_offsets": part.offset} for name, part in parts.items()}
-    partial = any(any(part.offset) for part in parts.values())  # else they begin where whole tensors do
-    save_file({name: part.values for name, part in parts.items()}, path, {SHARDING: json.dumps(offsets)} if partial else None)
+    # else they begin where whole tensors do
+    partial = any(any(part.offset) for part in parts.values())
+    save_file(
+        {name: part.values for name, part in parts.items()},
+        path,
+        {SHARDING: json.dumps(offsets)} if partial else None,
+    )
 
 
 class Beginning(TypedDict):
@@ -103,44 +143,66 @@ class Beginning(TypedDict):
 
 
 def open_tensors(files: Iterable[Path]) -> dict[str, Any]:
-    """The tensors of some files by name: a number as a tensor, any other as `Stored`. Raises OSError, SafetensorError, KeyError or
-    ValueError where a file is missing or is not what `save_parts` wrote."""
+    """The tensors of some files by name: a number as a tensor, any other as `Stored`. Raises
+    OSError, SafetensorError, KeyError or ValueError where a file is missing or is not what
+    `save_parts` wrote."""
     parts: dict[str, list[StoredPart]] = {}
     for path in files:
         file = safe_open(path, "pt")
-        offsets = parse_json((file.metadata() or {}).get(SHARDING, "{}"), dict[str, Beginning], f"{path}'s header")
+        offsets = parse_json(
+            (file.metadata() or {}).get(SHARDING, "{}"), dict[str, Beginning], f"{path}'s header"
+        )
         for name in file.keys():  # noqa: SIM118 - no mapping
             shape = file.get_slice(name).get_shape()
-            parts.setdefault(name, []).append(StoredPart(file, offsets[name]["saved_offsets"] if offsets else [0] * len(shape), shape))
-    return {name: Stored(name, found) if found[0].shape else found[0].file.get_tensor(name).clone() for name, found in parts.items()}
+            parts.setdefault(name, []).append(
+                StoredPart(
+                    file, offsets[name]["saved_offsets"] if offsets else [0] * len(shape), shape
+                )
+            )
+    return {
+        name: Stored(name, found) if found[0].shape else found[0].file.get_tensor(name).clone()
+        for name, found in parts.items()
+    }
 
 
 def file_of(group: str, rank: int, world: int) -> str:
     """The name of a process's file of a group of tensors."""
-    return f"{group}.safetensors" if world == 1 else f"{group}-{rank + 1:05d}-of-{world:05d}.safetensors"
+    return (
+        f"{group}.safetensors"
+        if world == 1
+        else f"{group}-{rank + 1:05d}-of-{world:05d}.safetensors"
+    )
 
 
 def files_of(group: str, names: Iterable[str]) -> list[str]:
     """Those of some names that are files of a group."""
-    return sorted(name for name in names if re.fullmatch(rf"{group}(-\d+-of-\d+)?\.safetensors", name))
+    return sorted(
+        name for name in names if re.fullmatch(rf"{group}(-\d+-of-\d+)?\.safetensors", name)
+    )
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
-    """The checkpoints of a run by their steps, oldest first; partial ones, and what else lies there, are none. Raises OSError for a folder
-    that cannot be read."""
+    """The checkpoints of a run by their steps, oldest first; partial ones, and what else lies
+    there, are none. Raises OSError for a folder that cannot be read."""
     folder = run / "checkpoints"
     names = os.listdir(folder) if os.path.lexists(folder) else []
     steps = {name.removeprefix("step_"): name for name in names if name.startswith("step_")}
-    return {int(step): folder / steps[step] for step in sorted(filter(str.isdecimal, steps), key=int)}
+    return {
+        int(step): folder / steps[step] for step in sorted(filter(str.isdecimal, steps), key=int)
+    }
 
 
 def checkpoint_path(run: str | Path, step: int | None = None) -> Path:
-    """The folder of a run's checkpoint; `step=None` means the newest. Raises ValueError where there is none."""
+    """The folder of a run's checkpoint; `step=None` means the newest. Raises ValueError where there
+    is none."""
     found = checkpoints(Path(run))
     if not found:
         raise ValueError(f"run={run} has no checkpoints; name the folder of a run that was trained")
     if step is not None and step not in found:
-        raise ValueError(f"step={step} is not among the checkpoints of {run}; it has {', '.join(map(str, found))}")
+        raise ValueError(
+            f"step={step} is not among the checkpoints of {run}; it has"
+            f" {', '.join(map(str, found))}"
+        )
     return found[max(found) if step is None else step]
 
 
@@ -157,7 +219,8 @@ def checksum(state: Mapping[str, Any]) -> str:
 
 @dataclass
 class Checkpoint:
-    """The content of a checkpoint: tensors by file and name, not read yet (`Stored`), and plain values."""
+    """The content of a checkpoint: tensors by file and name, not read yet (`Stored`), and plain
+    values."""
 
     tensors: dict[str, dict[str, Any]]
     state: dict[str, Any]
@@ -170,17 +233,22 @@ class Checkpoint:
         return self.state["step"]
 
 
-def open_checkpoint(path: Path, only: Collection[str] = TENSORS, layout: Layout | None = None) -> Checkpoint:
-    """Opens a checkpoint whose files are verified: those of the groups of tensors that are asked for, each process some of them, and all
-    that hold no tensors, as the tokenizer's do.
+def open_checkpoint(
+    path: Path, only: Collection[str] = TENSORS, layout: Layout | None = None
+) -> Checkpoint:
+    """Opens a checkpoint whose files are verified: those of the groups of tensors that are asked
+    for, each process some of them, and all that hold no tensors, as the tokenizer's do.
 
-    Raises DamagedCheckpoint on all processes where a file is missing, cut, changed or of another kind."""
+    Raises DamagedCheckpoint on all processes where a file is missing, cut, changed or of another
+    kind."""
     layout = layout or Layout()
 
     def verify() -> dict[str, Any]:
         state = read_state(path)
         files = check(state.get("files"), dict[str, tuple[int, str]], path / "state.json")
-        wanted = {name for group in only for name in files_of(group, files)} | {name for name in files if not name.endswith(".safetensors")}
+        wanted = {name for group in only for name in files_of(group, files)} | {
+            name for name in files if not name.endswith(".safetensors")
+        }
         for name in sorted(wanted)[layout.rank :: layout.world]:
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise DamagedCheckpoint(f"{name} lies outside it")
@@ -191,21 +259,31 @@ def open_checkpoint(path: Path, only: Collection[str] = TENSORS, layout: Layout 
     state = together(layout, verify)
     if path.name != f"step_{state.get('step')!s:0>8}":
         raise DamagedCheckpoint(f"it is of step {state.get('step')}")
-    tensors = together(layout, lambda: {group: open_tensors(path / name for name in files_of(group, state["files"])) for group in only})
+    tensors = together(
+        layout,
+        lambda: {
+            group: open_tensors(path / name for name in files_of(group, state["files"]))
+            for group in only
+        },
+    )
     del state["files"]
     return Checkpoint(tensors, state, path, state.pop("checksum"))
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The state of a checkpoint, its checksum included. Raises ValueError or OSError where it is damaged."""
+    """The state of a checkpoint, its checksum included. Raises ValueError or OSError where it is
+    damaged."""
     state = read_json(path / "state.json", dict[str, Any])
-    if state.get("checksum") != checksum({key: value for key, value in state.items() if key != "checksum"}):
+    if state.get("checksum") != checksum(
+        {key: value for key, value in state.items() if key != "checksum"}
+    ):
         raise DamagedCheckpoint("state.json does not match its checksum")
     return state
 
 
 def together(layout: Layout, action: Callable[[], T]) -> T:
-    """Returns what an action comes to on this process. Raises DamagedCheckpoint on all processes where one of them finds damage."""
+    """Returns what an action comes to on this process. Raises DamagedCheckpoint on all processes
+    where one of them finds damage."""
     result, error = None, None
     try:
         result = action()
@@ -214,14 +292,21 @@ def together(layout: Layout, action: Callable[[], T]) -> T:
     except ValueError as damage:
         error = str(damage)
     except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as damage:
-        # RecursionError is a RuntimeError, and so is what torch says of tensors that it cannot take.
+        # RecursionError is a RuntimeError, and so is what torch says of tensors that it cannot
+        # take.
         error = " ".join(f"{type(damage).__name__}: {damage}".split())
     if error := layout.agreed(error):
         raise DamagedCheckpoint(error)
     return result  # type: ignore[return-value]
 
 
-def open_run(run: str | Path, step: int | None, only: Collection[str], layout: Layout | None = None, key: str = "step") -> Checkpoint:
+def open_run(
+    run: str | Path,
+    step: int | None,
+    only: Collection[str],
+    layout: Layout | None = None,
+    key: str = "step",
+) -> Checkpoint:
     """Opens a checkpoint of a run that is not this process's own, by default the newest.
 
     Args:
@@ -245,42 +330,62 @@ def open_run(run: str | Path, step: int | None, only: Collection[str], layout: L
         return saved
     except DamagedFile as error:
         others = [str(other) for other, place in checkpoints(Path(run)).items() if place != path]
-        remedy = f"choose another with {key}={' or '.join(others)}" if others else "it is the only one of the run"
+        remedy = (
+            f"choose another with {key}={' or '.join(others)}"
+            if others
+            else "it is the only one of the run"
+        )
         raise ValueError(f"{path} is damaged ({error}); {remedy}") from None
 
 
-def refuse_other_run(saved: Checkpoint, settings: Mapping[str, Any], found: Collection[str]) -> None:
-    """Raises OtherRun, with the keys that differ, where a checkpoint was made by a run of another identity than that of the settings. What
-    the keys in `found` name may lie at another place."""
+def refuse_other_run(
+    saved: Checkpoint, settings: Mapping[str, Any], found: Collection[str]
+) -> None:
+    """Raises OtherRun, with the keys that differ, where a checkpoint was made by a run of another
+    identity than that of the settings. What the keys in `found` name may lie at another place."""
     theirs = check(saved.state.get("identity", {}), dict[str, Any], saved.path / "state.json")
     if changed := differing(theirs, settings, found):
-        raise OtherRun("it is of another run: " + ", ".join(f"{name} {before} -> {now}" for name, (before, now) in changed.items()))
+        raise OtherRun(
+            "it is of another run: "
+            + ", ".join(f"{name} {before} -> {now}" for name, (before, now) in changed.items())
+        )
 
 
-def differing(identity: Mapping[str, Any], settings: Mapping[str, Any], found: Collection[str]) -> dict[str, tuple[Any, Any]]:
-    """(value there, value here) of each key in which settings differ from the identity of a checkpoint; of the keys in `found` paths do not
-    count. A key that the identity lacks is newer than it, or read by neither."""
+def differing(
+    identity: Mapping[str, Any], settings: Mapping[str, Any], found: Collection[str]
+) -> dict[str, tuple[Any, Any]]:
+    """(value there, value here) of each key in which settings differ from the identity of a
+    checkpoint; of the keys in `found` paths do not count. A key that the identity lacks is newer
+    than it, or read by neither."""
     changed = {}
     for name, theirs in identity.items():
-        if name not in KEYS or KEYS[name].metadata.get("mutable") is True:  # a key of another version
+        if (
+            name not in KEYS or KEYS[name].metadata.get("mutable") is True
+        ):  # a key of another version
             continue
         ours = lookup(settings, name)
-        compared = (without_places(theirs), without_places(ours)) if name in found else (theirs, ours)
+        compared = (
+            (without_places(theirs), without_places(ours)) if name in found else (theirs, ours)
+        )
         if compared[0] != compared[1]:
             changed[name] = (theirs, ours)
     return changed
 
 
 def without_places(value: Any) -> Any:
-    """What is left of a key of PLACES without the paths: whether it is given, the names in it, their order and their weights."""
+    """What is left of a key of PLACES without the paths: whether it is given, the names in it,
+    their order and their weights."""
     if isinstance(value, Mapping):
-        return [(name, entry.get("weight") if isinstance(entry, Mapping) else None) for name, entry in value.items()]
+        return [
+            (name, entry.get("weight") if isinstance(entry, Mapping) else None)
+            for name, entry in value.items()
+        ]
     return value is not None
 
 
 def read_config(run: Path) -> Config | None:
-    """The configuration in a run's folder, None where there is no config.yaml; a key that it lacks is newer than the run, and has its
-    default. Raises DamagedFile."""
+    """The configuration in a run's folder, None where there is no config.yaml; a key that it lacks
+    is newer than the run, and has its default. Raises DamagedFile."""
     file = run / "config.yaml"
     try:
         plain = read_yaml(file, dict[str, Any])

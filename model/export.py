@@ -1,4 +1,5 @@
-"""A run as a Hugging Face folder: python -m model.export run=DIR out=DIR [step=S] [format=auto|gpt2|llama|plain]"""
+"""A run as a Hugging Face folder: python -m model.export run=DIR out=DIR [step=S]
+[format=auto|gpt2|llama|plain]"""
 
 import json
 import os
@@ -21,22 +22,42 @@ from model.gpt import GPT, load
 from model.hf import FORMATS, choose_format, to_config, to_tensors
 
 PLAIN = "plain"  # for shapes that no other format expresses: our own names
-FILES = {"config.json", "gpt.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-LENGTH = "training_length"  # in the metadata of model.safetensors: of the sequences that the model was trained on
-MARK = {"format": "pt", "writer": "flatgpt"}  # in model.safetensors: transformers asks for the one, we know our exports by the other
+FILES = {
+    "config.json",
+    "gpt.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+# in the metadata of model.safetensors: of the sequences that the model was trained on
+LENGTH = "training_length"
+# in model.safetensors: transformers asks for the one, we know our exports by the other
+MARK = {
+    "format": "pt",
+    "writer": "flatgpt",
+}
 
 
-def to_hf(model: GPT, tokenizer: Tokenizer, out: str | Path, format: str = "auto", length: int | None = None) -> str:
-    """Writes a folder that AutoModelForCausalLM and AutoTokenizer load, in fp32, and returns its format; of the plain one AutoTokenizer
-    loads the tokenizer, gpt.json holds a GPTConfig and model.safetensors the weights of its GPT. It appears whole or not at all, in the
-    place of an earlier export.
+def to_hf(
+    model: GPT,
+    tokenizer: Tokenizer,
+    out: str | Path,
+    format: str = "auto",
+    length: int | None = None,
+) -> str:
+    """Writes a folder that AutoModelForCausalLM and AutoTokenizer load, in fp32, and returns its
+    format; of the plain one AutoTokenizer loads the tokenizer, gpt.json holds a GPTConfig and
+    model.safetensors the weights of its GPT. It appears whole or not at all, in the place of an
+    earlier export.
 
     Args:
         model: what is written
         tokenizer: its tokenizer
         out: the folder
         format: gpt2, llama or plain; auto: whichever of the first two can
-        length: of the sequences that the model was trained on, at which launch.evaluate then takes its loss
+        length: of the sequences that the model was trained on, at which launch.evaluate then takes
+        its loss
 
     Raises:
         ValueError: the format does not express the model, or the folder holds anything else
@@ -46,14 +67,27 @@ def to_hf(model: GPT, tokenizer: Tokenizer, out: str | Path, format: str = "auto
     out = Path(os.path.realpath(out))
     format = format if format == PLAIN else choose_format(config, format)
     if os.path.lexists(out) and not is_replaceable(out):
-        raise ValueError(f"out={given} exists and is no earlier export; name a new or an empty folder")
+        raise ValueError(
+            f"out={given} exists and is no earlier export; name a new or an empty folder"
+        )
     files = to_files(tokenizer, config.max_length)
-    special = {"bos_token_id": tokenizer.prompt("")[0], "eos_token_id": tokenizer.eot}  # a document begins where another ends, or by itself
+    # a document begins where another ends, or by itself
+    special = {
+        "bos_token_id": tokenizer.prompt("")[0],
+        "eos_token_id": tokenizer.eot,
+    }
     if format == PLAIN:
         files["gpt.json"] = asdict(config)
     else:
-        files |= {"config.json": to_config(config, format) | special, "generation_config.json": special | {"pad_token_id": tokenizer.eot}}
-    tensors = {name: p.detach() for name, p in model.named_parameters()} if format == PLAIN else to_tensors(model, FORMATS[format])
+        files |= {
+            "config.json": to_config(config, format) | special,
+            "generation_config.json": special | {"pad_token_id": tokenizer.eot},
+        }
+    tensors = (
+        {name: p.detach() for name, p in model.named_parameters()}
+        if format == PLAIN
+        else to_tensors(model, FORMATS[format])
+    )
     partial = out.with_name(f".{out.name}.partial")
     try:
         # That of an export which was killed may lie there.
@@ -65,21 +99,29 @@ def to_hf(model: GPT, tokenizer: Tokenizer, out: str | Path, format: str = "auto
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"out={given} cannot be written ({reason}); make room there, or name another folder") from None
+        raise ValueError(
+            f"out={given} cannot be written ({reason}); make room there, or name another folder"
+        ) from None
     return format
 
 
-def write(folder: Path, tensors: dict[str, Tensor], mark: dict[str, str], files: dict[str, Any]) -> None:
-    """Writes the weights, with a mark, and the JSON files of an export. Raises OSError or SafetensorError where the disk refuses."""
+def write(
+    folder: Path, tensors: dict[str, Tensor], mark: dict[str, str], files: dict[str, Any]
+) -> None:
+    """Writes the weights, with a mark, and the JSON files of an export. Raises OSError or
+    SafetensorError where the disk refuses."""
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors", metadata=mark)
     for name, content in files.items():
         indent = None if name == "tokenizer.json" else 2
-        (folder / name).write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / name).write_text(
+            json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def is_replaceable(out: Path) -> bool:
-    """Whether a folder is empty, or an export with nothing beside it and its weights as we wrote them."""
+    """Whether a folder is empty, or an export with nothing beside it and its weights as we wrote
+    them."""
     if not out.is_dir() or not {path.name for path in out.iterdir()} <= FILES:
         return False
     try:
@@ -100,8 +142,12 @@ class Options:
     run: str = key(MISSING, "run folder", path=True)
     out: str = key(MISSING, "folder to write", path=True)
     step: int | None = key(None, "step of the checkpoint; default the newest", low=0, high=STEPS)
-    format: str = key("auto", "auto: gpt2 for LayerNorm and learned positions, llama for RMSNorm, RoPE and SwiGLU; plain: any model",
-                      choices=("auto", *FORMATS, PLAIN))  # fmt: skip
+    format: str = key(
+        "auto",
+        "auto: gpt2 for LayerNorm and learned positions, llama for RMSNorm, RoPE and SwiGLU; plain:"
+        " any model",
+        choices=("auto", *FORMATS, PLAIN),
+    )
 
 
 def main(arguments: list[str]) -> None:
@@ -113,14 +159,29 @@ def main(arguments: list[str]) -> None:
         options, _ = parse(Options, arguments)
         path = checkpoint_path(options.run, options.step)
         model = load(options.run, options.step)
-        format = to_hf(model, Tokenizer.load(path), options.out, options.format, load_config(Path(options.run)).batch.length)
+        format = to_hf(
+            model,
+            Tokenizer.load(path),
+            options.out,
+            options.format,
+            load_config(Path(options.run)).batch.length,
+        )
         architecture = "GPT" if format == PLAIN else FORMATS[format].architecture
-        print(f"{path} -> {options.out}: {architecture}, {model.num_parameters():,} parameters; it loads by")
+        print(
+            f"{path} -> {options.out}: {architecture}, {model.num_parameters():,} parameters; it"
+            " loads by"
+        )
         if format == PLAIN:
             print(f"    model = GPT(GPTConfig(**json.load(open('{options.out}/gpt.json'))))")
-            print(f"    model.load_state_dict(safetensors.torch.load_file('{options.out}/model.safetensors'))")
+            print(
+                "    model.load_state_dict("
+                f"safetensors.torch.load_file('{options.out}/model.safetensors'))"
+            )
         else:
-            print(f"    AutoModelForCausalLM.from_pretrained({options.out!r}), AutoTokenizer.from_pretrained({options.out!r})")
+            print(
+                f"    AutoModelForCausalLM.from_pretrained({options.out!r}),"
+                f" AutoTokenizer.from_pretrained({options.out!r})"
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""A decoder-only transformer that covers NanoDO, GPT-2 and Llama. Shapes: B batch, T time, D width, H heads, d = D/H, V vocabulary.
+"""A decoder-only transformer that covers NanoDO, GPT-2 and Llama. Shapes: B batch, T time, D width,
+H heads, d = D/H, V vocabulary.
 
 x = E[tokens] + P[0..T)                                          without P for rotary positions
 x = x + Attention(Norm(x));  x = x + MLP(Norm(x))                for each block
@@ -23,9 +24,16 @@ from model.checkpoint import open_run
 from model.logits import LazyLogits
 from model.sharding import Layout, local, shard_of
 
-CHOICES = {"norm": ("layernorm", "rmsnorm"), "positions": ("learned", "rope"), "rope_scaling": ("none", "linear", "llama3"),
-           "activation": ("gelu", "swiglu", "relu2"), "init": ("nanodo", "gpt2")}  # fmt: skip
-VOCAB_MULTIPLE = 64  # rows of the embedding are padded to this: matrix units want it, and nobody else sees it
+CHOICES = {
+    "norm": ("layernorm", "rmsnorm"),
+    "positions": ("learned", "rope"),
+    "rope_scaling": ("none", "linear", "llama3"),
+    "activation": ("gelu", "swiglu", "relu2"),
+    "init": ("nanodo", "gpt2"),
+}
+VOCAB_MULTIPLE = (
+    64  # rows of the embedding are padded to this: matrix units want it, and nobody else sees it
+)
 
 SHORT = 1024  # longest sequence for `short_attention`
 QUERIES = 256  # whose scores it writes out at once
@@ -33,7 +41,8 @@ QUERIES = 256  # whose scores it writes out at once
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT; the defaults are NanoDO's. `vocab_size` is the tokenizer's own, without padding."""
+    """The shape of a GPT; the defaults are NanoDO's. `vocab_size` is the tokenizer's own, without
+    padding."""
 
     vocab_size: int
     max_length: int
@@ -64,17 +73,30 @@ class GPTConfig:
         if self.num_heads < 1:
             raise ValueError(f"model.num_heads={self.num_heads} is out of range; choose at least 1")
         if self.width % self.num_heads:
-            raise ValueError(f"model.width={self.width} is not divisible by model.num_heads={self.num_heads}; choose a divisor of the width")
+            raise ValueError(
+                f"model.width={self.width} is not divisible by model.num_heads={self.num_heads};"
+                " choose a divisor of the width"
+            )
         if self.num_heads % self.kv_heads:
-            raise ValueError(f"model.num_kv_heads={self.kv_heads} does not divide model.num_heads={self.num_heads}; choose a divisor of it")
+            raise ValueError(
+                f"model.num_kv_heads={self.kv_heads} does not divide"
+                f" model.num_heads={self.num_heads}; choose a divisor of it"
+            )
         if self.positions == "rope" and self.head_width % 2:
-            raise ValueError(f"model.num_heads={self.num_heads} makes heads of odd width {self.head_width}, which rope cannot rotate; choose another")
+            raise ValueError(
+                f"model.num_heads={self.num_heads} makes heads of odd width {self.head_width},"
+                " which rope cannot rotate; choose another"
+            )
         for name, choices in CHOICES.items():
             if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"model.{name}={value} is unknown; choose one of {', '.join(choices)}")
+                raise ValueError(
+                    f"model.{name}={value} is unknown; choose one of {', '.join(choices)}"
+                )
         if self.rope_scaling == "llama3" and self.rope_high_factor <= self.rope_low_factor:
-            raise ValueError(f"model.rope_high_factor={self.rope_high_factor} does not exceed model.rope_low_factor={self.rope_low_factor}; "
-                             "raise it, Llama 3 has 4 and 1")  # fmt: skip
+            raise ValueError(
+                f"model.rope_high_factor={self.rope_high_factor} does not exceed"
+                f" model.rope_low_factor={self.rope_low_factor}; raise it, Llama 3 has 4 and 1"
+            )
 
     @property
     def head_width(self) -> int:
@@ -91,7 +113,9 @@ class GPTConfig:
         """Hidden width M of the MLP."""
         if self.mlp_width:
             return self.mlp_width
-        return -(-8 * self.width // (3 * 64)) * 64 if self.activation == "swiglu" else 4 * self.width
+        return (
+            -(-8 * self.width // (3 * 64)) * 64 if self.activation == "swiglu" else 4 * self.width
+        )
 
     @property
     def padded_vocab_size(self) -> int:
@@ -112,7 +136,9 @@ class KeyValueCache:
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Appends the keys and values of new tokens and returns all of them."""
-        self.k, self.v = (torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)) if self.length else (k, v)
+        self.k, self.v = (
+            (torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)) if self.length else (k, v)
+        )
         return self.k, self.v
 
 
@@ -124,26 +150,32 @@ def build_norm(config: GPTConfig, width: int) -> nn.Module:
 
 
 def rotary_frequencies(config: GPTConfig, device: torch.device) -> Tensor:
-    """Radians per position of each of the d/2 pairs of a head: f_i = base^(-2i/d) (2104.09864), which a longer context may scale.
+    """Radians per position of each of the d/2 pairs of a head: f_i = base^(-2i/d) (2104.09864),
+    which a longer context may scale.
 
-    linear: f_i / s for a factor s (2306.15595).
-    llama3: a pair that turns n_i = original_length f_i / (2 pi) times over the original context keeps f_i where n_i > high_factor, gets
-            f_i / s where n_i < low_factor, and between them ((1 - a) / s + a) f_i, a = (n_i - low_factor) / (high_factor - low_factor)
+    linear: f_i / s for a factor s (2306.15595). llama3: a pair that turns n_i = original_length f_i
+    / (2 pi) times over the original context keeps f_i where n_i > high_factor, gets
+            f_i / s where n_i < low_factor, and between them ((1 - a) / s + a) f_i, a = (n_i -
+            low_factor) / (high_factor - low_factor)
             (Llama 3.1, `apply_scaling` of its reference implementation).
     """
     half = torch.arange(0, config.head_width, 2, device=device, dtype=torch.float32)
-    frequencies = 1.0 / config.rope_base ** (half / config.head_width)  # rounded as transformers does: far positions magnify the difference
+    # rounded as transformers does: far positions magnify the difference
+    frequencies = 1.0 / config.rope_base ** (half / config.head_width)
     if config.rope_scaling == "linear":
         return frequencies / config.rope_factor
     if config.rope_scaling == "llama3":
         turns = config.rope_original_length / (2 * math.pi / frequencies)
-        kept = ((turns - config.rope_low_factor) / (config.rope_high_factor - config.rope_low_factor)).clamp(0.0, 1.0)
+        kept = (
+            (turns - config.rope_low_factor) / (config.rope_high_factor - config.rope_low_factor)
+        ).clamp(0.0, 1.0)
         return (1 - kept) * frequencies / config.rope_factor + kept * frequencies
     return frequencies
 
 
 def rotary_table(config: GPTConfig, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, T x d each, of the angles position * f_i (see `rotary_frequencies`), once for either half of a head."""
+    """cos and sin, T x d each, of the angles position * f_i (see `rotary_frequencies`), once for
+    either half of a head."""
     angles = positions_T.float()[:, None] * rotary_frequencies(config, positions_T.device)
     angles = torch.cat([angles, angles], dim=1)
     return angles.cos(), angles.sin()
@@ -157,16 +189,22 @@ def rotate(x_BxHxTxd: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention that writes out its scores, B H x C x E of C queries and the E keys up to the last of them, in bf16; the softmax
-    computes in fp32. On CPUs, on short sequences, it takes a third to a half of the time of the fused kernel, whose backward is slow
-    there (tests/benchmarks/kernels.py)."""
+    """Causal attention that writes out its scores, B H x C x E of C queries and the E keys up to
+    the last of them, in bf16; the softmax computes in fp32. On CPUs, on short sequences, it takes a
+    third to a half of the time of the fused kernel, whose backward is slow there
+    (tests/benchmarks/kernels.py)."""
     B, H, T, d = q.shape
     q, k, v = (heads.reshape(B * H, T, d) for heads in (q, k, v))
     parts = []
     for begin in range(0, T, QUERIES):
         end = min(T, begin + QUERIES)
         mask_CxE = torch.full((end - begin, end), float("-inf"), dtype=q.dtype).triu(begin + 1)
-        scores = torch.baddbmm(mask_CxE.expand(B * H, -1, -1), q[:, begin:end], k[:, :end].transpose(1, 2), alpha=d**-0.5)
+        scores = torch.baddbmm(
+            mask_CxE.expand(B * H, -1, -1),
+            q[:, begin:end],
+            k[:, :end].transpose(1, 2),
+            alpha=d**-0.5,
+        )
         parts.append(torch.bmm(scores.softmax(-1).to(v.dtype), v[:, :end]))
     return torch.cat(parts, 1).view(B, H, T, d)
 
@@ -177,13 +215,22 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.qkv = nn.Linear(config.width, (config.num_heads + 2 * config.kv_heads) * config.head_width, bias=config.bias)
+        self.qkv = nn.Linear(
+            config.width,
+            (config.num_heads + 2 * config.kv_heads) * config.head_width,
+            bias=config.bias,
+        )
         self.out = nn.Linear(config.width, config.width, bias=config.bias)
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps)
 
-    def forward(self, x_BxTxD: Tensor, rotary: tuple[Tensor, Tensor] | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BxTxD: Tensor,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
         B, T, D = x_BxTxD.shape
         H, G = self.config.num_heads, self.config.kv_heads
         heads = self.qkv(x_BxTxD).view(B, T, H + 2 * G, self.config.head_width).transpose(1, 2)
@@ -193,20 +240,32 @@ class Attention(nn.Module):
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         causal = True
-        if cache is not None:  # a prompt into an empty cache is causal; a single token after it sees everything
+        if (
+            cache is not None
+        ):  # a prompt into an empty cache is causal; a single token after it sees everything
             assert T == 1 or cache.length == 0
             causal = T > 1
             k, v = cache.extend(k, v)
         dropout = self.config.dropout if self.training else 0.0
-        if causal and G == H and dropout == 0 and q.dtype == torch.bfloat16 and q.device.type == "cpu" and T <= SHORT:
+        if (
+            causal
+            and G == H
+            and dropout == 0
+            and q.dtype == torch.bfloat16
+            and q.device.type == "cpu"
+            and T <= SHORT
+        ):
             y = short_attention(q, k, v)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=G < H)
+            y = F.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=G < H
+            )
         return self.out(y.transpose(1, 2).reshape(B, T, D))
 
 
 class MLP(nn.Module):
-    """Two linear layers around tanh-approximated GELU or squared ReLU, or three around SwiGLU: down(silu(gate x) * up x)."""
+    """Two linear layers around tanh-approximated GELU or squared ReLU, or three around SwiGLU:
+    down(silu(gate x) * up x)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -220,7 +279,9 @@ class MLP(nn.Module):
         up = self.up(x_BxTxD)
         if self.activation == "swiglu":
             return self.down(F.silu(self.gate(x_BxTxD)) * up)
-        return self.down(F.gelu(up, approximate="tanh") if self.activation == "gelu" else F.relu(up).square())
+        return self.down(
+            F.gelu(up, approximate="tanh") if self.activation == "gelu" else F.relu(up).square()
+        )
 
 
 class Block(nn.Module):
@@ -234,18 +295,24 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BxTxD: Tensor, rotary: tuple[Tensor, Tensor] | None = None, cache: KeyValueCache | None = None) -> Tensor:
-        x_BxTxD = x_BxTxD + self.dropout(self.attention(self.attention_norm(x_BxTxD), rotary, cache))
+    def forward(
+        self,
+        x_BxTxD: Tensor,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        x_BxTxD = x_BxTxD + self.dropout(
+            self.attention(self.attention_norm(x_BxTxD), rotary, cache)
+        )
         return x_BxTxD + self.dropout(self.mlp(self.mlp_norm(x_BxTxD)))
 
 
 class GPT(nn.Module):
     """`GPT(config)(tokens_BxT int64) -> logits_BxTxV`; `loss` never holds tokens x vocabulary.
 
-    The weights are drawn from `seed` (see `init_weights`), unless the default device is meta: then the caller
-    materialises the parameters and calls `init_weights`. With `checkpoint_activations` a block keeps its input only, and its
-    backward runs its forward again.
-    """
+    The weights are drawn from `seed` (see `init_weights`), unless the default device is meta: then
+    the caller materialises the parameters and calls `init_weights`. With `checkpoint_activations` a
+    block keeps its input only, and its backward runs its forward again."""
 
     checkpoint_activations = False
     layout = Layout()
@@ -279,10 +346,14 @@ class GPT(nn.Module):
         return dict.fromkeys(names, self.config.vocab_size)
 
     def hidden(self, tokens_BxT: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
-        """Final hidden states h_BxTxD, which the head turns into logits. `caches`, one per block, hold the past."""
+        """Final hidden states h_BxTxD, which the head turns into logits. `caches`, one per block,
+        hold the past."""
         past, T = (caches[0].length if caches else 0), tokens_BxT.shape[1]
         if past + T > self.config.max_length:
-            raise ValueError(f"{past + T} tokens exceed model.max_length={self.config.max_length}; shorten the sequence")
+            raise ValueError(
+                f"{past + T} tokens exceed model.max_length={self.config.max_length}; shorten the"
+                " sequence"
+            )
         positions_T = torch.arange(past, past + T, device=tokens_BxT.device)
         x_BxTxD, rotary = self.embedding(tokens_BxT), None
         if self.config.positions == "learned":
@@ -298,9 +369,12 @@ class GPT(nn.Module):
         return self.norm(x_BxTxD)
 
     def logits(self, h_BxTxD: Tensor) -> LazyLogits:
-        """The logits of hidden states, as the pair (h, unembedding) until somebody asks for them."""
+        """The logits of hidden states, as the pair (h, unembedding) until somebody asks for
+        them."""
         z_loss = self.config.z_loss if self.training else 0.0
-        return LazyLogits(h_BxTxD, self.unembedding, self.config.vocab_size, self.config.logit_softcap, z_loss)
+        return LazyLogits(
+            h_BxTxD, self.unembedding, self.config.vocab_size, self.config.logit_softcap, z_loss
+        )
 
     def lazy_logits(self, tokens_BxT: Tensor) -> LazyLogits:
         """The logits of a batch, not computed yet: what a gradient rule asks a model for."""
@@ -309,27 +383,37 @@ class GPT(nn.Module):
     def forward(self, tokens_BxT: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
         return self.logits(self.hidden(tokens_BxT, caches)).dense()
 
-    def loss(self, tokens_BxT: Tensor, targets_BxT: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """`scale` times the cross-entropy in nats summed over the counted targets (those that are not -100), and their number; in
-        training with the z-loss, if the model has one."""
+    def loss(
+        self, tokens_BxT: Tensor, targets_BxT: Tensor, scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """`scale` times the cross-entropy in nats summed over the counted targets (those that are
+        not -100), and their number; in training with the z-loss, if the model has one."""
         return self.lazy_logits(tokens_BxT).cross_entropy(targets_BxT, scale)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draws every weight from a generator of its own, seeded by (seed, name), so that the numbers depend neither on
-        the order of drawing nor on the device, nor on how the weights will be sharded. Biases are 0, LayerNorm scales 1.
+        """Draws every weight from a generator of its own, seeded by (seed, name), so that the
+        numbers depend neither on the order of drawing nor on the device, nor on how the weights
+        will be sharded. Biases are 0, LayerNorm scales 1.
 
-        nanodo: linear maps R^a -> R^b uniform in +-sqrt(6 / (a + b)) (Glorot; q, k and v each on their own);
+        nanodo: linear maps R^a -> R^b uniform in +-sqrt(6 / (a + b)) (Glorot; q, k and v each on
+        their own);
                 embedding and positions normal with variance 1 / D.
-        gpt2:   linear maps and embedding normal with deviation 0.02, positions 0.01; the two projections that write to
+        gpt2:   linear maps and embedding normal with deviation 0.02, positions 0.01; the two
+                projections that write to
                 the residual 0.02 / sqrt(2 L), since 2 L of them add up there.
         """
         for name, parameter in self.named_parameters():
-            values = torch.zeros(parameter.shape, device="cpu")  # even where another device is the default
+            # even where another device is the default
+            values = torch.zeros(parameter.shape, device="cpu")
             if name.endswith("norm.weight"):
                 values.fill_(1.0)
             elif not name.endswith("bias"):
-                rows = self.config.vocab_size if name in ("embedding.weight", "head.weight") else parameter.shape[0]
+                rows = (
+                    self.config.vocab_size
+                    if name in ("embedding.weight", "head.weight")
+                    else parameter.shape[0]
+                )
                 self._draw(name, values[:rows], named_generator(seed, name))
             local(parameter).copy_(shard_of(values, parameter))
 
@@ -351,11 +435,19 @@ class GPT(nn.Module):
                 part.uniform_(-bound, bound, generator=generator)
 
     def num_parameters(self, embedding: bool = True) -> int:
-        """Parameters, without the vocabulary's padding; `embedding=False` leaves out what grows with the vocabulary or the length:
-        token and position embeddings and an untied head."""
-        shape = {"embedding.weight": self.config.vocab_size, "head.weight": self.config.vocab_size, "positions.weight": self.config.max_length}
+        """Parameters, without the vocabulary's padding; `embedding=False` leaves out what grows
+        with the vocabulary or the length: token and position embeddings and an untied head."""
+        shape = {
+            "embedding.weight": self.config.vocab_size,
+            "head.weight": self.config.vocab_size,
+            "positions.weight": self.config.max_length,
+        }
         body = sum(p.numel() for name, p in self.named_parameters() if name not in shape)
-        tables = sum(rows * self.config.width for name, rows in shape.items() if name in dict(self.named_parameters()))
+        tables = sum(
+            rows * self.config.width
+            for name, rows in shape.items()
+            if name in dict(self.named_parameters())
+        )
         return body + embedding * tables
 
 
@@ -371,7 +463,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def table(rows: int, width: int) -> nn.Embedding:
-    """An embedding that is not initialised: nn.Embedding's own draw on the meta device imports the compiler, which takes seconds."""
+    """An embedding that is not initialised: nn.Embedding's own draw on the meta device imports the
+    compiler, which takes seconds."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
@@ -382,14 +475,19 @@ def named_generator(seed: int, name: str, device: torch.device | str = "cpu") ->
 
 
 def load(run: str | Path, step: int | None = None) -> GPT:
-    """Returns the GPT of a run, in evaluation mode, from its newest checkpoint or that of a step. Raises ValueError where there is none,
-    or it is damaged."""
+    """Returns the GPT of a run, in evaluation mode, from its newest checkpoint or that of a step.
+    Raises ValueError where there is none, or it is damaged."""
     saved = open_run(run, step, ("model",))
     try:
         config = check(saved.state.get("model"), GPTConfig, saved.path / "state.json")
         with torch.device("meta"):
             model = GPT(config)
-        model.load_state_dict({name: stored[...] for name, stored in saved.tensors["model"].items()}, assign=True)
+        model.load_state_dict(
+            {name: stored[...] for name, stored in saved.tensors["model"].items()}, assign=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{saved.path} is damaged ({' '.join(str(error).split())}); choose another step of the run") from None
+        raise ValueError(
+            f"{saved.path} is damaged ({' '.join(str(error).split())}); choose another step of"
+            " the run"
+        ) from None
     return model.eval()

@@ -1,4 +1,5 @@
-"""What is done to a model between building it and training it: compilation, activation checkpointing, sharding, in this order."""
+"""What is done to a model between building it and training it: compilation, activation
+checkpointing, sharding, in this order."""
 
 import os
 import shutil
@@ -11,19 +12,27 @@ from model.gpt import GPT
 from model.sharding import Layout, sharded_modules
 
 
-def parallelize(model: GPT, compile: str, checkpoint_activations: bool, device: torch.device) -> None:
+def parallelize(
+    model: GPT, compile: str, checkpoint_activations: bool, device: torch.device
+) -> None:
     """Changes the model in place; its parameters keep their names.
 
-    compile     none; block: each block on its own, so that L blocks share one compilation; whole: the body as one graph;
-                auto: block on CUDA, none on CPUs, where compiling was not found to pay (tests/benchmarks/results/cpu.md)
-    checkpoint_activations     a block keeps its input only and runs its forward again in the backward
+    compile     none; block: each block on its own, so that L blocks share one compilation; whole:
+                the body as one graph;
+                auto: block on CUDA, none on CPUs, where compiling was not found to pay
+                (tests/benchmarks/results/cpu.md)
+    checkpoint_activations     a block keeps its input only and runs its forward again in the
+                               backward
 
     Without a C++ compiler on a CPU the model stays eager, with a notice."""
     model.checkpoint_activations = checkpoint_activations
     if compile == "auto":
         compile = "block" if device.type == "cuda" else "none"
     if compile != "none" and device.type == "cpu" and not has_compiler():
-        print(f"note: compile={compile}, but there is no C++ compiler here; running eagerly", file=sys.stderr)
+        print(
+            f"note: compile={compile}, but there is no C++ compiler here; running eagerly",
+            file=sys.stderr,
+        )
         compile = "none"
     if compile == "block":
         for block in model.blocks:
@@ -32,22 +41,53 @@ def parallelize(model: GPT, compile: str, checkpoint_activations: bool, device: 
         model.hidden = torch.compile(model.hidden)  # type: ignore[method-assign]
 
 
-def shard(model: GPT, layout: Layout, reshard_after_forward: bool, compute: torch.dtype | None = None, cpu_offload: bool = False) -> None:
-    """Shards the model by FSDP2 over the shards of a layout: the linear maps of each block on their own and the rest as the root, so that
-    one block at a time is gathered. Among replicas (HSDP) the sums of gradients are added up once each replica has its own. The last of all
-    changes to the model; weights on the meta device stay there, to be materialised (on the CPU with `cpu_offload`) and drawn shard by shard.
+def shard(
+    model: GPT,
+    layout: Layout,
+    reshard_after_forward: bool,
+    compute: torch.dtype | None = None,
+    cpu_offload: bool = False,
+) -> None:
+    """Shards the model by FSDP2 over the shards of a layout: the linear maps of each block on their
+    own and the rest as the root, so that one block at a time is gathered. Among replicas (HSDP) the
+    sums of gradients are added up once each replica has its own. The last of all changes to the
+    model; weights on the meta device stay there, to be materialised (on the CPU with `cpu_offload`)
+    and drawn shard by shard.
 
-    reshard_after_forward=False    keeps gathered blocks for the backward: less communication, more memory
-    compute                        the dtype of a caller's autocast, in which blocks are gathered then: autocast would cast exactly these
-                                   weights to it. Gradients are reduced in fp32. The root, gathered once a forward, stays in fp32 as under
-                                   autocast: norms, whose perturbation bf16 would round away, and tables, whose gradients are sums over
-                                   tokens. So a sharded run computes what one process does. IEEE fp32 passes need None
-    cpu_offload                    keeps shards, their gradients and so the optimiser's state on the CPU"""
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
+    reshard_after_forward=False    keeps gathered blocks for the backward: less communication, more
+                                   memory
+    compute                        the dtype of a caller's autocast, in which blocks are gathered
+                                   then: autocast would cast exactly these
+                                   weights to it. Gradients are reduced in fp32. The root, gathered
+                                   once a forward, stays in fp32 as under
+                                   autocast: norms, whose perturbation bf16 would round away, and
+                                   tables, whose gradients are sums over
+                                   tokens. So a sharded run computes what one process does. IEEE
+                                   fp32 passes need None
+    cpu_offload                    keeps shards, their gradients and so the optimiser's state on the
+                                   CPU"""
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
-    offload = CPUOffloadPolicy(pin_memory=layout.mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
-    policy = MixedPrecisionPolicy(compute, torch.float32 if compute else None, cast_forward_inputs=False)
-    norms = nn.ModuleList(module for block in model.blocks for module in block.modules() if isinstance(module, (nn.LayerNorm, nn.RMSNorm)))
+    offload = (
+        CPUOffloadPolicy(pin_memory=layout.mesh.device_type == "cuda")
+        if cpu_offload
+        else OffloadPolicy()
+    )
+    policy = MixedPrecisionPolicy(
+        compute, torch.float32 if compute else None, cast_forward_inputs=False
+    )
+    norms = nn.ModuleList(
+        module
+        for block in model.blocks
+        for module in block.modules()
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+    )
     for block in model.blocks:
         fully_shard(
             block,

@@ -1,4 +1,5 @@
-"""Text from a trained model: python -m model.sample run=DIR prompt="def " tokens=200 temperature=0.8 top_k=200 top_p=1.0 seed=0"""
+"""Text from a trained model: python -m model.sample run=DIR prompt="def " tokens=200
+temperature=0.8 top_k=200 top_p=1.0 seed=0"""
 
 import codecs
 import sys
@@ -28,14 +29,18 @@ def generate(
 ) -> Iterator[int]:
     """Yields `num_tokens` token ids that continue the prompt, one by one.
 
-    Dropout is off, whatever mode the model is in. Temperature 0 takes the likeliest token; top_k keeps the k likeliest, top_p the
-    fewest whose probability reaches p.
-    Each token reads the keys and values of those before it from a cache, until the context is full: from then on the last
-    half of it is read anew as a prompt. Raises ValueError for an empty prompt or a setting out of range."""
+    Dropout is off, whatever mode the model is in. Temperature 0 takes the likeliest token; top_k
+    keeps the k likeliest, top_p the fewest whose probability reaches p. Each token reads the keys
+    and values of those before it from a cache, until the context is full: from then on the last
+    half of it is read anew as a prompt. Raises ValueError for an empty prompt or a setting out of
+    range."""
     if not prompt:
         raise ValueError("prompt is empty; give at least one token")
     if temperature < 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
-        raise ValueError(f"temperature={temperature} top_k={top_k} top_p={top_p}: need temperature >= 0, top_k >= 1, 0 < top_p <= 1")
+        raise ValueError(
+            f"temperature={temperature} top_k={top_k} top_p={top_p}: need temperature >= 0, top_k"
+            " >= 1, 0 < top_p <= 1"
+        )
     device, length = model.embedding.weight.device, model.config.max_length
     generator = torch.Generator().manual_seed(seed)
     tokens, caches = list(prompt), None
@@ -53,10 +58,20 @@ def generate(
         yield tokens[-1]
 
 
-def choose(logits_V: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator) -> int:
-    """Draws one token id from softmax(logits / temperature) cut to top_k and top_p. Raises ValueError for logits that are not finite."""
+def choose(
+    logits_V: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    generator: torch.Generator,
+) -> int:
+    """Draws one token id from softmax(logits / temperature) cut to top_k and top_p. Raises
+    ValueError for logits that are not finite."""
     if not logits_V.isfinite().all():
-        raise ValueError("the model's logits are not finite: its weights are damaged or its training diverged; choose another step of the run")
+        raise ValueError(
+            "the model's logits are not finite: its weights are damaged or its training diverged;"
+            " choose another step of the run"
+        )
     if temperature == 0:
         return int(logits_V.argmax())
     logits_V, ids_V = logits_V.sort(descending=True)
@@ -76,11 +91,15 @@ class Options:
 
     run: str = key(MISSING, "run folder, export or Hugging Face folder", path=True)
     step: int | None = key(None, "step of the checkpoint; default the newest", low=0, high=STEPS)
-    prompt: str = key("", "text to continue; default the start of a document", text=True, empty=True)
+    prompt: str = key(
+        "", "text to continue; default the start of a document", text=True, empty=True
+    )
     tokens: int = key(256, "tokens to generate", low=1, high=STEPS)
     temperature: float = key(0.8, "0 takes the likeliest token", low=0.0, high=1e6)
     top_k: int | None = key(200, "draw among the k likeliest tokens", low=1, high=STEPS)
-    top_p: float = key(1.0, "draw among the fewest tokens whose probability reaches p", above=0.0, high=1.0)
+    top_p: float = key(
+        1.0, "draw among the fewest tokens whose probability reaches p", above=0.0, high=1.0
+    )
     seed: int = key(0, "seed of the draws", low=0, high=2**63 - 1)
     device: str = key("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"))
     precision: str = key("auto", "as in training", choices=("auto", "bf16", "fp32"))
@@ -99,14 +118,25 @@ def main(arguments: list[str]) -> None:
         prompt = tokenizer.prompt(options.prompt)
         print(options.prompt, end="", flush=True)
         with autocast(device, choose_precision(options.precision, device)):
-            tokens = generate(model, prompt, options.tokens, options.temperature, options.top_k, options.top_p, options.seed)
+            tokens = generate(
+                model,
+                prompt,
+                options.tokens,
+                options.temperature,
+                options.top_k,
+                options.top_p,
+                options.seed,
+            )
             for text in decode_stream(tokens, tokenizer.decode_bytes):
                 print(text, end="", flush=True)
         print()
 
 
-def decode_stream(tokens: Iterator[int], decode_bytes: Callable[[list[int]], bytes]) -> Iterator[str]:
-    """The text of tokens as it becomes certain: a character cut between two tokens waits for its last byte."""
+def decode_stream(
+    tokens: Iterator[int], decode_bytes: Callable[[list[int]], bytes]
+) -> Iterator[str]:
+    """The text of tokens as it becomes certain: a character cut between two tokens waits for its
+    last byte."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in tokens:
         yield decoder.decode(decode_bytes([token]))

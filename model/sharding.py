@@ -1,4 +1,5 @@
-"""Tensors that may be sharded (DTensors of FSDP2) seen as what this process holds of them, and sums over all that hold the rest.
+"""Tensors that may be sharded (DTensors of FSDP2) seen as what this process holds of them, and sums
+over all that hold the rest.
 
 Importing torch.distributed.tensor takes long, so a DTensor is told by what it can do."""
 
@@ -19,16 +20,22 @@ class AgreedError(ValueError):
 
 @dataclass
 class Layout:
-    """How a run is spread over processes: every replica holds the whole model in shards, and takes its part of each batch. A run on one
-    process without a process group has no `mesh`."""
+    """How a run is spread over processes: every replica holds the whole model in shards, and takes
+    its part of each batch. A run on one process without a process group has no `mesh`."""
 
     rank: int = 0
     world: int = 1
     mesh: Any = None  # the shards of this replica
-    replicas: Any = None  # the processes that hold the same shard, where there is more than one replica
-    saving: Any = None  # all processes once more, on CPUs, for the threads that save: collectives of two threads must not meet
+    replicas: Any = (
+        None  # the processes that hold the same shard, where there is more than one replica
+    )
+    # all processes once more, on CPUs, for the threads that save: collectives of two threads must
+    # not meet
+    saving: Any = None
     summing: bool = True  # whether gradients are added up over the replicas
-    sync: str = "every"  # the micro-batches of a pass after which gradients are added up over the processes: every, or the last
+    # the micro-batches of a pass after which gradients are added up over the processes: every, or
+    # the last
+    sync: str = "every"
 
     phase: str = "starting"  # what this process is doing, for whoever watches that it gets on
     step: int = 0
@@ -48,7 +55,9 @@ class Layout:
     def sum_over_replicas(self, gradient: Tensor) -> None:
         """Adds up a shard of a gradient over the replicas, in place."""
         if self.summing and self.replicas is not None:
-            if gradient.is_cuda:  # FSDP2 calls this on a stream that did not allocate the gradient, and holds on to none that a hook works on
+            # FSDP2 calls this on a stream that did not allocate the gradient, and holds on to none
+            # that a hook works on
+            if gradient.is_cuda:
                 gradient.record_stream(torch.cuda.current_stream())
             torch.distributed.all_reduce(gradient, group=self.replicas)
 
@@ -62,7 +71,8 @@ class Layout:
             self.summing = True
 
     def on_main(self, *actions: Callable[[], Any]) -> None:
-        """Acts on the main process; the others wait. A ValueError there is raised on all of them, as an AgreedError."""
+        """Acts on the main process; the others wait. A ValueError there is raised on all of them,
+        as an AgreedError."""
         failure = None
         if self.main:
             try:
@@ -74,8 +84,9 @@ class Layout:
             raise AgreedError(failure)
 
     def saves(self, tensor: Tensor) -> bool:
-        """Whether this process writes to a checkpoint what it holds of a tensor: its shard, unless another replica does or it is empty, and
-        of what every process has whole the main process's."""
+        """Whether this process writes to a checkpoint what it holds of a tensor: its shard, unless
+        another replica does or it is empty, and of what every process has whole the main
+        process's."""
         first = self.replicas is None or torch.distributed.get_rank(self.replicas) == 0
         return first and local(tensor).numel() > 0 if is_sharded(tensor) else self.main
 
@@ -87,8 +98,9 @@ class Layout:
         return values
 
     def agreed(self, value: T, group: Any = None) -> T:
-        """The first value of all processes, in the order of their ranks, that is true; else this process's. Where none is true, as at most
-        steps, it costs a sum of one number, on the CPU."""
+        """The first value of all processes, in the order of their ranks, that is true; else this
+        process's. Where none is true, as at most steps, it costs a sum of one number, on the
+        CPU."""
         if group is None:  # else it is a thread that agrees
             self.marks += 1
         if self.mesh is None:
@@ -104,19 +116,24 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def compute_device(parameter: Tensor) -> torch.device:
-    """Where products with a parameter are computed: its device, or that of the mesh where a CPU keeps its shards."""
+    """Where products with a parameter are computed: its device, or that of the mesh where a CPU
+    keeps its shards."""
     sharded: Any = parameter
-    return torch.device(sharded.device_mesh.device_type) if is_sharded(parameter) else parameter.device
+    return (
+        torch.device(sharded.device_mesh.device_type) if is_sharded(parameter) else parameter.device
+    )
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The shard of a tensor that this process holds, sharing its memory; a plain tensor as it is, without its graph."""
+    """The shard of a tensor that this process holds, sharing its memory; a plain tensor as it is,
+    without its graph."""
     plain: Any = tensor.detach()
     return plain.to_local() if is_sharded(tensor) else plain
 
 
 def summed(value: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """A sum over local shards, made the sum over all shards: over the processes that share one copy of the tensors, and no others."""
+    """A sum over local shards, made the sum over all shards: over the processes that share one copy
+    of the tensors, and no others."""
     like: Any = tensors[0] if tensors else None
     if like is not None and is_sharded(like):
         for dim, placement in enumerate(like.placements):
@@ -126,7 +143,8 @@ def summed(value: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def region_of(like: Tensor) -> tuple[slice, ...]:
-    """Where in the full tensor lies what this process holds of it: shards are cut as torch.chunk cuts."""
+    """Where in the full tensor lies what this process holds of it: shards are cut as torch.chunk
+    cuts."""
     region, sharded = [slice(0, size) for size in like.shape], cast(Any, like)
     for dim, placement in enumerate(sharded.placements if is_sharded(like) else ()):
         if placement.is_shard():
@@ -138,7 +156,8 @@ def region_of(like: Tensor) -> tuple[slice, ...]:
 
 
 def shard_of(full: Tensor, like: Tensor) -> Tensor:
-    """The part of a full tensor that this process would hold of it, were it sharded as `like`; of one on disk it reads no more than that."""
+    """The part of a full tensor that this process would hold of it, were it sharded as `like`; of
+    one on disk it reads no more than that."""
     assert full.shape == like.shape
     return full[region_of(like)]
 
@@ -150,7 +169,14 @@ def sharded_as(shard: Tensor, like: Tensor) -> Any:
     from torch.distributed.tensor import DTensor
 
     sharded: Any = like
-    return DTensor.from_local(shard, sharded.device_mesh, sharded.placements, run_check=False, shape=like.shape, stride=like.stride())
+    return DTensor.from_local(
+        shard,
+        sharded.device_mesh,
+        sharded.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
 
 
 def gathered(shard: Tensor, like: Tensor) -> Tensor:
@@ -165,13 +191,15 @@ def full_norm(norm: Tensor) -> float:
 
 
 def sharded_modules(module: nn.Module) -> list[Any]:
-    """What FSDP2 gathers each on its own, the module itself first; nothing where it is on one process. Unlike its parameters, which may be
-    gathered at the moment, this tells whether it is sharded."""
+    """What FSDP2 gathers each on its own, the module itself first; nothing where it is on one
+    process. Unlike its parameters, which may be gathered at the moment, this tells whether it is
+    sharded."""
     return [owner for owner in module.modules() if hasattr(owner, "reshard")]
 
 
 def reshard(module: nn.Module | None) -> None:
-    """Lets go of gathered weights: what was gathered before the shards changed would be used again."""
+    """Lets go of gathered weights: what was gathered before the shards changed would be used
+    again."""
     sharded = sharded_modules(module) if module is not None else []
     for owner in sharded:
         owner.reshard()
@@ -180,7 +208,8 @@ def reshard(module: nn.Module | None) -> None:
 
 
 def all_sum(module: nn.Module, values: Tensor) -> Tensor:
-    """Values added up over all processes that train the module; its own where it is on one process."""
+    """Values added up over all processes that train the module; its own where it is on one
+    process."""
     if sharded_modules(module):
         torch.distributed.all_reduce(values)
     return values
@@ -197,10 +226,13 @@ def all_min(module: nn.Module, value: int) -> int:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copies full tensors, in memory or on disk, into a model's parameters, or this process's shards of them. Raises ValueError where the
-    names are not the same."""
+    """Copies full tensors, in memory or on disk, into a model's parameters, or this process's
+    shards of them. Raises ValueError where the names are not the same."""
     parameters = dict(model.named_parameters())
     if parameters.keys() != tensors.keys():
-        raise ValueError(f"the weights are of another model: {', '.join(sorted(parameters.keys() ^ tensors.keys())[:4])}")
+        raise ValueError(
+            "the weights are of another model:"
+            f" {', '.join(sorted(parameters.keys() ^ tensors.keys())[:4])}"
+        )
     for name, parameter in parameters.items():
         local(parameter).copy_(shard_of(tensors[name], parameter))

@@ -1,4 +1,5 @@
-"""A trained model with its tokenizer, wherever it lies: in a run, an export, or any Hugging Face folder."""
+"""A trained model with its tokenizer, wherever it lies: in a run, an export, or any Hugging Face
+folder."""
 
 import os
 from dataclasses import fields
@@ -18,7 +19,8 @@ from model.hf import check_rows, from_hf, mismatch, open_weights, require
 
 
 class Trained(NamedTuple):
-    """A trained model, and the length of the sequences that it was trained on, where the folder tells."""
+    """A trained model, and the length of the sequences that it was trained on, where the folder
+    tells."""
 
     path: Path
     model: GPT
@@ -32,13 +34,17 @@ def is_run(folder: Path) -> bool:
 
 
 def open_trained(folder: Path, step: int | None) -> Trained:
-    """Returns what a run's checkpoint, an export or a Hugging Face folder holds; the length of a run is in its configuration. Raises
-    ValueError for a folder that is none of them, or cannot be used."""
+    """Returns what a run's checkpoint, an export or a Hugging Face folder holds; the length of a
+    run is in its configuration. Raises ValueError for a folder that is none of them, or cannot be
+    used."""
     if is_run(folder):
         path = checkpoint_path(folder, step)
         return Trained(path, load(folder, step), Tokenizer.load(path), None)
     if step is not None:
-        raise ValueError(f"step={step} is of runs, and run={folder} is a Hugging Face folder, which has one set of weights; leave step out")
+        raise ValueError(
+            f"step={step} is of runs, and run={folder} is a Hugging Face folder, which has one set"
+            " of weights; leave step out"
+        )
     model = from_hf(folder) if os.path.lexists(folder / "config.json") else from_plain(folder)
     tokenizer = read_tokenizer(folder)
     check_rows(f"run={folder}", model.config, tokenizer)
@@ -56,7 +62,8 @@ def training_length(folder: Path, config: GPTConfig) -> int | None:
 
 
 def from_plain(folder: Path) -> GPT:
-    """Returns the GPT of an export with format=plain, in evaluation mode. Raises ValueError where it is damaged."""
+    """Returns the GPT of an export with format=plain, in evaluation mode. Raises ValueError where
+    it is damaged."""
     path = folder / "gpt.json"
     config = read_settings(path, GPTConfig)
     for entry in fields(GPTConfig):
@@ -73,12 +80,26 @@ def from_plain(folder: Path) -> GPT:
 
 
 def read_plain(folder: Path, config: GPTConfig) -> dict[str, torch.Tensor]:
-    """Returns the state dict of an export with format=plain. Raises ValueError for a tensor that is missing, of another shape or not wanted."""
+    """Returns the state dict of an export with format=plain. Raises ValueError for a tensor that is
+    missing, of another shape or not wanted."""
     tensors = open_weights(folder, "")
     # Before a model of that shape is built: of a damaged gpt.json it might take for ever.
-    require(tensors, f"blocks.{config.num_layers - 1}.attention_norm.weight", f" though gpt.json says num_layers={config.num_layers}")
-    if require(tensors, "embedding.weight").shape[-1] != config.width or not 0 < config.vocab_size <= tensors["embedding.weight"].shape[0]:
-        raise ValueError(mismatch("embedding.weight", tensors["embedding.weight"].shape, [config.vocab_size, config.width]))
+    require(
+        tensors,
+        f"blocks.{config.num_layers - 1}.attention_norm.weight",
+        f" though gpt.json says num_layers={config.num_layers}",
+    )
+    if (
+        require(tensors, "embedding.weight").shape[-1] != config.width
+        or not 0 < config.vocab_size <= tensors["embedding.weight"].shape[0]
+    ):
+        raise ValueError(
+            mismatch(
+                "embedding.weight",
+                tensors["embedding.weight"].shape,
+                [config.vocab_size, config.width],
+            )
+        )
     with torch.device("meta"):
         shapes = {name: list(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
     for name, shape in shapes.items():

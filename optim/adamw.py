@@ -1,4 +1,5 @@
-"""The base optimiser: a plain torch optimiser that never hears of sharpness, and its parameter groups."""
+"""The base optimiser: a plain torch optimiser that never hears of sharpness, and its parameter
+groups."""
 
 from typing import Any
 
@@ -10,28 +11,47 @@ from model.sharding import shard_of, sharded_as
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, split: bool = False) -> list[dict]:
-    """Two groups: matrices (embeddings among them), which decay, and vectors (norms, biases), which do not. With `split` the matrices
-    of the body come first, in a group of their own. Every trainable parameter is in exactly one group, tied ones once. Each group has a
-    `name` and the `names` of its parameters."""
+    """Two groups: matrices (embeddings among them), which decay, and vectors (norms, biases), which
+    do not. With `split` the matrices of the body come first, in a group of their own. Every
+    trainable parameter is in exactly one group, tied ones once. Each group has a `name` and the
+    `names` of its parameters."""
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     tables = ("embedding.", "positions.", "head.")
-    matrices = [(name, p) for name, p in trainable if p.ndim >= 2 and (not split or name.startswith(tables))]
-    body = [(name, p) for name, p in trainable if p.ndim >= 2 and split and not name.startswith(tables)]
+    matrices = [
+        (name, p) for name, p in trainable if p.ndim >= 2 and (not split or name.startswith(tables))
+    ]
+    body = [
+        (name, p) for name, p in trainable if p.ndim >= 2 and split and not name.startswith(tables)
+    ]
     vectors = [(name, p) for name, p in trainable if p.ndim < 2]
-    groups = [("body", weight_decay, body), ("matrices", weight_decay, matrices), ("vectors", 0.0, vectors)]
+    groups = [
+        ("body", weight_decay, body),
+        ("matrices", weight_decay, matrices),
+        ("vectors", 0.0, vectors),
+    ]
     return [
-        {"name": group, "weight_decay": decay, "names": [name for name, _ in members], "params": [p for _, p in members]}
+        {
+            "name": group,
+            "weight_decay": decay,
+            "names": [name for name, _ in members],
+            "params": [p for _, p in members],
+        }
         for group, decay, members in groups
         if members
     ]
 
 
 class MuonAndAdamW(Optimizer):
-    """Two torch optimisers that look like one: Muon for some groups, AdamW for the rest. Their states are one dict, of disjoint keys."""
+    """Two torch optimisers that look like one: Muon for some groups, AdamW for the rest. Their
+    states are one dict, of disjoint keys."""
 
     def __init__(self, muon: Muon, adamw: AdamW) -> None:
         self.parts = (muon, adamw)
-        self.defaults, self.state, self.param_groups = {}, adamw.state, [*muon.param_groups, *adamw.param_groups]
+        self.defaults, self.state, self.param_groups = (
+            {},
+            adamw.state,
+            [*muon.param_groups, *adamw.param_groups],
+        )
         muon.state = adamw.state
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -48,18 +68,31 @@ class MuonAndAdamW(Optimizer):
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """The base optimiser over `parameter_groups`.
 
-    adamw   torch's fused: m = b1 m + (1-b1) g, v = b2 v + (1-b2) g^2, w -= lr (m^ / (sqrt(v^) + eps) + decay w)
+    adamw   torch's fused: m = b1 m + (1-b1) g, v = b2 v + (1-b2) g^2, w -= lr (m^ / (sqrt(v^) +
+            eps) + decay w)
     sgd     torch's fused: b = momentum b + g + decay w, w -= lr b
-    muon    torch's, for the matrices of the body (2502.16982: steps of AdamW's root mean square, so that they share lr and decay), and
+    muon    torch's, for the matrices of the body (2502.16982: steps of AdamW's root mean square, so
+            that they share lr and decay), and
             AdamW for embeddings, head and vectors"""
     groups = parameter_groups(model, config.weight_decay, split=config.base == "muon")
-    adam: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, "fused": True}
+    adam: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "fused": True,
+    }
     optimizer: Optimizer
     if config.base == "sgd":
         optimizer = SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
     elif config.base == "muon":
         body, rest = groups[:1], groups[1:]
-        muon = Muon(body, lr=config.lr, momentum=config.muon_momentum, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+        muon = Muon(
+            body,
+            lr=config.lr,
+            momentum=config.muon_momentum,
+            weight_decay=config.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
         optimizer = MuonAndAdamW(muon, AdamW(rest, **adam))
     else:
         optimizer = AdamW(groups, **adam)
@@ -68,20 +101,33 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
 
 def describe_groups(optimizer: Optimizer) -> str:
     """One line that says which group holds how many parameters and how they decay."""
-    parts = (f"{g['name']} {len(g['params'])} tensors, {sum(p.numel() for p in g['params']):,} numbers, decay {g['weight_decay']:g}"
-             for g in optimizer.param_groups)  # fmt: skip
+    parts = (
+        f"{g['name']} {len(g['params'])} tensors, {sum(p.numel() for p in g['params']):,} numbers,"
+        f" decay {g['weight_decay']:g}"
+        for g in optimizer.param_groups
+    )
     return "; ".join(parts)
 
 
 def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as tensors by `<parameter name>.<key>`, in the form that a checkpoint keeps."""
-    return {f"{name}.{key}": value for name, p in model.named_parameters() for key, value in optimizer.state.get(p, {}).items()}
+    """The optimiser's state as tensors by `<parameter name>.<key>`, in the form that a checkpoint
+    keeps."""
+    return {
+        f"{name}.{key}": value
+        for name, p in model.named_parameters()
+        for key, value in optimizer.state.get(p, {}).items()
+    }
 
 
 def load_state_tensors(model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `state_tensors`. Raises KeyError where the tensors name a parameter that the model does not have."""
+    """The inverse of `state_tensors`. Raises KeyError where the tensors name a parameter that the
+    model does not have."""
     parameters = dict(model.named_parameters())
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition(".")
         p = parameters[name]
-        optimizer.state[p][key] = sharded_as(shard_of(value, p).to(p.device, copy=True), p) if value.shape == p.shape else value.to(p.device)
+        optimizer.state[p][key] = (
+            sharded_as(shard_of(value, p).to(p.device, copy=True), p)
+            if value.shape == p.shape
+            else value.to(p.device)
+        )

@@ -1,7 +1,8 @@
-"""Gradient rules on any nn.Module: an adapter says how to get its logits, and the loss of each target.
+"""Gradient rules on any nn.Module: an adapter says how to get its logits, and the loss of each
+target.
 
-What people have at hand works without one: a module that gives logits, a model of transformers, and batches as pairs or as dicts with labels.
-"""
+What people have at hand works without one: a module that gives logits, a model of transformers, and
+batches as pairs or as dicts with labels."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,13 +17,22 @@ from model.logits import IGNORED, Cotangent, Weigh, instance_means, logit_statis
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Returns the cross-entropy of each target in nats, 0 where it is -100; logits have one dimension more, the classes, last. Raises
-    ValueError where targets do not fit them."""
-    if logits.shape[:-1] != targets.shape or targets.is_floating_point() or targets.dtype == torch.bool:
-        raise ValueError(f"targets {tuple(targets.shape)} of {targets.dtype} do not fit logits {tuple(logits.shape)}: give the number of a class for "
-                         "each vector of logits, or optim.Adapter(model, losses=...)")  # fmt: skip
+    """Returns the cross-entropy of each target in nats, 0 where it is -100; logits have one
+    dimension more, the classes, last. Raises ValueError where targets do not fit them."""
+    if (
+        logits.shape[:-1] != targets.shape
+        or targets.is_floating_point()
+        or targets.dtype == torch.bool
+    ):
+        raise ValueError(
+            f"targets {tuple(targets.shape)} of {targets.dtype} do not fit logits"
+            f" {tuple(logits.shape)}: give the number of a class for each vector of logits, or"
+            " optim.Adapter(model, losses=...)"
+        )
     z = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(z, targets.flatten().long(), reduction="none", ignore_index=IGNORED).view(targets.shape)
+    return F.cross_entropy(
+        z, targets.flatten().long(), reduction="none", ignore_index=IGNORED
+    ).view(targets.shape)
 
 
 def is_counted(targets: Tensor) -> Tensor:
@@ -31,25 +41,30 @@ def is_counted(targets: Tensor) -> Tensor:
 
 
 def logits_of(module: nn.Module, inputs: Any) -> Tensor:
-    """Returns the logits of a module, which takes a dict by names: what it gives, or the `logits` in that, as models of transformers have
-    them. Raises ValueError where there are none."""
+    """Returns the logits of a module, which takes a dict by names: what it gives, or the `logits`
+    in that, as models of transformers have them. Raises ValueError where there are none."""
     output = module(**inputs) if hasattr(inputs, "items") else module(inputs)
     logits = output.get("logits") if hasattr(output, "items") else getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim == 0:
-        raise ValueError(f"{type(module).__name__} gives a {type(output).__name__}, and a rule needs logits; say how to get them: "
-                         "optim.Adapter(model, logits=lambda model, inputs: ...)")  # fmt: skip
+        raise ValueError(
+            f"{type(module).__name__} gives a {type(output).__name__}, and a rule needs logits; say"
+            " how to get them: optim.Adapter(model, logits=lambda model, inputs: ...)"
+        )
     return logits
 
 
 class Adapter:
     """How a rule sees a module that is no GPT:
 
-    logits(module, inputs) -> logits      default: module(inputs), by names where inputs are a dict, and of its output the `.logits`
-    losses(logits, targets) -> losses     of each target, in the targets' shape; default: cross-entropy
-    counted(targets) -> bools             which targets count, in the same shape; default: those that are not -100
+    logits(module, inputs) -> logits      default: module(inputs), by names where inputs are a dict,
+                                          and of its output the `.logits`
+    losses(logits, targets) -> losses     of each target, in the targets' shape; default:
+                                          cross-entropy
+    counted(targets) -> bools             which targets count, in the same shape; default: those
+                                          that are not -100
 
-    Inputs are a tensor or a dict of tensors; the first dimension of inputs and targets is that of instances. The logits are dense, so
-    the cotangent of the functional path is always stored."""
+    Inputs are a tensor or a dict of tensors; the first dimension of inputs and targets is that of
+    instances. The logits are dense, so the cotangent of the functional path is always stored."""
 
     def __init__(
         self,
@@ -67,14 +82,21 @@ class Adapter:
 
 @dataclass
 class DenseLogits:
-    """Logits that are there already, behind the interface of `model.logits.LazyLogits`; its docstrings say what the methods give."""
+    """Logits that are there already, behind the interface of `model.logits.LazyLogits`; its
+    docstrings say what the methods give."""
 
     z: Tensor
     losses: Callable[[Tensor, Tensor], Tensor]
     counted: Callable[[Tensor], Tensor]
 
     def cross_entropy_and_cotangent(
-        self, targets: Tensor, scale: float = 1.0, keep_r: bool = False, keep_h: bool = False, weigh: Weigh | None = None, into: Tensor | None = None
+        self,
+        targets: Tensor,
+        scale: float = 1.0,
+        keep_r: bool = False,
+        keep_h: bool = False,
+        weigh: Weigh | None = None,
+        into: Tensor | None = None,
     ) -> tuple[Tensor, Cotangent]:
         with torch.enable_grad():  # r is wanted even where no gradient is
             leaf = self.z.detach().requires_grad_()
@@ -92,9 +114,13 @@ class DenseLogits:
 
     def pull(self, cotangent: Cotangent, made_at_VxD: Tensor | None = None) -> Tensor:
         assert cotangent.r_NxV is not None
-        return _Surrogate.apply(self.z, cotangent.r_NxV, torch.zeros_like(cotangent.r_NxV.flatten()[0]))
+        return _Surrogate.apply(
+            self.z, cotangent.r_NxV, torch.zeros_like(cotangent.r_NxV.flatten()[0])
+        )
 
-    def spend(self, targets: Tensor, scale: float, h_NxD: Tensor | None, weight_VxD: Tensor | None) -> tuple[Tensor, Cotangent]:
+    def spend(
+        self, targets: Tensor, scale: float, h_NxD: Tensor | None, weight_VxD: Tensor | None
+    ) -> tuple[Tensor, Cotangent]:
         total, cotangent = self.cross_entropy_and_cotangent(targets, scale)
         return total.detach(), cotangent
 
@@ -112,70 +138,108 @@ class DenseLogits:
 
 
 def as_groups(batches: Iterable[Any], module: nn.Module) -> list[list[tuple[Any, Tensor]]]:
-    """Returns the groups of micro-batches (inputs, targets) that a caller means: each element of `batches` is one of them or a list, and
-    a pair or a dict by itself is the whole batch. A dict has its targets as "labels". Raises ValueError for anything else."""
+    """Returns the groups of micro-batches (inputs, targets) that a caller means: each element of
+    `batches` is one of them or a list, and a pair or a dict by itself is the whole batch. A dict
+    has its targets as "labels". Raises ValueError for anything else."""
     if is_micro_batch(batches):
         batches = [batches]
     if not isinstance(batches, Iterable):
-        raise ValueError(f"batches={batches} is no list; give one of pairs (inputs, targets), or of dicts with labels")
-    groups = [[element] if is_micro_batch(element) or not isinstance(element, list) else element for element in batches]
+        raise ValueError(
+            f"batches={batches} is no list; give one of pairs (inputs, targets), or of dicts with"
+            " labels"
+        )
+    groups = [
+        [element] if is_micro_batch(element) or not isinstance(element, list) else element
+        for element in batches
+    ]
     return [[as_pair(micro, module) for micro in group] for group in groups]
 
 
 def is_micro_batch(element: Any) -> bool:
-    """Returns whether something is a pair (inputs, targets), in a tuple or as a DataLoader's list, or a dict."""
-    is_pair = isinstance(element, (tuple, list)) and len(element) == 2 and isinstance(element[1], Tensor)
+    """Returns whether something is a pair (inputs, targets), in a tuple or as a DataLoader's list,
+    or a dict."""
+    is_pair = (
+        isinstance(element, (tuple, list)) and len(element) == 2 and isinstance(element[1], Tensor)
+    )
     return is_pair or hasattr(element, "items")
 
 
 def as_pair(micro: Any, module: nn.Module) -> tuple[Any, Tensor]:
-    """Returns the inputs and targets of a micro-batch. Labels in a dict are those of transformers, whose language models compare them
-    with the logits of the position before. Raises ValueError, with the remedy, for what is not a micro-batch of this module."""
+    """Returns the inputs and targets of a micro-batch. Labels in a dict are those of transformers,
+    whose language models compare them with the logits of the position before. Raises ValueError,
+    with the remedy, for what is not a micro-batch of this module."""
     if not is_micro_batch(micro):
-        raise ValueError(f"a {type(micro).__name__} is no micro-batch; give pairs (inputs, targets), or dicts with labels")
+        raise ValueError(
+            f"a {type(micro).__name__} is no micro-batch; give pairs (inputs, targets), or dicts"
+            " with labels"
+        )
     if not hasattr(micro, "items"):
         inputs, targets = micro
     elif not isinstance(micro.get("labels"), Tensor):
-        raise ValueError(f"a dict of {', '.join(micro)} has no labels; add them, or give a pair (inputs, targets)")
+        raise ValueError(
+            f"a dict of {', '.join(micro)} has no labels; add them, or give a pair (inputs,"
+            " targets)"
+        )
     elif getattr(getattr(module, "config", None), "is_encoder_decoder", False):
-        raise ValueError(f"{type(module).__name__} makes its decoder's inputs of its labels; give pairs, and optim.Adapter(model, logits=...)")
+        raise ValueError(
+            f"{type(module).__name__} makes its decoder's inputs of its labels; give pairs, and"
+            " optim.Adapter(model, logits=...)"
+        )
     else:
-        inputs, targets = {name: value for name, value in micro.items() if name != "labels"}, micro["labels"]
+        inputs, targets = (
+            {name: value for name, value in micro.items() if name != "labels"},
+            micro["labels"],
+        )
         if is_causal(module) and targets.ndim == 2:
             targets = nn.functional.pad(targets[:, 1:], (0, 1), value=IGNORED)
     if isinstance(module, GPT):
         if hasattr(inputs, "items"):
             if [*inputs] != ["input_ids"]:
-                raise ValueError(f"a GPT reads tokens, and no {', '.join(inputs.keys() - {'input_ids'})}; give pairs (tokens, targets)")
+                raise ValueError(
+                    f"a GPT reads tokens, and no {', '.join(inputs.keys() - {'input_ids'})}; give"
+                    " pairs (tokens, targets)"
+                )
             inputs = inputs["input_ids"]
         if inputs.shape != targets.shape or targets.is_floating_point():
-            raise ValueError(f"targets {tuple(targets.shape)} of {targets.dtype} do not fit tokens {tuple(inputs.shape)}: give the next of each")
+            raise ValueError(
+                f"targets {tuple(targets.shape)} of {targets.dtype} do not fit tokens"
+                f" {tuple(inputs.shape)}: give the next of each"
+            )
     if targets.ndim == 0:
         raise ValueError("targets have no dimension of instances; give a target for every instance")
     return inputs, targets
 
 
 def is_causal(module: nn.Module) -> bool:
-    """Returns whether a module is a language model that predicts the next token: a GPT, or one of transformers, which says so, also within
-    torch's wrappers for several devices."""
+    """Returns whether a module is a language model that predicts the next token: a GPT, or one of
+    transformers, which says so, also within torch's wrappers for several devices."""
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return is_causal(module.module)
     return isinstance(module, GPT) or getattr(module, "loss_type", "none") in (None, "ForCausalLM")
 
 
 def refuse_unshifted(inputs: Any, targets: Tensor, module: nn.Module) -> None:
-    """Raises ValueError where a language model is to predict the token that it reads, and not the next one."""
+    """Raises ValueError where a language model is to predict the token that it reads, and not the
+    next one."""
     tokens = inputs.get("input_ids") if hasattr(inputs, "items") else inputs
-    # A module that does not say what it is: with "input_ids" it is most likely such a model within another.
+    # A module that does not say what it is: with "input_ids" it is most likely such a model within
+    # another.
     unknown = hasattr(inputs, "items") and not hasattr(module, "loss_type")
-    if not (is_causal(module) or unknown) or not isinstance(tokens, Tensor) or tokens.shape != targets.shape or targets.ndim != 2:
+    if (
+        not (is_causal(module) or unknown)
+        or not isinstance(tokens, Tensor)
+        or tokens.shape != targets.shape
+        or targets.ndim != 2
+    ):
         return
     counted = targets != IGNORED
     same = (tokens == targets) | ~counted
     shifted = (tokens[:, 1:] == targets[:, :-1]) | ~counted[:, :-1]
     if counted.any() and same.all() and not shifted.all():
-        raise ValueError("targets are the inputs themselves, which a language model would copy; give the next tokens: inputs tokens[:, :-1] and "
-                         "targets tokens[:, 1:]")  # fmt: skip
+        raise ValueError(
+            "targets are the inputs themselves, which a language model would copy; give the next"
+            " tokens: inputs tokens[:, :-1] and targets tokens[:, 1:]"
+        )
 
 
 class _Surrogate(torch.autograd.Function):

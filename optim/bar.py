@@ -11,7 +11,11 @@ from torch.optim import Optimizer
 
 from model.sharding import is_sharded, local
 
-ATTRIBUTES = (("lora_B", "lora_A"), ("lora_embedding_B", "lora_embedding_A"))  # X and Y, as peft and most others call them
+# X and Y, as peft and most others call them
+ATTRIBUTES = (
+    ("lora_B", "lora_A"),
+    ("lora_embedding_B", "lora_embedding_A"),
+)
 
 
 @dataclass(frozen=True)
@@ -26,13 +30,22 @@ class Pair:
 
 
 def _factors(member: nn.Module | Tensor) -> dict[str, Tensor | None]:
-    """By adapter, "" where the layer has but one: a parameter is a factor, a linear layer or convolution holds one."""
-    entries = dict(member.items()) if isinstance(member, (nn.ModuleDict, nn.ParameterDict)) else {"": member}
-    return {key: entry if isinstance(entry, Tensor) else getattr(entry, "weight", None) for key, entry in entries.items()}
+    """By adapter, "" where the layer has but one: a parameter is a factor, a linear layer or
+    convolution holds one."""
+    entries = (
+        dict(member.items())
+        if isinstance(member, (nn.ModuleDict, nn.ParameterDict))
+        else {"": member}
+    )
+    return {
+        key: entry if isinstance(entry, Tensor) else getattr(entry, "weight", None)
+        for key, entry in entries.items()
+    }
 
 
 def lora_pairs(module: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
-    """(name, X, Y) of every layer and adapter of which both factors are trainable, wherever in `module` it is.
+    """(name, X, Y) of every layer and adapter of which both factors are trainable, wherever in
+    `module` it is.
 
     Raises ValueError where a layer's two members are not factors of the same adapters."""
     found = []
@@ -44,13 +57,24 @@ def lora_pairs(module: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
                 continue
             xs, ys = _factors(members[x_attribute]), _factors(members[y_attribute])
             if xs.keys() != ys.keys() or None in xs.values() or None in ys.values():
-                raise ValueError(f"module: {x_attribute} and {y_attribute} of {name!r} are no pairs; give both a weight for the same adapters")
-            found += [(".".join(filter(None, (name, adapter))), x, ys[adapter]) for adapter, x in xs.items()]
-    return [(name, x, y) for name, x, y in found if x is not None and y is not None and x.requires_grad and y.requires_grad]
+                raise ValueError(
+                    f"module: {x_attribute} and {y_attribute} of {name!r} are no pairs; give both a"
+                    " weight for the same adapters"
+                )
+            found += [
+                (".".join(filter(None, (name, adapter))), x, ys[adapter])
+                for adapter, x in xs.items()
+            ]
+    return [
+        (name, x, y)
+        for name, x, y in found
+        if x is not None and y is not None and x.requires_grad and y.requires_grad
+    ]
 
 
 def _norms(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Euclidean norms, accumulated in `dtype`. Those of sharded tensors (DTensors) are of the whole tensor, by one all-reduce."""
+    """Euclidean norms, accumulated in `dtype`. Those of sharded tensors (DTensors) are of the whole
+    tensor, by one all-reduce."""
     norms = torch.stack(torch._foreach_norm(tensors, 2, dtype))
     return norms.full_tensor() if is_sharded(norms) else norms  # type: ignore[attr-defined]
 
@@ -58,28 +82,39 @@ def _norms(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
 class BAR:
     """Balancedness-aware regularisation of LoRA pairs (Li, Zhang, He: arXiv 2410.14802).
 
-    For W + X Y^T and the gradients gX, gY, SAM moves the balancedness (|X|^2 - |Y|^2) / 2 with the sign of |gX|^2 - |gY|^2. BAR does that
-    by rescaling the factors, with s = mu_t lr_t and Frobenius norms, each pair by itself:
+    For W + X Y^T and the gradients gX, gY, SAM moves the balancedness (|X|^2 - |Y|^2) / 2 with the
+    sign of |gX|^2 - |gY|^2. BAR does that by rescaling the factors, with s = mu_t lr_t and
+    Frobenius norms, each pair by itself:
 
         nbar    |gX| >= |gY|:  X *= 1 + s,  Y *= 1 - s      else  X *= 1 - s,  Y *= 1 + s
         obar    |X|  >= |Y| :  X *= 1 - s,  Y *= 1 + s      else  X *= 1 + s,  Y *= 1 - s
 
-    The product keeps its direction: it is scaled by 1 - s^2. In peft's layers X is B (out x r) and Y^T is A (r x in); any layer with
-    members lora_A and lora_B (linear layers, convolutions, parameters, or dictionaries of them by adapter) or lora_embedding_A and _B will do.
+    The product keeps its direction: it is scaled by 1 - s^2. In peft's layers X is B (out x r) and
+    Y^T is A (r x in); any layer with members lora_A and lora_B (linear layers, convolutions,
+    parameters, or dictionaries of them by adapter) or lora_embedding_A and _B will do.
 
-        mu          mu_0; mu_t falls to zero over `steps` calls by schedule="linear" (1 - t / steps) or "cosine" ((1 + cos(pi t / steps)) / 2)
+        mu          mu_0; mu_t falls to zero over `steps` calls by schedule="linear" (1 - t / steps)
+                    or "cosine" ((1 + cos(pi t / steps)) / 2)
         lr_t        of the pair's parameter group, read at every step
-        optimizer   holds the factors; make it first, and both after the adapters are chosen, since frozen pairs are left out
+        optimizer   holds the factors; make it first, and both after the adapters are chosen, since
+                    frozen pairs are left out
 
-    A pair whose gradients are missing, both zero or not finite is left alone for that step: an adapter that is not in use keeps its
-    weights however gradients are emptied. Nothing of this waits for the device.
+    A pair whose gradients are missing, both zero or not finite is left alone for that step: an
+    adapter that is not in use keeps its weights however gradients are emptied. Nothing of this
+    waits for the device.
 
-    Raises ValueError where there is no trainable pair; where a factor is not in the optimiser, belongs to two pairs, is not in fp32 (or
-    fp64) or has another learning rate than its partner; where an option is out of range; and, from `step`, where s reaches 1.
-    """
+    Raises ValueError where there is no trainable pair; where a factor is not in the optimiser,
+    belongs to two pairs, is not in fp32 (or fp64) or has another learning rate than its partner;
+    where an option is out of range; and, from `step`, where s reaches 1."""
 
     def __init__(
-        self, module: nn.Module, optimizer: Optimizer, mu: float = 0.5, form: str = "nbar", schedule: str = "constant", steps: int | None = None
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        mu: float = 0.5,
+        form: str = "nbar",
+        schedule: str = "constant",
+        steps: int | None = None,
     ) -> None:
         if form not in ("nbar", "obar"):
             raise ValueError(f"form={form!r}; choose nbar or obar")
@@ -88,60 +123,110 @@ class BAR:
         if not 0 <= mu < math.inf:
             raise ValueError(f"mu={mu:g}; choose a finite number of at least 0, 0.5 for a start")
         if schedule != "constant" and (steps is None or steps < 1):
-            raise ValueError(f"steps={steps}; schedule={schedule!r} needs the number of steps after which mu is zero")
-        self.optimizer, self.mu, self.form, self.schedule, self.steps = optimizer, mu, form, schedule, steps
+            raise ValueError(
+                f"steps={steps}; schedule={schedule!r} needs the number of steps after which mu is"
+                " zero"
+            )
+        self.optimizer, self.mu, self.form, self.schedule, self.steps = (
+            optimizer,
+            mu,
+            form,
+            schedule,
+            steps,
+        )
         self.done = 0
-        groups = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        groups = {
+            id(p): index
+            for index, group in enumerate(optimizer.param_groups)
+            for p in group["params"]
+        }
         owners: dict[int, str] = {}
         self.pairs = []
         for name, x, y in lora_pairs(module):
             for p in (x, y):
                 if id(p) not in groups:
-                    raise ValueError(f"optimizer: it does not hold a factor of {name!r}; make it after the adapters, or freeze that pair")
+                    raise ValueError(
+                        f"optimizer: it does not hold a factor of {name!r}; make it after the"
+                        " adapters, or freeze that pair"
+                    )
                 if p.dtype not in (torch.float32, torch.float64):
-                    raise ValueError(f"module: a factor of {name!r} is {p.dtype}, where scales of 1 + s round to 1 (bfloat16 at s = 1e-3); keep the"
-                                     " factors in float32, autocast may compute in bfloat16")  # fmt: skip
-                owner = owners.setdefault(local(p).data_ptr() or id(p), name)  # views of one tensor, too
+                    raise ValueError(
+                        f"module: a factor of {name!r} is {p.dtype}, where scales of 1 + s round to"
+                        " 1 (bfloat16 at s = 1e-3); keep the factors in float32, autocast may"
+                        " compute in bfloat16"
+                    )
+                # views of one tensor, too
+                owner = owners.setdefault(local(p).data_ptr() or id(p), name)
                 if owner != name:
-                    raise ValueError(f"module: {owner!r} and {name!r} share a factor, which would be scaled twice; untie them or freeze one pair")
+                    raise ValueError(
+                        f"module: {owner!r} and {name!r} share a factor, which would be scaled"
+                        " twice; untie them or freeze one pair"
+                    )
             self.pairs.append(Pair(name, x, y, groups[id(x)], groups[id(y)]))
             self._lr(self.pairs[-1])
         if not self.pairs:
-            raise ValueError("module: no trainable LoRA pair in it; wrap it with peft.get_peft_model, or unfreeze an adapter (set_adapter)")
+            raise ValueError(
+                "module: no trainable LoRA pair in it; wrap it with peft.get_peft_model, or"
+                " unfreeze an adapter (set_adapter)"
+            )
 
     def _lr(self, pair: Pair) -> float | Tensor:
-        x_lr, y_lr = (self.optimizer.param_groups[index]["lr"] for index in (pair.x_group, pair.y_group))
+        x_lr, y_lr = (
+            self.optimizer.param_groups[index]["lr"] for index in (pair.x_group, pair.y_group)
+        )
         if pair.x_group != pair.y_group and x_lr != y_lr:
-            raise ValueError(f"optimizer: lr={float(x_lr):g} for X (B) and {float(y_lr):g} for Y (A) of {pair.name!r}; give both the same")
+            raise ValueError(
+                f"optimizer: lr={float(x_lr):g} for X (B) and {float(y_lr):g} for Y (A) of"
+                f" {pair.name!r}; give both the same"
+            )
         return x_lr
 
     def mu_at(self, step: int) -> float:
         """mu_t of the call after `step` others."""
         progress = min(1.0, step / self.steps) if self.steps else 0.0
-        fraction = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+        fraction = {
+            "constant": 1.0,
+            "linear": 1 - progress,
+            "cosine": (1 + math.cos(math.pi * progress)) / 2,
+        }
         return self.mu * fraction[self.schedule]
 
     @torch.no_grad()
     def step(self) -> dict[str, Tensor]:
-        """Rescales the pairs by the gradients in .grad; call it once for each `optimizer.step()` that is taken, before it.
+        """Rescales the pairs by the gradients in .grad; call it once for each `optimizer.step()`
+        that is taken, before it.
 
-        Returns the balancedness (|X|^2 - |Y|^2) / 2 of every pair, as it was before, by name: scalars on the pair's device, so that only
-        who reads them waits for it. For logs, read them at once: `torch.stack([*balancedness.values()]).tolist()`."""
+        Returns the balancedness (|X|^2 - |Y|^2) / 2 of every pair, as it was before, by name:
+        scalars on the pair's device, so that only who reads them waits for it. For logs, read them
+        at once: `torch.stack([*balancedness.values()]).tolist()`."""
         batches = defaultdict(list)
         for pair in self.pairs:
             if not isinstance(lr := self._lr(pair), Tensor) and self.mu_at(self.done) * lr >= 1:
-                raise ValueError(f"mu={self.mu:g}: s = mu lr reaches 1 at lr={lr:g}, where 1 - s is no scale; lower mu")
+                raise ValueError(
+                    f"mu={self.mu:g}: s = mu lr reaches 1 at lr={lr:g}, where 1 - s is no scale;"
+                    " lower mu"
+                )
             batches[pair.x.device, pair.x.dtype, pair.x_group].append(pair)
         balancedness: dict[str, Tensor] = {}
         for (_, dtype, group), pairs in batches.items():
             factors = [pair.x for pair in pairs] + [pair.y for pair in pairs]
-            gradients = [torch.full_like(p, math.nan) if p.grad is None else p.grad for p in factors]
+            gradients = [
+                torch.full_like(p, math.nan) if p.grad is None else p.grad for p in factors
+            ]
             x, y, gx, gy = norms = _norms(factors + gradients, dtype).view(4, -1)
             grows = gx >= gy if self.form == "nbar" else x < y
             acts = norms.isfinite().all(dim=0) & (gx + gy > 0)
-            s = (2 * grows.to(dtype) - 1) * acts * (self.mu_at(self.done) * self.optimizer.param_groups[group]["lr"])
-            torch._foreach_mul_([local(p) for p in factors], list(torch.cat([1 + s, 1 - s]).unbind()))
-            balancedness.update(zip((pair.name for pair in pairs), ((x - y) * (x + y) / 2).unbind(), strict=True))
+            s = (
+                (2 * grows.to(dtype) - 1)
+                * acts
+                * (self.mu_at(self.done) * self.optimizer.param_groups[group]["lr"])
+            )
+            torch._foreach_mul_(
+                [local(p) for p in factors], list(torch.cat([1 + s, 1 - s]).unbind())
+            )
+            balancedness.update(
+                zip((pair.name for pair in pairs), ((x - y) * (x + y) / 2).unbind(), strict=True)
+            )
         self.done += 1
         return {pair.name: balancedness[pair.name] for pair in self.pairs}
 

@@ -1,6 +1,8 @@
-"""What the weights move along: the direction q of every parameter, and the metric that scales it to d = P q.
+"""What the weights move along: the direction q of every parameter, and the metric that scales it to
+d = P q.
 
-A direction of your own is a class with `__call__` under `@direction("name")`; optim.direction=name then selects it:
+A direction of your own is a class with `__call__` under `@direction("name")`; optim.direction=name
+then selects it:
 
     @direction("sign")
     class Sign(Direction):
@@ -23,12 +25,15 @@ from optim.perturbation import blocks, dot, norm
 
 
 class Direction:
-    """The gradient itself: q = g (Foret et al. 2021, 2010.01412), and the base of the other directions.
+    """The gradient itself: q = g (Foret et al. 2021, 2010.01412), and the base of the other
+    directions.
 
-    needs_gradient    whether q is made of the clean gradient of this step; without, the clean pass is spared
+    needs_gradient    whether q is made of the clean gradient of this step; without, the clean pass
+                      is spared
     sign              of the move: +1, or -1 where q points downhill
     seed              of noise, on every process that of the first; torch's when the rule was made
-    rows              of a parameter, by name, without the padding of a vocabulary, where it has some
+    rows              of a parameter, by name, without the padding of a vocabulary, where it has
+                      some
     state             tensors by name that the next step depends on; a checkpoint keeps them"""
 
     needs_gradient = True
@@ -40,18 +45,22 @@ class Direction:
         self.rows: dict[str, int] = {}
 
     def __call__(self, name: str, parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
-        """q of one parameter, given its clean gradient where `needs_gradient`; None leaves the parameter where it is."""
+        """q of one parameter, given its clean gradient where `needs_gradient`; None leaves the
+        parameter where it is."""
         return gradient
 
     def noise(self, name: str, parameter: Tensor, kind: str = "") -> Tensor:
-        """Standard normal numbers of this step for a parameter, 0 where it is padding; another `kind` has others."""
+        """Standard normal numbers of this step for a parameter, 0 where it is padding; another
+        `kind` has others."""
         return noise(parameter, self.seed, self.step, kind + name, self.rows.get(name))
 
     def saw(self, gradients: dict[str, Tensor]) -> None:
-        """Is told the clean gradient of the step, by name, after q was made; over all groups of a step, each weighted by its tokens."""
+        """Is told the clean gradient of the step, by name, after q was made; over all groups of a
+        step, each weighted by its tokens."""
 
     def gave(self, gradients: dict[str, Tensor]) -> None:
-        """Is told the gradient that the rule hands on, by name, unclipped. Neither is called with gradients that are not finite."""
+        """Is told the gradient that the rule hands on, by name, unclipped. Neither is called with
+        gradients that are not finite."""
 
 
 def direction(name: str) -> Callable[[type[Direction]], type[Direction]]:
@@ -69,8 +78,9 @@ direction("gradient")(Direction)
 
 @direction("momentum")
 class Momentum(Direction):
-    """q = -m, the first moment of the base optimiser, read only (Momentum-SAM, 2401.12033): m points uphill, and the step will go along
-    -m, so that the gradient is taken ahead of it. No move before there is an m."""
+    """q = -m, the first moment of the base optimiser, read only (Momentum-SAM, 2401.12033): m
+    points uphill, and the step will go along -m, so that the gradient is taken ahead of it. No move
+    before there is an m."""
 
     needs_gradient = False
     sign = -1.0
@@ -82,7 +92,8 @@ class Momentum(Direction):
 
 @direction("stale")
 class Stale(Direction):
-    """q = the gradient that the rule handed on in the last step (AsyncSAM). No move in the first step."""
+    """q = the gradient that the rule handed on in the last step (AsyncSAM). No move in the first
+    step."""
 
     needs_gradient = False
 
@@ -99,12 +110,16 @@ class Stale(Direction):
 
 @direction("friendly")
 class Friendly(Direction):
-    """q = g - sigma E with E <- decay E + (1 - decay) g after q was made, E = 0 at first (Friendly SAM, 2403.12350): what the gradients
-    of late have in common is taken out of the ascent."""
+    """q = g - sigma E with E <- decay E + (1 - decay) g after q was made, E = 0 at first (Friendly
+    SAM, 2403.12350): what the gradients of late have in common is taken out of the ascent."""
 
     def __call__(self, name: str, parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
         assert gradient is not None
-        return gradient.sub(self.state[name], alpha=self.axes.friendly_sigma) if name in self.state else gradient
+        return (
+            gradient.sub(self.state[name], alpha=self.axes.friendly_sigma)
+            if name in self.state
+            else gradient
+        )
 
     def saw(self, gradients: dict[str, Tensor]) -> None:
         for name, gradient in gradients.items():
@@ -115,8 +130,8 @@ class Friendly(Direction):
 
 @direction("random")
 class Random(Direction):
-    """q ~ N(0, I): a control that knows nothing of the loss. The draw is a function of the seed, the step and the name, and leaves the
-    random stream of the run alone."""
+    """q ~ N(0, I): a control that knows nothing of the loss. The draw is a function of the seed,
+    the step and the name, and leaves the random stream of the run alone."""
 
     needs_gradient = False
 
@@ -125,9 +140,10 @@ class Random(Direction):
 
 
 def noise(like: Tensor, seed: int, step: int, name: str, rows: int | None = None) -> Tensor:
-    """Standard normal numbers in the shape of a parameter, block by block from generators of their own, seeded by (seed, step, name,
-    block); of a sharded one this process's part. Past so many `rows` they are 0: padding that no loss sees would take its share of a
-    radius. On CPUs, where a generator works in one thread, several draw at once."""
+    """Standard normal numbers in the shape of a parameter, block by block from generators of their
+    own, seeded by (seed, step, name, block); of a sharded one this process's part. Past so many
+    `rows` they are 0: padding that no loss sees would take its share of a radius. On CPUs, where a
+    generator works in one thread, several draw at once."""
     full = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     drawn = [block for (block,) in blocks(full)]
 
@@ -144,23 +160,48 @@ def noise(like: Tensor, seed: int, step: int, name: str, rows: int | None = None
     return sharded_as(shard_of(full, like), like)
 
 
-def scaled(axes: RuleConfig, optimizer: Optimizer, parameters: Sequence[Tensor], q: list[Tensor], gradients: list[Tensor | None]) -> list[Tensor]:
+def scaled(
+    axes: RuleConfig,
+    optimizer: Optimizer,
+    parameters: Sequence[Tensor],
+    q: list[Tensor],
+    gradients: list[Tensor | None],
+) -> list[Tensor]:
     """d = P q of every parameter, in new tensors; for the euclidean metric q itself.
 
-    adam        d = q / (v^ power + eps), v^ bias-corrected. second_moment=with_gradient takes v' = b2 v + (1 - b2) g^2, as this
-                step would leave it, corrected for step + 1; before takes v as it stands, and P = 1 before there is a v. v is only read.
+    adam        d = q / (v^ power + eps), v^ bias-corrected. second_moment=with_gradient takes v' =
+                b2 v + (1 - b2) g^2, as this
+                step would leave it, corrected for step + 1; before takes v as it stands, and P = 1
+                before there is a v. v is only read.
     adaptive    d = T^2 q, T = |w| + floor for matrices and 1 for vectors (ASAM, 2102.11600)"""
     if axes.metric == "euclidean":
         return q
     if axes.metric == "adaptive":
-        return [d if w.ndim < 2 else w.detach().abs().add_(axes.adaptive_floor).square_().mul_(d) for w, d in zip(parameters, q, strict=True)]
+        return [
+            d if w.ndim < 2 else w.detach().abs().add_(axes.adaptive_floor).square_().mul_(d)
+            for w, d in zip(parameters, q, strict=True)
+        ]
     settings = {p: group for group in optimizer.param_groups for p in group["params"]}
-    return [adam(axes, settings[w], optimizer.state.get(w, {}), d, g) for w, d, g in zip(parameters, q, gradients, strict=True)]
+    return [
+        adam(axes, settings[w], optimizer.state.get(w, {}), d, g)
+        for w, d, g in zip(parameters, q, gradients, strict=True)
+    ]
 
 
-def adam(axes: RuleConfig, group: dict[str, Any], state: dict[str, Any], q: Tensor, gradient: Tensor | None) -> Tensor:
+def adam(
+    axes: RuleConfig,
+    group: dict[str, Any],
+    state: dict[str, Any],
+    q: Tensor,
+    gradient: Tensor | None,
+) -> Tensor:
     """q / (v^ power + eps) for one parameter, in a new tensor."""
-    b2, eps, v, step = group["betas"][1], axes.metric_eps, state.get("exp_avg_sq"), float(state.get("step", 0))
+    b2, eps, v, step = (
+        group["betas"][1],
+        axes.metric_eps,
+        state.get("exp_avg_sq"),
+        float(state.get("step", 0)),
+    )
     eps = group["eps"] if eps is None else eps
     ahead = axes.second_moment == "with_gradient"
     if v is None and not ahead:
@@ -188,6 +229,7 @@ def adam(axes: RuleConfig, group: dict[str, Any], state: dict[str, Any], q: Tens
 
 
 def length(axes: RuleConfig, d: list[Tensor], q: list[Tensor]) -> Tensor:
-    """n(d), which the radius is measured by: |d|, |q| or sqrt(q.d); |T q| = sqrt(q.d) for the adaptive metric."""
+    """n(d), which the radius is measured by: |d|, |q| or sqrt(q.d); |T q| = sqrt(q.d) for the
+    adaptive metric."""
     kind = {"euclidean": "l2", "adaptive": "dual", "adam": axes.metric_norm}[axes.metric]
     return dot(q, d).sqrt() if kind == "dual" else norm(d if kind == "l2" else q)

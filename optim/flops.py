@@ -1,4 +1,5 @@
-"""Floating-point operations of a GPT, counted from its shape. A product of a x b and b x c counts 2abc."""
+"""Floating-point operations of a GPT, counted from its shape. A product of a x b and b x c counts
+2abc."""
 
 from dataclasses import dataclass
 
@@ -9,12 +10,15 @@ from model.gpt import GPTConfig
 class ForwardFlops:
     """FLOPs of one forward per token; a backward costs twice as much.
 
-    body       2 (2 D^2 + 2 D G d + n D M) L    the linear maps of L blocks: q and out, k and v with G heads of width d, and the n maps
-                                                of the MLP, 3 for SwiGLU, else 2 (24 D^2 L at G d = D, M = 4 D, n = 2)
-    attention  4 T D L                          q k^T and its product with v over the whole T x T square, as PaLM counts (2204.02311,
-                                                appendix B); good kernels skip the half of it that causality hides
-    head       2 D V                            over all V rows of the head, the vocabulary's padding included, as the product runs; the
-                                                embedding look-up costs nothing
+    body       2 (2 D^2 + 2 D G d + n D M) L
+               the linear maps of L blocks: q and out, k and v with G heads of width d, and the
+               n maps of the MLP, 3 for SwiGLU, else 2 (24 D^2 L at G d = D, M = 4 D, n = 2)
+    attention  4 T D L
+               q k^T and its product with v over the whole T x T square, as PaLM counts
+               (2204.02311, appendix B); good kernels skip the half of it that causality hides
+    head       2 D V
+               over all V rows of the head, the vocabulary's padding included, as the product
+               runs; the embedding look-up costs nothing
     """
 
     body: int
@@ -33,7 +37,12 @@ class ForwardFlops:
 
 def forward_flops(config: GPTConfig, length: int) -> ForwardFlops:
     """The forward FLOPs per token of a model on sequences of `length` tokens."""
-    D, M, L, kv = config.width, config.hidden_width, config.num_layers, config.kv_heads * config.head_width
+    D, M, L, kv = (
+        config.width,
+        config.hidden_width,
+        config.num_layers,
+        config.kv_heads * config.head_width,
+    )
     maps = 3 if config.activation == "swiglu" else 2
     body = 2 * (2 * D * D + 2 * D * kv + maps * D * M) * L
     return ForwardFlops(body, attention=4 * length * D * L, head=2 * D * config.padded_vocab_size)

@@ -1,8 +1,9 @@
-"""Moving the weights, and putting them back: `moved` is the only code that changes weights between two optimiser steps.
+"""Moving the weights, and putting them back: `moved` is the only code that changes weights between
+two optimiser steps.
 
-All of it works on fp32 (or wider) weights in place, so that addresses never change, and restores by copy: adding and subtracting
-again would leave rounding errors behind. Tensors are taken block by block, so that what is touched twice is still in the cache.
-"""
+All of it works on fp32 (or wider) weights in place, so that addresses never change, and restores by
+copy: adding and subtracting again would leave rounding errors behind. Tensors are taken block by
+block, so that what is touched twice is still in the cache."""
 
 import math
 import os
@@ -22,14 +23,19 @@ BLOCK = {"cpu": 2**20}  # numbers that are worked on at once; on CUDA a kernel t
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same stretches of tensors of one shape, contiguous ones as flat views."""
     size = BLOCK.get(tensors[0].device.type)
-    if size is None or tensors[0].numel() <= size or not all(tensor.is_contiguous() for tensor in tensors):
+    if (
+        size is None
+        or tensors[0].numel() <= size
+        or not all(tensor.is_contiguous() for tensor in tensors)
+    ):
         yield tensors
     else:
         yield from zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The global Euclidean norm, accumulated in fp32 or the tensors' dtype, whichever is wider; 0 for none."""
+    """The global Euclidean norm, accumulated in fp32 or the tensors' dtype, whichever is wider; 0
+    for none."""
     if not tensors:
         return torch.zeros(())
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
@@ -41,15 +47,24 @@ def dot(ones: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
     """The global inner product, accumulated as `norm` does; 0 for none."""
     if not ones:
         return torch.zeros(())
-    pairs = ((local(one).reshape(-1), local(other).reshape(-1)) for one, other in zip(ones, others, strict=True))
+    pairs = (
+        (local(one).reshape(-1), local(other).reshape(-1))
+        for one, other in zip(ones, others, strict=True)
+    )
     return summed(torch.stack([torch.dot(one, other) for one, other in pairs]).sum(), ones)
 
 
 @contextmanager
-def moved(parameters: Sequence[Tensor], directions: Sequence[Tensor], scale: float, module: nn.Module | None = None) -> Iterator[list[Tensor]]:
-    """Adds scale * d to each parameter in place and yields copies of the parameters before; afterwards, whatever happens meanwhile, copies
-    them back. Gradients play no part in that, so a parameter that gets none is restored as well. Of sharded parameters the shards are
-    copied and moved; their `module` lets go of what it has gathered before either."""
+def moved(
+    parameters: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    scale: float,
+    module: nn.Module | None = None,
+) -> Iterator[list[Tensor]]:
+    """Adds scale * d to each parameter in place and yields copies of the parameters before;
+    afterwards, whatever happens meanwhile, copies them back. Gradients play no part in that, so a
+    parameter that gets none is restored as well. Of sharded parameters the shards are copied and
+    moved; their `module` lets go of what it has gathered before either."""
     reshard(module)
     saved = [torch.empty_like(local(parameter)) for parameter in parameters]
     done: list[tuple[Tensor, Tensor]] = []
@@ -62,7 +77,8 @@ def moved(parameters: Sequence[Tensor], directions: Sequence[Tensor], scale: flo
                     done.append((w, kept))
                     w.add_(d, alpha=scale)
             del directions, direction, d  # the caller may let go of them
-        torch.clear_autocast_cache()  # autocast keeps casts of the weights, and looks at addresses only
+        # autocast keeps casts of the weights, and looks at addresses only
+        torch.clear_autocast_cache()
         yield saved
     finally:
         reshard(module)
@@ -74,9 +90,14 @@ def moved(parameters: Sequence[Tensor], directions: Sequence[Tensor], scale: flo
 
 @torch.no_grad()
 def move_on(
-    parameters: Sequence[Tensor], saved: Sequence[Tensor], directions: Sequence[Tensor], scale: float, module: nn.Module | None = None
+    parameters: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    scale: float,
+    module: nn.Module | None = None,
 ) -> None:
-    """Within `moved`, which yielded `saved`: moves to another point, saved + scale * d, which spares the way back between the two."""
+    """Within `moved`, which yielded `saved`: moves to another point, saved + scale * d, which
+    spares the way back between the two."""
     reshard(module)
     for parameter, copy, direction in zip(parameters, saved, directions, strict=True):
         torch.add(copy, local(direction), alpha=scale, out=local(parameter))
@@ -85,7 +106,8 @@ def move_on(
 
 @contextmanager
 def same_buffers(module: nn.Module) -> Iterator[None]:
-    """Puts the buffers (running statistics and their like) back as they were: only the clean pass of a step may update them."""
+    """Puts the buffers (running statistics and their like) back as they were: only the clean pass
+    of a step may update them."""
     kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         yield
@@ -111,11 +133,14 @@ def ieee_fp32(device: torch.device) -> Iterator[None]:
 
 def rounds(device: torch.device) -> bool:
     """Whether matrix products on a device keep less than IEEE fp32, by autocast or TF32."""
-    return torch.is_autocast_enabled(device.type) or torch.get_float32_matmul_precision() != "highest"
+    return (
+        torch.is_autocast_enabled(device.type) or torch.get_float32_matmul_precision() != "highest"
+    )
 
 
 def random_state() -> dict[str, Tensor]:
-    """The states of torch's generators, CUDA's where it is in use: asking for it would take memory of a device that nobody else does."""
+    """The states of torch's generators, CUDA's where it is in use: asking for it would take memory
+    of a device that nobody else does."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -130,8 +155,8 @@ def set_random_state(state: dict[str, Tensor]) -> None:
 
 
 class Realised(NamedTuple):
-    """What the passes see of a move: its norm, its inner product and its cosine with the move of the weights as they are stored, and the
-    |e|^2 of that one, of every parameter."""
+    """What the passes see of a move: its norm, its inner product and its cosine with the move of
+    the weights as they are stored, and the |e|^2 of that one, of every parameter."""
 
     norm: float
     product: float
@@ -139,15 +164,20 @@ class Realised(NamedTuple):
     squares: list[float]
 
 
-def realised(parameters: Sequence[Tensor], saved: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Realised:
-    """Returns what became of a move where each parameter is rounded to a dtype before it is used."""
+def realised(
+    parameters: Sequence[Tensor], saved: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+) -> Realised:
+    """Returns what became of a move where each parameter is rounded to a dtype before it is
+    used."""
     sums = []
     for now, before, dtype in zip(parameters, saved, dtypes, strict=True):
         total = torch.zeros(3, dtype=torch.float64, device=now.device)
         for w, kept in blocks(local(now), before):
             intended = w - kept
             seen = w.to(dtype).to(w.dtype) - kept.to(dtype).to(w.dtype)
-            total += torch.stack([seen.square().sum(), intended.square().sum(), (seen * intended).sum()])
+            total += torch.stack(
+                [seen.square().sum(), intended.square().sum(), (seen * intended).sum()]
+            )
         sums.append(total)
     found = summed(torch.stack(sums), parameters)
     seen_squared, intended_squared, product = found.sum(0).tolist()
@@ -156,11 +186,23 @@ def realised(parameters: Sequence[Tensor], saved: Sequence[Tensor], dtypes: Sequ
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a process may still take on a device: what is free there and what torch holds unused; on CPUs within the cgroup's limit."""
+    """Bytes that a process may still take on a device: what is free there and what torch holds
+    unused; on CPUs within the cgroup's limit."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    free = next((1024 * int(line.split()[1]) for line in read("/proc/meminfo").splitlines() if line.startswith("MemAvailable:")), free)
+    free = next(
+        (
+            1024 * int(line.split()[1])
+            for line in read("/proc/meminfo").splitlines()
+            if line.startswith("MemAvailable:")
+        ),
+        free,
+    )
     limit, used = (read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
     return min(free, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else free
 

@@ -11,16 +11,18 @@ from conf.schema import STEPS, OptimConfig, ScheduleConfig
 class Schedule:
     """The horizon of a run, its learning rate and its radius, in units of optimiser steps.
 
-    With progress p = (s - warmup) / (steps - warmup) and f = final, the rate of step s = 0, 1, ... as a fraction of the peak is
+    With progress p = (s - warmup) / (steps - warmup) and f = final, the rate of step s = 0, 1, ...
+    as a fraction of the peak is
 
         warm-up    start + (1 - start) s / warmup             while s < warmup
         cosine     f + (1 - f) (1 + cos(pi p)) / 2
         linear     1 - (1 - f) p
-        wsd        1 until p = 1 - decay_steps / (steps - warmup), then linearly to f   (warm-up, stable, decay)
+        wsd        1 until p = 1 - decay_steps / (steps - warmup), then linearly to f   (warm-up,
+                   stable, decay)
         constant   1
 
-    A rule that moves the weights does so from step `first` to before `stop`, every `period`-th step. Its radius, with
-    p = (s - first) / (stop - first), is as a fraction of rho
+    A rule that moves the weights does so from step `first` to before `stop`, every `period`-th
+    step. Its radius, with p = (s - first) / (stop - first), is as a fraction of rho
 
         constant   1
         warmup     min(1, p / rho_warmup)
@@ -49,8 +51,14 @@ class Schedule:
     def radius(self, step: int) -> float:
         """Radius of the perturbation in the same update."""
         progress = max(0, step - self.first) / max(1, self.stop - self.first)
-        fractions = {"constant": 1.0, "warmup": min(1.0, progress / self.rho_warmup), "cosine": (1 + math.cos(math.pi * progress)) / 2}
-        return self.rho * (self.fraction(step) if self.rho_shape == "lr" else fractions[self.rho_shape])
+        fractions = {
+            "constant": 1.0,
+            "warmup": min(1.0, progress / self.rho_warmup),
+            "cosine": (1 + math.cos(math.pi * progress)) / 2,
+        }
+        return self.rho * (
+            self.fraction(step) if self.rho_shape == "lr" else fractions[self.rho_shape]
+        )
 
     def moves(self, step: int) -> bool:
         """Whether the rule moves the weights in the same update."""
@@ -75,12 +83,20 @@ class Schedule:
         return 1.0
 
 
-def build_schedule(config: ScheduleConfig, optim: OptimConfig, tokens_per_step: int, num_parameters: int, perturbed_cost: float = 1.0) -> Schedule:
-    """The schedule of a run of `num_parameters` counted parameters. A horizon in tokens is rounded up to whole steps. With
-    optim.compute_matched it is the longest one whose FLOPs do not exceed those of the plain gradient over the full horizon, where a perturbed
-    step costs `perturbed_cost` plain ones; what rows measure (logit statistics, diagnostics) is not counted there.
+def build_schedule(
+    config: ScheduleConfig,
+    optim: OptimConfig,
+    tokens_per_step: int,
+    num_parameters: int,
+    perturbed_cost: float = 1.0,
+) -> Schedule:
+    """The schedule of a run of `num_parameters` counted parameters. A horizon in tokens is rounded
+    up to whole steps. With optim.compute_matched it is the longest one whose FLOPs do not exceed
+    those of the plain gradient over the full horizon, where a perturbed step costs `perturbed_cost`
+    plain ones; what rows measure (logit statistics, diagnostics) is not counted there.
 
-    Raises ValueError where the horizon is longer than any, or the warm-up, the decay or the first perturbed step lies beyond the horizon."""
+    Raises ValueError where the horizon is longer than any, or the warm-up, the decay or the first
+    perturbed step lies beyond the horizon."""
     if config.name == "chinchilla":
         steps = math.ceil(config.tokens_per_parameter * num_parameters / tokens_per_step)
     elif config.tokens is not None:
@@ -90,17 +106,27 @@ def build_schedule(config: ScheduleConfig, optim: OptimConfig, tokens_per_step: 
         steps = config.steps
 
     if steps > STEPS:
-        given = f"tokens_per_parameter={config.tokens_per_parameter:g}" if config.name == "chinchilla" else f"tokens={config.tokens:g}"
-        raise ValueError(f"schedule.{given} makes {steps:.3g} steps of {tokens_per_step:,} tokens, where {STEPS:,} are the most; lower it")
+        given = (
+            f"tokens_per_parameter={config.tokens_per_parameter:g}"
+            if config.name == "chinchilla"
+            else f"tokens={config.tokens:g}"
+        )
+        raise ValueError(
+            f"schedule.{given} makes {steps:.3g} steps of {tokens_per_step:,} tokens, where"
+            f" {STEPS:,} are the most; lower it"
+        )
 
     def cost(horizon: int) -> float:
         return horizon + (perturbed_cost - 1) * len(range(*span(optim, horizon), optim.period))
 
     if optim.path != "none" and optim.compute_matched:
         budget = steps * (1 + 1e-12)
-        # The cost rises with the horizon but for the rounding of the first and last perturbed step, which a few horizons make up for.
+        # The cost rises with the horizon but for the rounding of the first and last perturbed step,
+        # which a few horizons make up for.
         near = bisect_right(range(1, steps + 1), budget, key=cost) + math.ceil(4 * perturbed_cost)
-        steps = next((horizon for horizon in range(min(steps, near), 0, -1) if cost(horizon) <= budget), 1)
+        steps = next(
+            (horizon for horizon in range(min(steps, near), 0, -1) if cost(horizon) <= budget), 1
+        )
     return over(steps, config, optim)
 
 
@@ -116,16 +142,40 @@ def over(steps: int, config: ScheduleConfig, optim: OptimConfig) -> Schedule:
     warmup = round(config.warmup * steps) if config.warmup_steps is None else config.warmup_steps
     decay_steps = max(1, round(config.decay * steps)) if config.shape == "wsd" else 0
     if warmup >= steps:
-        given = f"schedule.warmup={config.warmup:g}" if config.warmup_steps is None else f"schedule.warmup_steps={warmup}"
-        raise ValueError(f"{given} reaches beyond the horizon of {steps} steps; shorten the warm-up or lengthen the run")
+        given = (
+            f"schedule.warmup={config.warmup:g}"
+            if config.warmup_steps is None
+            else f"schedule.warmup_steps={warmup}"
+        )
+        raise ValueError(
+            f"{given} reaches beyond the horizon of {steps} steps; shorten the warm-up or lengthen"
+            " the run"
+        )
     if warmup + decay_steps > steps:
-        raise ValueError(f"schedule.decay={config.decay:g} overlaps the warm-up of {warmup} steps in {steps}; lower schedule.decay or the warm-up")
+        raise ValueError(
+            f"schedule.decay={config.decay:g} overlaps the warm-up of {warmup} steps in {steps};"
+            " lower schedule.decay or the warm-up"
+        )
     plain = Schedule(steps, warmup, optim.lr, config.shape, config.start, config.final, decay_steps)
     if optim.path == "none":
         return plain
     first, stop = span(optim, steps)
     if first >= steps:
-        raise ValueError(f"optim.start={optim.start:g} lies beyond the horizon of {steps} steps: the rule would never act; start earlier")
+        raise ValueError(
+            f"optim.start={optim.start:g} lies beyond the horizon of {steps} steps: the rule would"
+            " never act; start earlier"
+        )
     if first >= stop:
-        raise ValueError(f"optim.stop={optim.stop:g} is not after optim.start={optim.start:g}: the rule would never act; stop later")
-    return replace(plain, first=first, stop=stop, period=optim.period, rho=optim.rho, rho_shape=optim.rho_schedule, rho_warmup=optim.rho_warmup)
+        raise ValueError(
+            f"optim.stop={optim.stop:g} is not after optim.start={optim.start:g}: the rule would"
+            " never act; stop later"
+        )
+    return replace(
+        plain,
+        first=first,
+        stop=stop,
+        period=optim.period,
+        rho=optim.rho,
+        rho_shape=optim.rho_schedule,
+        rho_warmup=optim.rho_warmup,
+    )

@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 4 tests/checkpoint_ranks.py FOLDER
 
-FOLDER/single is the run of one process. The processes load it into four shards and into two replicas of two, save each of these, and load
-everything into either. FOLDER/found.json says what came of that, process by process.
-"""
+FOLDER/single is the run of one process. The processes load it into four shards and into two
+replicas of two, save each of these, and load everything into either. FOLDER/found.json says what
+came of that, process by process."""
 
 import json
 import resource
@@ -36,7 +36,8 @@ from optim import SharpnessAware, build_optimizer
 from optim.adamw import state_tensors
 
 TOKENIZER = bytes_tokenizer()
-SHAPE = GPTConfig(TOKENIZER.vocab_size, 9, 1, 3, 9)  # vectors of 9 leave the last of four processes with empty shards
+# vectors of 9 leave the last of four processes with empty shards
+SHAPE = GPTConfig(TOKENIZER.vocab_size, 9, 1, 3, 9)
 CORPUS = Corpus(Path(), {}, TOKENIZER, {}, {}, None, "fingerprint")
 
 
@@ -52,7 +53,9 @@ class Trained:
         self.model.to_empty(device="cpu")
         self.model.init_weights(seed)
         self.optimizer = build_optimizer(self.model, OptimConfig(lr=1e-2))
-        self.rule = SharpnessAware(self.model, self.optimizer, rho=0.05, direction="friendly", combine="reuse", period=2)
+        self.rule = SharpnessAware(
+            self.model, self.optimizer, rho=0.05, direction="friendly", combine="reuse", period=2
+        )
         torch.manual_seed(seed + layout.rank)
 
     def step(self) -> None:
@@ -63,35 +66,63 @@ class Trained:
         self.optimizer.zero_grad()
 
     def whole(self) -> dict[str, Tensor]:
-        """Full copies of all tensors by "<group>/<name>", on every process, and its own random state."""
+        """Full copies of all tensors by "<group>/<name>", on every process, and its own random
+        state."""
         groups = {
             "model": dict(self.model.named_parameters()),
             "optimizer": state_tensors(self.model, self.optimizer),
             "rule": self.rule.state_dict(),
         }
-        found = {f"{group}/{name}": full(value) for group, tensors in groups.items() for name, value in tensors.items()}
+        found = {
+            f"{group}/{name}": full(value)
+            for group, tensors in groups.items()
+            for name, value in tensors.items()
+        }
         return found | {"random": torch.get_rng_state()}
 
     def take(self, run: Path, said: Callable[[str], Any] = print) -> Progress:
         """What a run takes over from its newest checkpoint."""
-        state = use_newest(run, lambda saved: restore(saved, self.model, self.optimizer, self.rule, CORPUS, self.layout), self.layout, said)
+        state = use_newest(
+            run,
+            lambda saved: restore(
+                saved, self.model, self.optimizer, self.rule, CORPUS, self.layout
+            ),
+            self.layout,
+            said,
+        )
         assert state
         return state.progress
 
     def begin_save(self, saver: Saver, step: int) -> None:
         """As a run does."""
-        state = State(step, Progress(step=step), asdict(SHAPE), TOKENIZER.hash, CORPUS.fingerprint, {})
-        saver.begin(tensors_of(self.model, self.optimizer, self.rule, self.layout), asdict(state), TOKENIZER, 9, [])
+        state = State(
+            step, Progress(step=step), asdict(SHAPE), TOKENIZER.hash, CORPUS.fingerprint, {}
+        )
+        saver.begin(
+            tensors_of(self.model, self.optimizer, self.rule, self.layout),
+            asdict(state),
+            TOKENIZER,
+            9,
+            [],
+        )
 
 
 def full(tensor: Tensor) -> Tensor:
     """A full copy."""
-    return tensor.detach().full_tensor().clone() if isinstance(tensor, DTensor) else tensor.detach().clone()
+    return (
+        tensor.detach().full_tensor().clone()
+        if isinstance(tensor, DTensor)
+        else tensor.detach().clone()
+    )
 
 
 def differing(ones: dict[str, Tensor], others: dict[str, Tensor]) -> list[str]:
     """The names of tensors that are not the same, bit for bit."""
-    return sorted(name for name in ones.keys() | others.keys() if not (name in ones and name in others and same(ones[name], others[name])))
+    return sorted(
+        name
+        for name in ones.keys() | others.keys()
+        if not (name in ones and name in others and same(ones[name], others[name]))
+    )
 
 
 def same(one: Tensor, other: Tensor) -> bool:
@@ -100,14 +131,18 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 def save_and_load(folder: Path, layouts: dict[str, Layout]) -> dict[str, Any]:
-    """Every layout takes over the run of one process, trains, saves and changes what it saved at once; then everybody loads everything."""
+    """Every layout takes over the run of one process, trains, saves and changes what it saved at
+    once; then everybody loads everything."""
     found, one = {}, Trained(Layout(), 5)
     one.take(folder / "single")
     references = {"single": one.whole()}
     for seed, (kind, layout) in enumerate(layouts.items()):
         trained, saver = Trained(layout, seed), Saver(folder / kind, layout)
         trained.take(folder / "single")
-        found[f"single to {kind}"] = differing(trained.whole(), references["single"] | ({} if layout.main else {"random": torch.get_rng_state()}))
+        found[f"single to {kind}"] = differing(
+            trained.whole(),
+            references["single"] | ({} if layout.main else {"random": torch.get_rng_state()}),
+        )
         for step in (3, 4, 5):  # the later ones are copied to where the first was
             torch.manual_seed(10 * step + layout.rank)
             if step > 3:
@@ -115,7 +150,9 @@ def save_and_load(folder: Path, layouts: dict[str, Layout]) -> dict[str, Any]:
             references[kind] = trained.whole()
             trained.begin_save(saver, step)
             with torch.no_grad():
-                for group in tensors_of(trained.model, trained.optimizer, trained.rule, layout).values():
+                for group in tensors_of(
+                    trained.model, trained.optimizer, trained.rule, layout
+                ).values():
                     for tensor in group.values():
                         local(tensor).logical_not_()
             found[f"{kind} saved {step}"] = saver.wait()
@@ -129,30 +166,50 @@ def save_and_load(folder: Path, layouts: dict[str, Layout]) -> dict[str, Any]:
 
 
 def all_kinds(folder: Path, layouts: dict[str, Layout]) -> list[str]:
-    """Numbers and tensors of several types, cut along either dimension; those that another mesh, cutting along the other, does not find again."""
+    """Numbers and tensors of several types, cut along either dimension; those that another mesh,
+    cutting along the other, does not find again."""
     layout, other = layouts.values()
-    wholes = {f"{dtype} {shape} {dim}": (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 9).to(dtype)
-              for dtype in (torch.bfloat16, torch.uint8, torch.bool, torch.int64, torch.float64)
-              for shape, dim in (((), None), ((3,), 0), ((5, 7), 0), ((5, 7), 1), ((2, 6, 3), 1))}  # fmt: skip
-    tensors: dict[str, Tensor] = {
-        name: distribute_tensor(whole, layout.mesh, [Shard(int(name[-1]))]) if whole.ndim else whole for name, whole in wholes.items()
+    wholes = {
+        f"{dtype} {shape} {dim}": (
+            (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 9).to(dtype)
+        )
+        for dtype in (torch.bfloat16, torch.uint8, torch.bool, torch.int64, torch.float64)
+        for shape, dim in (((), None), ((3,), 0), ((5, 7), 0), ((5, 7), 1), ((2, 6, 3), 1))
     }
-    parts = {name: Part(local(tensor).contiguous(), tuple(side.start for side in region_of(tensor)))
-             for name, tensor in tensors.items() if layout.saves(tensor)}  # fmt: skip
-    path = checkpoint.save(folder / "kinds", {"model": parts}, {"step": 1}, TOKENIZER, 1, [], layout)
+    tensors: dict[str, Tensor] = {
+        name: distribute_tensor(whole, layout.mesh, [Shard(int(name[-1]))]) if whole.ndim else whole
+        for name, whole in wholes.items()
+    }
+    parts = {
+        name: Part(local(tensor).contiguous(), tuple(side.start for side in region_of(tensor)))
+        for name, tensor in tensors.items()
+        if layout.saves(tensor)
+    }
+    path = checkpoint.save(
+        folder / "kinds", {"model": parts}, {"step": 1}, TOKENIZER, 1, [], layout
+    )
     stored = open_checkpoint(path, ("model",), other).tensors["model"]
     missed = wholes.keys() ^ stored.keys()
     for name, whole in wholes.items():
-        across = distribute_tensor(whole, other.mesh, [Shard(whole.ndim - 1 - int(name[-1]))]) if whole.ndim else whole
-        if not same(stored[name][...], whole) or not same(shard_of(stored[name], across), local(across)):
+        across = (
+            distribute_tensor(whole, other.mesh, [Shard(whole.ndim - 1 - int(name[-1]))])
+            if whole.ndim
+            else whole
+        )
+        if not same(stored[name][...], whole) or not same(
+            shard_of(stored[name], across), local(across)
+        ):
             missed.add(name)
     return sorted(missed)
 
 
 def damage(folder: Path, layout: Layout) -> list[Any]:
-    """A newer checkpoint with a changed bit in the part of the third process: the step that this process goes on from, and what it says."""
+    """A newer checkpoint with a changed bit in the part of the third process: the step that this
+    process goes on from, and what it says."""
     if layout.main:
-        newest = shutil.copytree(folder / "fsdp/checkpoints/step_00000005", folder / "fsdp/checkpoints/step_00000009")
+        newest = shutil.copytree(
+            folder / "fsdp/checkpoints/step_00000005", folder / "fsdp/checkpoints/step_00000009"
+        )
         file = newest / "model-00003-of-00004.safetensors"
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
@@ -163,7 +220,8 @@ def damage(folder: Path, layout: Layout) -> list[Any]:
 
 
 def refused(folder: Path, layout: Layout) -> list[Any]:
-    """The disk of the third process is full, and later has room again: what every save says, and the checkpoints there are then."""
+    """The disk of the third process is full, and later has room again: what every save says, and
+    the checkpoints there are then."""
     trained, saver = Trained(layout, 1), Saver(folder / "refused", layout)
     trained.step()
     limits: Any = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -172,7 +230,9 @@ def refused(folder: Path, layout: Layout) -> list[Any]:
         if layout.rank == 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
         trained.begin_save(saver, step)
-        answers.append([saver.wait(), sorted(path.name for path in (folder / "refused/checkpoints").iterdir())])
+        answers.append(
+            [saver.wait(), sorted(path.name for path in (folder / "refused/checkpoints").iterdir())]
+        )
         dist.barrier()  # the next save is seen by nobody yet
     return answers
 
@@ -188,13 +248,20 @@ def main(folder: Path) -> None:
     """Does all of it and writes what came of it."""
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    saving, mesh = dist.new_group(backend="gloo"), init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
+    saving, mesh = (
+        dist.new_group(backend="gloo"),
+        init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard")),
+    )
     layouts = {
         "fsdp": Layout(rank, world, init_device_mesh("cpu", (world,)), saving=saving),
         "hsdp": Layout(rank, world, mesh["shard"], mesh["replica"].get_group(), saving),
     }
     found = save_and_load(folder, layouts)
-    found |= {"kinds": all_kinds(folder, layouts), "refused": refused(folder, layouts["fsdp"]), "apart": apart(folder, layouts["hsdp"])}
+    found |= {
+        "kinds": all_kinds(folder, layouts),
+        "refused": refused(folder, layouts["fsdp"]),
+        "apart": apart(folder, layouts["hsdp"]),
+    }
     found["damage"] = damage(folder, layouts["fsdp"])
     everyone = layouts["fsdp"].collected(found)
     if rank == 0:

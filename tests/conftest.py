@@ -13,14 +13,20 @@ import pytest
 
 from tests.runs import ROOT, TINY
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for a busy core spin: ten times slower beside other work
+# threads that wait for a busy core spin: ten times slower beside other work
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 LONGEST = ("test_distributed", "test_gates", "test_slurm", "test_survival", "test_wandb", "test_hf")
 
 
 def pytest_collection_modifyitems(items):
-    """Where several workers share the files, the longest ones begin first, so that no worker is left alone with one at the end."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    """Where several workers share the files, the longest ones begin first, so that no worker is
+    left alone with one at the end."""
+    items.sort(
+        key=lambda item: (
+            LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
+        )
+    )
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +53,13 @@ def train(tmp_path, cache):
     """Runs `python train.py OVERRIDES` in tmp_path and returns the completed process."""
 
     def run(*overrides: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(ROOT / "train.py"), f"data.cache={cache}", "tracking.mode=off", *overrides]
+        command = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            f"data.cache={cache}",
+            "tracking.mode=off",
+            *overrides,
+        ]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
     return run
@@ -57,16 +69,29 @@ def train(tmp_path, cache):
 def tiny(tmp_path_factory, cache):
     """Overrides of a run of less than a second, all but its folder."""
     path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
-    path.write_text("".join(Path(module.__file__).read_text() for module in (argparse, inspect, subprocess, typing)))
-    return [*TINY, "data=text", f"data.path={path}", "data.validation_split=tail", f"data.cache={cache}"]
+    path.write_text(
+        "".join(
+            Path(module.__file__).read_text() for module in (argparse, inspect, subprocess, typing)
+        )
+    )
+    return [
+        *TINY,
+        "data=text",
+        f"data.path={path}",
+        "data.validation_split=tail",
+        f"data.cache={cache}",
+    ]
 
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory, tiny):
-    """The folder of such a run that nothing disturbed; a milestone lies off the interval of its checkpoints."""
+    """The folder of such a run that nothing disturbed; a milestone lies off the interval of its
+    checkpoints."""
     folder = tmp_path_factory.mktemp("reference") / "run"
     overrides = [*tiny, f"dir={folder}", "checkpoint.milestones=[10]"]
-    subprocess.run([sys.executable, str(ROOT / "train.py"), *overrides], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *overrides], check=True, capture_output=True
+    )
     return folder
 
 
@@ -76,6 +101,17 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, str(ROOT / "tests/ranks.py"), str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
+    process = subprocess.run(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
     assert process.returncode == 0, process.stdout[-3000:]
-    return {name: entry for file in folder.glob("*.json") for name, entry in json.loads(file.read_text()).items()}
+    return {
+        name: entry
+        for file in folder.glob("*.json")
+        for name, entry in json.loads(file.read_text()).items()
+    }

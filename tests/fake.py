@@ -1,4 +1,5 @@
-"""Processes that do not exist: torch's fake process group, whose collectives give every process back what it gave."""
+"""Processes that do not exist: torch's fake process group, whose collectives give every process
+back what it gave."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,11 @@ def fake_processes(world: int, replicas: int = 1, rank: int = 0) -> Iterator[Lay
     """The layout of one of so many processes, of which there is no other."""
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
-        mesh = init_device_mesh("cpu", (replicas, world // replicas), mesh_dim_names=("replica", "shard"))
-        yield Layout(rank, world, mesh["shard"], mesh["replica"].get_group() if replicas > 1 else None)
+        mesh = init_device_mesh(
+            "cpu", (replicas, world // replicas), mesh_dim_names=("replica", "shard")
+        )
+        yield Layout(
+            rank, world, mesh["shard"], mesh["replica"].get_group() if replicas > 1 else None
+        )
     finally:
         torch.distributed.destroy_process_group()

@@ -1,9 +1,10 @@
-"""Every gradient rule and AdamW once more, from the equations alone: float64, the whole batch at once, dense logits, torch.func.
+"""Every gradient rule and AdamW once more, from the equations alone: float64, the whole batch at
+once, dense logits, torch.func.
 
-Weights, gradients and moments are flat vectors of all P numbers; nothing is changed in place, accumulated or kept lazy. Symbols: t weights,
-F logits before soft-cap and z-loss, J = dF/dt, L the mean loss over the N counted tokens, r = dL/dF, g = J^T r, e the perturbation.
-Shapes: P weights, N tokens, V vocabulary, B sequences, T time.
-"""
+Weights, gradients and moments are flat vectors of all P numbers; nothing is changed in place,
+accumulated or kept lazy. Symbols: t weights, F logits before soft-cap and z-loss, J = dF/dt, L the
+mean loss over the N counted tokens, r = dL/dF, g = J^T r, e the perturbation. Shapes: P weights, N
+tokens, V vocabulary, B sequences, T time."""
 
 import copy
 import math
@@ -21,7 +22,8 @@ IGNORED = -100
 
 
 class MicroBatch(NamedTuple):
-    """Tokens, their targets, and the state of the random generator that draws their dropout masks, where there are any."""
+    """Tokens, their targets, and the state of the random generator that draws their dropout masks,
+    where there are any."""
 
     tokens_BxT: Tensor
     targets_BxT: Tensor
@@ -44,11 +46,19 @@ class PlainModel:
     def split(self, t_P: Tensor) -> dict[str, Tensor]:
         """The inverse of `flat`."""
         parts = t_P.split([p.numel() for p in self.parameters.values()])
-        return {name: part.view(p.shape) for part, (name, p) in zip(parts, self.parameters.items(), strict=True)}
+        return {
+            name: part.view(p.shape)
+            for part, (name, p) in zip(parts, self.parameters.items(), strict=True)
+        }
 
     def where(self, chosen) -> Tensor:
         """1 for the weights of the parameters whose (name, parameter) are chosen, else 0."""
-        return self.flat({name: torch.full_like(p, float(chosen(name, p))) for name, p in self.parameters.items()})
+        return self.flat(
+            {
+                name: torch.full_like(p, float(chosen(name, p)))
+                for name, p in self.parameters.items()
+            }
+        )
 
     def perturbed(self, pattern: str) -> Tensor:
         """1 where `pattern` allows to move the weights, else 0."""
@@ -62,7 +72,8 @@ class PlainModel:
         return self.where(lambda name, p: chosen(name))
 
     def real(self) -> Tensor:
-        """1 for all weights but those of rows past the vocabulary, which are there for the hardware alone."""
+        """1 for all weights but those of rows past the vocabulary, which are there for the hardware
+        alone."""
         real_P = self.where(lambda name, p: True)
         for name, rows in self.split(real_P).items():
             if name in ("embedding.weight", "head.weight"):
@@ -76,7 +87,12 @@ class Loss:
     def __init__(self, plain: PlainModel, micro: list[MicroBatch]) -> None:
         self.plain = plain
         if all(m.state is None for m in micro):
-            micro = [MicroBatch(torch.cat([m.tokens_BxT for m in micro]), torch.cat([m.targets_BxT for m in micro]))]
+            micro = [
+                MicroBatch(
+                    torch.cat([m.tokens_BxT for m in micro]),
+                    torch.cat([m.targets_BxT for m in micro]),
+                )
+            ]
         self.micro = micro  # dropout masks are drawn by the micro-batch
         self.tokens_BxT = torch.cat([m.tokens_BxT for m in micro])
         self.targets_BxT = torch.cat([m.targets_BxT for m in micro])
@@ -87,7 +103,11 @@ class Loss:
         """The loss of the first share of the sequences, at least one."""
         assert share == 1 or self.micro[0].state is None
         n = max(1, round(share * len(self.tokens_BxT)))
-        return self if share == 1 else Loss(self.plain, [MicroBatch(self.tokens_BxT[:n], self.targets_BxT[:n])])
+        return (
+            self
+            if share == 1
+            else Loss(self.plain, [MicroBatch(self.tokens_BxT[:n], self.targets_BxT[:n])])
+        )
 
     def F(self, t: Tensor) -> Tensor:
         """Logits B x T x V."""
@@ -101,7 +121,11 @@ class Loss:
 
     def token_losses(self, F: Tensor) -> Tensor:
         """l_BxT, 0 where the target is not counted."""
-        z = F if self.plain.softcap is None else self.plain.softcap * torch.tanh(F / self.plain.softcap)
+        z = (
+            F
+            if self.plain.softcap is None
+            else self.plain.softcap * torch.tanh(F / self.plain.softcap)
+        )
         lse = z.logsumexp(-1)
         target = z.gather(-1, self.targets_BxT.clamp_min(0)[..., None])[..., 0]
         return (lse - target + self.plain.z_loss * lse**2) * self.counted_BxT
@@ -134,7 +158,8 @@ class Loss:
 
 @dataclass
 class AdamW:
-    """m = b1 m + (1-b1) g, v = b2 v + (1-b2) g^2, t -= lr (m / (1-b1^k) / (sqrt(v / (1-b2^k)) + eps) + decay t), decay 0 for vectors."""
+    """m = b1 m + (1-b1) g, v = b2 v + (1-b2) g^2, t -= lr (m / (1-b1^k) / (sqrt(v / (1-b2^k)) +
+    eps) + decay t), decay 0 for vectors."""
 
     lr: float
     decay: Tensor
@@ -188,7 +213,8 @@ class Axes:
 
 
 class PlainResult(NamedTuple):
-    """The rule's gradient, the plain one, and the mean losses at the weights and at the moved point."""
+    """The rule's gradient, the plain one, and the mean losses at the weights and at the moved
+    point."""
 
     gradient: Tensor
     clean: Tensor
@@ -197,26 +223,40 @@ class PlainResult(NamedTuple):
 
 
 class PlainRule:
-    """A rule with its memory: the EMA of the ascent gradient, which starts at 0, the last rule gradient, LookSAM's g_v, and the step."""
+    """A rule with its memory: the EMA of the ascent gradient, which starts at 0, the last rule
+    gradient, LookSAM's g_v, and the step."""
 
     def __init__(self, plain: PlainModel, axes: Axes) -> None:
         self.plain, self.axes, self.step = plain, axes, 0
-        self.mask, self.matrix = plain.perturbed(axes.parameters), plain.where(lambda name, p: p.ndim >= 2)
+        self.mask, self.matrix = (
+            plain.perturbed(axes.parameters),
+            plain.where(lambda name, p: p.ndim >= 2),
+        )
         self.noisy = self.mask * plain.real()  # what noise moves
         self.ema = self.last = torch.zeros_like(self.mask)
         self.g_v: Tensor | None = None
 
-    def gradient(self, t: Tensor, groups: list[list[MicroBatch]], adam: AdamW, *noise: Tensor) -> PlainResult:
-        """The gradient of one step. `noise`: standard normal numbers for delta-SAM's probes (z, or z and z'), or the random direction."""
+    def gradient(
+        self, t: Tensor, groups: list[list[MicroBatch]], adam: AdamW, *noise: Tensor
+    ) -> PlainResult:
+        """The gradient of one step. `noise`: standard normal numbers for delta-SAM's probes (z, or
+        z and z'), or the random direction."""
         a, everything = self.axes, [m for group in groups for m in group]
         whole = Loss(self.plain, everything)
         inside = a.start <= self.step and (a.stop is None or self.step < a.stop)
         g, perturbed_loss = whole.g(t), None
         ascent = g
         if inside and (self.step - a.start) % a.period == 0:
-            parts = [Loss(self.plain, group) for group in ([everything] if a.scope == "batch" else groups)]
-            moved = [(part.tokens, self.moved(t, part, adam, *noise)) for part in parts if part.tokens]
-            ascent, result, perturbed_loss = (sum(n / whole.tokens * values[i] for n, values in moved) for i in range(3))
+            parts = [
+                Loss(self.plain, group)
+                for group in ([everything] if a.scope == "batch" else groups)
+            ]
+            moved = [
+                (part.tokens, self.moved(t, part, adam, *noise)) for part in parts if part.tokens
+            ]
+            ascent, result, perturbed_loss = (
+                sum(n / whole.tokens * values[i] for n, values in moved) for i in range(3)
+            )
             result = self.combined(g, result)
         elif inside and a.combine == "reuse" and self.g_v is not None:
             result = g + a.alpha * g.norm() / self.g_v.norm() * self.g_v
@@ -226,13 +266,20 @@ class PlainRule:
         self.step += 1
         return PlainResult(result, g, whole.at(t), perturbed_loss)
 
-    def moved(self, t: Tensor, loss: Loss, adam: AdamW, *noise: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Of one group: the gradient of its ascent loss, what the path makes of the moved point, and the loss there."""
+    def moved(
+        self, t: Tensor, loss: Loss, adam: AdamW, *noise: Tensor
+    ) -> tuple[Tensor, Tensor, float]:
+        """Of one group: the gradient of its ascent loss, what the path makes of the moved point,
+        and the loss there."""
         a, some = self.axes, loss.first(self.axes.ascent_fraction)
         w_B = self.delta_weights(t, some, *noise) if a.weights == "delta" else None
         g = some.g(t, w_B)
         t_moved = t + self.perturbation(t, g, adam, *noise)
-        return g, self.along_path(t, t_moved, loss, w_B if a.delta_descent == "reweighted" else None), loss.at(t_moved)
+        return (
+            g,
+            self.along_path(t, t_moved, loss, w_B if a.delta_descent == "reweighted" else None),
+            loss.at(t_moved),
+        )
 
     def perturbation(self, t: Tensor, g: Tensor, adam: AdamW, *noise: Tensor) -> Tensor:
         """e = rho P q / n."""
@@ -259,7 +306,9 @@ class PlainRule:
             T = self.matrix * (t.abs() + a.adaptive_floor) + (1 - self.matrix)
             return T**2 * q, (T * q).norm()
         if a.second_moment == "with_gradient":
-            v = (adam.beta2 * adam.v + (1 - adam.beta2) * g**2) / (1 - adam.beta2 ** (adam.steps + 1))
+            v = (adam.beta2 * adam.v + (1 - adam.beta2) * g**2) / (
+                1 - adam.beta2 ** (adam.steps + 1)
+            )
         elif adam.steps:
             v = adam.v / (1 - adam.beta2**adam.steps)
         else:
@@ -267,7 +316,9 @@ class PlainRule:
         d = q / (v**a.metric_power + (adam.eps if a.metric_eps is None else a.metric_eps))
         return d, {"l2": d.norm(), "raw": q.norm(), "dual": (q @ d).sqrt()}[a.metric_norm]
 
-    def along_path(self, t: Tensor, t_moved: Tensor, loss: Loss, w_B: Tensor | None = None) -> Tensor:
+    def along_path(
+        self, t: Tensor, t_moved: Tensor, loss: Loss, w_B: Tensor | None = None
+    ) -> Tensor:
         """The methods' table, column by column of `path`."""
         a = self.axes
         if a.path == "full":
@@ -292,7 +343,8 @@ class PlainRule:
         return moved
 
     def delta_weights(self, t: Tensor, loss: Loss, *noise: Tensor) -> Tensor:
-        """w_i = c_i^p N / sum_j n_j c_j^p, c_i the second difference of l_i along z, or z and z', ~ N(0, sigma^2 rms(t)^2)."""
+        """w_i = c_i^p N / sum_j n_j c_j^p, c_i the second difference of l_i along z, or z and z', ~
+        N(0, sigma^2 rms(t)^2)."""
         a, at, n_B = self.axes, loss.sequence_losses, loss.counted_BxT.sum(1)
         rms = ((self.noisy * t) ** 2).sum().sqrt() / self.noisy.sum().sqrt()
         z = [a.delta_sigma * rms * self.noisy * numbers for numbers in noise]

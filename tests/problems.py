@@ -1,4 +1,5 @@
-"""Tiny problems in float64 and what the tests of the gradient rules ask of them; `reference` functions know nothing of `optim`."""
+"""Tiny problems in float64 and what the tests of the gradient rules ask of them; `reference`
+functions know nothing of `optim`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,12 +27,30 @@ AXES = {entry.name for entry in fields(RuleConfig)}
 def presets() -> dict[str, dict[str, Any]]:
     """The axes of every conf/optim/*.yaml that moves the weights."""
     found = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(CONF.glob("*.yaml"))}
-    return {name: {k: v for k, v in keys.items() if k in AXES} for name, keys in found.items() if keys["path"] != "none"}
+    return {
+        name: {k: v for k, v in keys.items() if k in AXES}
+        for name, keys in found.items()
+        if keys["path"] != "none"
+    }
 
 
 def gpt(dropout: float = 0.0, dtype: torch.dtype = torch.float64, **shape: Any) -> GPT:
     """A GPT of one block, its norms and biases no longer at their special first values."""
-    model = GPT(GPTConfig(**({"vocab_size": V, "max_length": T, "num_layers": 1, "num_heads": 2, "width": 8, "dropout": dropout} | shape)))
+    model = GPT(
+        GPTConfig(
+            **(
+                {
+                    "vocab_size": V,
+                    "max_length": T,
+                    "num_layers": 1,
+                    "num_heads": 2,
+                    "width": 8,
+                    "dropout": dropout,
+                }
+                | shape
+            )
+        )
+    )
     return shaken(model).to(dtype)
 
 
@@ -39,7 +58,9 @@ def mlp() -> nn.Sequential:
     """A classifier of 7 numbers into V classes, not linear in anything."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return shaken(nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.LayerNorm(9), nn.Linear(9, V)).double())
+        return shaken(
+            nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.LayerNorm(9), nn.Linear(9, V)).double()
+        )
 
 
 def shaken(model: Any) -> Any:
@@ -74,7 +95,9 @@ def vector_batches(seed: int = 0, sizes: Sequence[int] = (3, 2, 1)) -> Batches:
 
 def whole(batches: Batches) -> tuple[Tensor, Tensor]:
     """One batch of all."""
-    return torch.cat([inputs for inputs, _ in batches]), torch.cat([targets for _, targets in batches])
+    return torch.cat([inputs for inputs, _ in batches]), torch.cat(
+        [targets for _, targets in batches]
+    )
 
 
 # What the product says
@@ -119,7 +142,9 @@ def rule_gradient(model: Any, batches: Sequence[Any], optimizer: Any = None, **a
     return rule_step(model, batches, optimizer, **axes)[0]
 
 
-def rule_step(model: Any, batches: Sequence[Any], optimizer: Any = None, **axes: Any) -> tuple[Tensor, RuleResult]:
+def rule_step(
+    model: Any, batches: Sequence[Any], optimizer: Any = None, **axes: Any
+) -> tuple[Tensor, RuleResult]:
     """The same and the result."""
     rho = axes.pop("rho", 0.05)
     rule = SharpnessAware(model, optimizer or adamw(model), rho=abs(rho), **axes)
@@ -147,7 +172,8 @@ def visited(rule: Any) -> Iterator[list[Tensor]]:
 
 
 def perturbation(model: Any, batches: Sequence[Any], optimizer: Any = None, **axes: Any) -> Tensor:
-    """e, the last point away from its weights that a fresh rule looks at less those; with groups that of the last."""
+    """e, the last point away from its weights that a fresh rule looks at less those; with groups
+    that of the last."""
     rule = SharpnessAware(model, optimizer or adamw(model), **axes)
     before = weights_of(rule.module)
     with visited(rule) as points:
@@ -161,30 +187,51 @@ def perturbation(model: Any, batches: Sequence[Any], optimizer: Any = None, **ax
 
 
 class Reference:
-    """Logits F(t) before soft-cap and z-loss, the mean loss over the counted targets, and derivatives of both, as functions of flat weights."""
+    """Logits F(t) before soft-cap and z-loss, the mean loss over the counted targets, and
+    derivatives of both, as functions of flat weights."""
 
-    def __init__(self, model: nn.Module, batches: Batches, losses: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        losses: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
         self.model, (self.inputs, self.targets) = model, whole(batches)
         self.names = [name for name, _ in model.named_parameters()]
         self.shapes = [p.shape for p in model.parameters()]
         self.counted = self.targets != -100
-        self.losses = losses or (lambda z, y: F.cross_entropy(z.flatten(0, -2), y.flatten(), reduction="none").view(y.shape))
+        self.losses = losses or (
+            lambda z, y: F.cross_entropy(z.flatten(0, -2), y.flatten(), reduction="none").view(
+                y.shape
+            )
+        )
         self.t = weights_of(model)
         self.g = self.gradient(self.t)
         self.u = self.g / self.g.norm()
 
     def logits(self, t: Tensor) -> Tensor:
         parts = t.split([shape.numel() for shape in self.shapes])
-        theta = {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+        theta = {
+            name: part.view(shape)
+            for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
+        }
         if isinstance(self.model, GPT):
-            return functional_call(BeforeTheCap(self.model), {f"model.{name}": w for name, w in theta.items()}, self.inputs)
+            return functional_call(
+                BeforeTheCap(self.model),
+                {f"model.{name}": w for name, w in theta.items()},
+                self.inputs,
+            )
         return functional_call(self.model, theta, self.inputs)
 
     def of_logits(self, z: Tensor) -> Tensor:
         """L as a function of the logits."""
         if isinstance(self.model, GPT):
             config = self.model.config
-            z = z if config.logit_softcap is None else config.logit_softcap * torch.tanh(z / config.logit_softcap)
+            z = (
+                z
+                if config.logit_softcap is None
+                else config.logit_softcap * torch.tanh(z / config.logit_softcap)
+            )
             losses = self.losses(z, self.targets) + config.z_loss * z.logsumexp(-1).square()
         else:
             losses = self.losses(z, self.targets)
@@ -227,7 +274,9 @@ class BeforeTheCap(nn.Module):
         self.model = model
 
     def forward(self, tokens_BxT: Tensor) -> Tensor:
-        return self.model.hidden(tokens_BxT) @ self.model.unembedding[: self.model.config.vocab_size].T
+        return (
+            self.model.hidden(tokens_BxT) @ self.model.unembedding[: self.model.config.vocab_size].T
+        )
 
 
 # How numbers are compared
@@ -247,7 +296,9 @@ def assert_apart(one: Tensor, other: Tensor, least: float = 1e-4) -> None:
 def assert_order(errors: Sequence[float], order: int) -> None:
     """Each error belongs to half the radius of the one before and is 2^order times smaller."""
     ratios = [coarse / fine for coarse, fine in pairwise(errors)]
-    assert all(0.9 < ratio / 2**order < 1.1 for ratio in ratios), f"errors {errors} shrink by {ratios}, not by {2**order}"
+    assert all(0.9 < ratio / 2**order < 1.1 for ratio in ratios), (
+        f"errors {errors} shrink by {ratios}, not by {2**order}"
+    )
 
 
 def halved(rho: float, times: int = 3) -> list[float]:
@@ -257,6 +308,9 @@ def halved(rho: float, times: int = 3) -> list[float]:
 
 PROBLEMS: dict[str, Callable[[], tuple[Any, Batches]]] = {
     "gpt": lambda: (gpt(), token_batches()),
-    "untied_rmsnorm_gpt": lambda: (gpt(norm="rmsnorm", positions="rope", activation="swiglu", mlp_width=12, tied=False), token_batches()),
+    "untied_rmsnorm_gpt": lambda: (
+        gpt(norm="rmsnorm", positions="rope", activation="swiglu", mlp_width=12, tied=False),
+        token_batches(),
+    ),
     "mlp": lambda: (Adapter(mlp()), vector_batches()),
 }

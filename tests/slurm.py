@@ -1,4 +1,5 @@
-"""A real Slurm of two nodes on this machine, for tests: its daemons run as this user, on free ports, with all their files in one folder."""
+"""A real Slurm of two nodes on this machine, for tests: its daemons run as this user, on free
+ports, with all their files in one folder."""
 
 import getpass
 import os
@@ -15,8 +16,8 @@ PATH = f"{os.environ['PATH']}:/usr/sbin"  # where Debian has the daemons
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel")
 HOST = socket.gethostname().split(".")[0]
 NODES = (HOST, "other")  # the processes of a run find each other by the name of its first node
-# No cgroups and no accounting; a job is scheduled, signalled and killed as soon as Slurm can. A task's end is the others' by default. The second
-# node is for jobs that make way for urgent ones.
+# No cgroups and no accounting; a job is scheduled, signalled and killed as soon as Slurm can. A
+# task's end is the others' by default. The second node is for jobs that make way for urgent ones.
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -67,42 +68,75 @@ class Slurm:
     """The running cluster; `environment` is what its commands need."""
 
     def __init__(self, dir: Path) -> None:
-        self.dir, self.environment = dir, {**os.environ, "PATH": PATH, "SLURM_CONF": f"{dir}/slurm.conf"}
+        self.dir, self.environment = (
+            dir,
+            {**os.environ, "PATH": PATH, "SLURM_CONF": f"{dir}/slurm.conf"},
+        )
         for folder in (dir, dir / "state", *(dir / f"spool.{node}" for node in NODES)):
             folder.mkdir(parents=True, exist_ok=True)
             folder.chmod(0o755)
         (dir / "munge.key").write_bytes(os.urandom(128))
         (dir / "munge.key").chmod(0o600)
-        filled = CONFIG.format(dir=dir, host=HOST, user=getpass.getuser(), nodes=NODES, ports=free_ports(3))
+        filled = CONFIG.format(
+            dir=dir, host=HOST, user=getpass.getuser(), nodes=NODES, ports=free_ports(3)
+        )
         (dir / "slurm.conf").write_text(filled)
         (dir / "cgroup.conf").write_text("CgroupMountpoint=/sys/fs/cgroup\nCgroupAutomount=no\n")
-        self.call("munged", f"--key-file={dir}/munge.key", f"--socket={dir}/munge.socket", f"--pid-file={dir}/munged.pid",
-                  f"--log-file={dir}/munged.log", f"--seed-file={dir}/munged.seed")  # fmt: skip
+        self.call(
+            "munged",
+            f"--key-file={dir}/munge.key",
+            f"--socket={dir}/munge.socket",
+            f"--pid-file={dir}/munged.pid",
+            f"--log-file={dir}/munged.log",
+            f"--seed-file={dir}/munged.seed",
+        )
         self.call("slurmctld", "-c")
         for node in NODES:
             self.call("slurmd", "-N", node)
-        self.until(lambda: set(self.call("sinfo", "--noheader", "--states=idle", "--Node", "--format=%N").split()) == {*NODES}, 20)
+        self.until(
+            lambda: (
+                set(
+                    self.call(
+                        "sinfo", "--noheader", "--states=idle", "--Node", "--format=%N"
+                    ).split()
+                )
+                == {*NODES}
+            ),
+            20,
+        )
 
     def call(self, *command: str) -> str:
         """What a command prints."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0, (command, done.stdout + done.stderr)
         return done.stdout
 
     def queued(self) -> dict[str, str]:
         """The jobs that Slurm has not done with, and their states."""
-        return dict(line.split() for line in self.call("squeue", "--noheader", "--array", "--format=%i %T").splitlines())
+        return dict(
+            line.split()
+            for line in self.call("squeue", "--noheader", "--array", "--format=%i %T").splitlines()
+        )
 
     def until(self, condition: Callable[[], Any], seconds: float) -> None:
-        """Waits until the condition holds. Jobs that were put back start meanwhile: Slurm has them wait for two minutes. One that starts in
-        the second in which it was put back is taken for the one before, and lost."""
+        """Waits until the condition holds. Jobs that were put back start meanwhile: Slurm has them
+        wait for two minutes. One that starts in the second in which it was put back is taken for
+        the one before, and lost."""
         end, pending = time.monotonic() + seconds, dict[str, float]()
         while not condition():
             queued, now = self.queued(), time.monotonic()
             assert now < end, queued
-            pending = {job: pending.get(job, now) for job, state in queued.items() if state == "PENDING"}
+            pending = {
+                job: pending.get(job, now) for job, state in queued.items() if state == "PENDING"
+            }
             for job in (job for job, since in pending.items() if now - since > 2):
-                subprocess.run(["scontrol", "update", f"jobid={job}", "StartTime=now"], env=self.environment, capture_output=True)
+                subprocess.run(
+                    ["scontrol", "update", f"jobid={job}", "StartTime=now"],
+                    env=self.environment,
+                    capture_output=True,
+                )
             time.sleep(0.2)
 
     def close(self) -> None:

@@ -14,7 +14,11 @@ from launch import config, status
 def sweep(*arguments: str) -> tuple[int, str]:
     """Exit code and output of python train.py -m ARGUMENTS."""
     printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+    ):
         patch.setattr(sys, "argv", ["train.py", "-m", *arguments])
         try:
             config.main(train.main)

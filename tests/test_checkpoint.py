@@ -1,4 +1,5 @@
-"""A checkpoint is there whole or not at all, what is damaged is known to be, and nothing that is read can run code."""
+"""A checkpoint is there whole or not at all, what is damaged is known to be, and nothing that is
+read can run code."""
 
 import ast
 import json
@@ -16,10 +17,24 @@ from data.tokenizer import bytes_tokenizer
 from launch import checkpoint
 from launch.checkpoint import remove_partial, save, use_newest
 from model import checkpoint_path
-from model.checkpoint import Checkpoint, DamagedCheckpoint, Part, checkpoints, checksum, describe, open_checkpoint
+from model.checkpoint import (
+    Checkpoint,
+    DamagedCheckpoint,
+    Part,
+    checkpoints,
+    checksum,
+    describe,
+    open_checkpoint,
+)
 from tests.runs import ROOT, assert_same_tensors, content
 
-FILES = ["model.safetensors", "optimizer.safetensors", "random.safetensors", "tokenizer.json", "state.json"]
+FILES = [
+    "model.safetensors",
+    "optimizer.safetensors",
+    "random.safetensors",
+    "tokenizer.json",
+    "state.json",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +61,20 @@ def as_it_is(found: Checkpoint) -> Checkpoint:
 
 def saved(run: Path, *at: int, keep: int = 9, milestones: tuple[int, ...] = ()) -> Path:
     for step in at:
-        parts = {file: {name: Part(value.contiguous(), (0,) * value.ndim) for name, value in group.items()} for file, group in tensors(step).items()}
-        path = save(run, parts, {"step": step, "loss": 1 / 3, "nan": float("nan")}, bytes_tokenizer(), keep, list(milestones))
+        parts = {
+            file: {
+                name: Part(value.contiguous(), (0,) * value.ndim) for name, value in group.items()
+            }
+            for file, group in tensors(step).items()
+        }
+        path = save(
+            run,
+            parts,
+            {"step": step, "loss": 1 / 3, "nan": float("nan")},
+            bytes_tokenizer(),
+            keep,
+            list(milestones),
+        )
     return path
 
 
@@ -59,7 +86,9 @@ def assert_is(found: Checkpoint | None, step: int) -> None:
     assert found and found.step == found.state["step"] == step
     assert found.state["loss"] == 1 / 3 and found.state["nan"] != found.state["nan"]
     for name, group in tensors(step).items():
-        assert_same_tensors({key: stored[...] for key, stored in found.tensors[name].items()}, group)
+        assert_same_tensors(
+            {key: stored[...] for key, stored in found.tensors[name].items()}, group
+        )
 
 
 def flip(file: Path, position: int | None = None) -> None:
@@ -104,7 +133,8 @@ def test_newest_and_milestones_are_kept(tmp_path):
 
 @pytest.mark.parametrize("keep", [1, 2])
 def test_damaged_later_ones_push_nothing_out(tmp_path, keep):
-    """A run that goes on from step 8, since 12 and 16 are damaged, must not be left with those two."""
+    """A run that goes on from step 8, since 12 and 16 are damaged, must not be left with those
+    two."""
     saved(tmp_path, 8, 12, 16)
     for step in (12, 16):
         flip(tmp_path / f"checkpoints/step_{step:08d}/model.safetensors")
@@ -123,7 +153,16 @@ class Crash(BaseException):
     """Nothing catches it, as nothing catches a SIGKILL."""
 
 
-CHANGES = {"serialize_file", "open", "mkdir", "rename", "replace", "unlink", "rmdir"}  # functions in C that change a disk, or begin to
+# functions in C that change a disk, or begin to
+CHANGES = {
+    "serialize_file",
+    "open",
+    "mkdir",
+    "rename",
+    "replace",
+    "unlink",
+    "rmdir",
+}
 
 
 def crash_at(call: int | None, log: list[str]):
@@ -177,7 +216,11 @@ def test_crash_anywhere_in_a_save_leaves_the_old_or_the_new_checkpoint(tmp_path,
 
 def test_everything_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(checkpoint, "fsync", lambda path: synced.append((path.name, (tmp_path / "checkpoints/step_00000007").exists())))
+    monkeypatch.setattr(
+        checkpoint,
+        "fsync",
+        lambda path: synced.append((path.name, (tmp_path / "checkpoints/step_00000007").exists())),
+    )
     saved(tmp_path, 7)
     assert set(synced) >= {(name, False) for name in [*FILES, ".step_00000007.partial"]}
     assert synced[-1] == ("checkpoints", True)
@@ -185,20 +228,30 @@ def test_everything_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
 def test_what_else_lies_among_them_is_no_checkpoint(tmp_path):
     saved(tmp_path, 4)
-    shutil.copytree(tmp_path / "checkpoints/step_00000004", tmp_path / "checkpoints/step_00000008.bak")
+    shutil.copytree(
+        tmp_path / "checkpoints/step_00000004", tmp_path / "checkpoints/step_00000008.bak"
+    )
     assert kept(tmp_path) == [4] and checkpoint_path(tmp_path).name == "step_00000004"
 
 
 def test_partial_ones_are_ignored_and_removed(tmp_path):
     saved(tmp_path, 4)
-    shutil.copytree(tmp_path / "checkpoints/step_00000004", tmp_path / "checkpoints/.step_00000008.partial")
+    shutil.copytree(
+        tmp_path / "checkpoints/step_00000004", tmp_path / "checkpoints/.step_00000008.partial"
+    )
     assert_is(use_newest(tmp_path, as_it_is), 4)
     remove_partial(tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000004"]
     remove_partial(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+)
 @pytest.mark.parametrize("writer", ["save_parts", "write_json"])
 def test_refusing_disk_is_an_oserror_and_leaves_the_others(tmp_path, monkeypatch, error, writer):
     saved(tmp_path, 4, 8)
@@ -226,10 +279,16 @@ def test_damage_is_known_and_the_one_before_is_used(tmp_path, name, damage):
         open_checkpoint(newest)
     said: list[str] = []
     assert_is(use_newest(tmp_path, as_it_is, warn=said.append), 4)
-    assert len(said) == 1 and f"checkpoint {newest} is damaged" in said[0] and "trying the one before it" in said[0]
+    assert (
+        len(said) == 1
+        and f"checkpoint {newest} is damaged" in said[0]
+        and "trying the one before it" in said[0]
+    )
 
 
-@pytest.mark.parametrize("text", ["", "{", "null", "[]", "7", '"x"', "{}", '{"checksum": 1}', "\0\0\0\0", "\ud800"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "null", "[]", "7", '"x"', "{}", '{"checksum": 1}', "\0\0\0\0", "\ud800"]
+)
 def test_state_that_is_none_is_damage(tmp_path, text):
     newest = saved(tmp_path, 4, 8)
     (newest / "state.json").write_text(text, errors="surrogatepass")
@@ -252,7 +311,10 @@ def test_all_damaged_is_one_error_and_removes_nothing(tmp_path):
     for step in (4, 8):
         flip(saved(tmp_path, step) / "model.safetensors")
     before, said = content(tmp_path), []
-    with pytest.raises(ValueError, match=f"dir={tmp_path}: all 2 checkpoints are damaged; move the folder away to start again"):
+    with pytest.raises(
+        ValueError,
+        match=f"dir={tmp_path}: all 2 checkpoints are damaged; move the folder away to start again",
+    ):
         use_newest(tmp_path, as_it_is, warn=said.append)
     assert len(said) == 2
     assert content(tmp_path) == before
@@ -278,7 +340,13 @@ def test_a_file_that_was_not_saved_is_not_read(tmp_path):
     assert not (tmp_path / "marker").exists()
 
 
-@pytest.mark.parametrize("make", [lambda bomb, file: file.write_bytes(pickle.dumps(bomb)), lambda bomb, file: torch.save({"weight": bomb}, file)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda bomb, file: file.write_bytes(pickle.dumps(bomb)),
+        lambda bomb, file: torch.save({"weight": bomb}, file),
+    ],
+)
 def test_pickle_with_a_right_checksum_is_damage(tmp_path, make):
     """Whoever can write model.safetensors can write its checksum too."""
     path = saved(tmp_path, 4)
@@ -293,23 +361,58 @@ def test_pickle_with_a_right_checksum_is_damage(tmp_path, make):
 
 
 def test_no_source_file_unpickles_or_runs_text():
-    """Where it could: imports of picklers, eval and exec, and the loaders that may unpickle or build objects."""
-    modules = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "runpy", "code"}
+    """Where it could: imports of picklers, eval and exec, and the loaders that may unpickle or
+    build objects."""
+    modules = {
+        "pickle",
+        "cPickle",
+        "_pickle",
+        "dill",
+        "cloudpickle",
+        "joblib",
+        "shelve",
+        "marshal",
+        "runpy",
+        "code",
+    }
     functions = {"eval", "exec", "compile", "__import__", "execfile"}
-    attributes = {"torch": {"load", "hub", "jit"}, "yaml": {"load", "unsafe_load", "full_load", "load_all"}, "np": {"load"}, "numpy": {"load"}}
+    attributes = {
+        "torch": {"load", "hub", "jit"},
+        "yaml": {"load", "unsafe_load", "full_load", "load_all"},
+        "np": {"load"},
+        "numpy": {"load"},
+    }
     found, folders = [], ("conf", "data", "launch", "model", "optim")
-    for file in [ROOT / "train.py", *(file for folder in folders for file in sorted((ROOT / folder).rglob("*.py")))]:
+    for file in [
+        ROOT / "train.py",
+        *(file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))),
+    ]:
         for node in ast.walk(ast.parse(file.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, (ast.Import, ast.ImportFrom))
+                else []
+            )
             source = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
             guilty = (
                 any(name.split(".")[0] in modules for name in [*([] if source else names), source])
                 or any(name in attributes.get(source, ()) for name in names)
-                or (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in functions)
-                or (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.attr in attributes.get(node.value.id, ()))
-                or (isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "trust_remote_code", "weights_only")
-                    and getattr(node.value, "value", None) is not (node.arg == "weights_only"))
-            )  # fmt: skip
+                or (
+                    isinstance(node, ast.Call)
+                    and isinstance(node.func, ast.Name)
+                    and node.func.id in functions
+                )
+                or (
+                    isinstance(node, ast.Attribute)
+                    and isinstance(node.value, ast.Name)
+                    and node.attr in attributes.get(node.value.id, ())
+                )
+                or (
+                    isinstance(node, ast.keyword)
+                    and node.arg in ("allow_pickle", "trust_remote_code", "weights_only")
+                    and getattr(node.value, "value", None) is not (node.arg == "weights_only")
+                )
+            )
             if guilty:
                 found.append(f"{file.relative_to(ROOT)}:{node.lineno}")
     assert found == []

@@ -1,4 +1,5 @@
-"""A view of a run never ends it: whatever becomes of its output, it trains, saves and finishes with its summary."""
+"""A view of a run never ends it: whatever becomes of its output, it trains, saves and finishes with
+its summary."""
 
 import json
 import os
@@ -14,16 +15,34 @@ from launch.console import Harmless, harmless_output
 from tests.runs import ROOT
 
 
-def train(tiny: list[str], folder: Path, stdout, code: str = "", **environment: str) -> subprocess.Popen:
+def train(
+    tiny: list[str], folder: Path, stdout, code: str = "", **environment: str
+) -> subprocess.Popen:
     """Starts a run of two steps with a sample at its end."""
-    overrides = [*tiny, "schedule.steps=2", "checkpoint.every=1", "evaluation.every=1", "evaluation.sample=48", f"dir={folder}"]
-    script = f"import sys\n{code}\nsys.argv = ['train.py', *sys.argv[1:]]\nimport train\nfrom launch import config\nconfig.main(train.main)"
-    return subprocess.Popen([sys.executable, "-c", script, *overrides], cwd=ROOT, env={**os.environ, **environment}, stdout=stdout,
-                            stderr=subprocess.STDOUT)  # fmt: skip
+    overrides = [
+        *tiny,
+        "schedule.steps=2",
+        "checkpoint.every=1",
+        "evaluation.every=1",
+        "evaluation.sample=48",
+        f"dir={folder}",
+    ]
+    script = (
+        f"import sys\n{code}\nsys.argv = ['train.py', *sys.argv[1:]]\nimport train\nfrom launch"
+        " import config\nconfig.main(train.main)"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *overrides],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=stdout,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def test_a_reader_that_goes_a_full_disk_and_a_poor_encoding_end_no_run(tiny, tmp_path):
-    """Both outputs: a pipe that nobody reads, one whose reader leaves after a line, a full disk, a closed descriptor, a terminal of ASCII."""
+    """Both outputs: a pipe that nobody reads, one whose reader leaves after a line, a full disk, a
+    closed descriptor, a terminal of ASCII."""
     unread = train(tiny, tmp_path / "unread", subprocess.PIPE)
     unread.stdout.close()
     left = train(tiny, tmp_path / "left", subprocess.PIPE)
@@ -31,10 +50,18 @@ def test_a_reader_that_goes_a_full_disk_and_a_poor_encoding_end_no_run(tiny, tmp
     left.stdout.close()
     with open("/dev/full", "w") as full:
         full_disk = train(tiny, tmp_path / "full", full)
-    closed = train(tiny, tmp_path / "closed", subprocess.DEVNULL, "import os; os.close(1); sys.stdout = None")
+    closed = train(
+        tiny, tmp_path / "closed", subprocess.DEVNULL, "import os; os.close(1); sys.stdout = None"
+    )
     ascii_only = train(tiny, tmp_path / "ascii", subprocess.PIPE, PYTHONIOENCODING="ascii")
     said = ascii_only.communicate(timeout=200)[0].decode("ascii")
-    for name, run in {"unread": unread, "left": left, "full": full_disk, "closed": closed, "ascii": ascii_only}.items():
+    for name, run in {
+        "unread": unread,
+        "left": left,
+        "full": full_disk,
+        "closed": closed,
+        "ascii": ascii_only,
+    }.items():
         assert run.wait(timeout=200) == 0, (name, said)
         assert json.loads((tmp_path / name / "summary.json").read_text())["step"] == 2, name
         assert (tmp_path / name / "checkpoints/step_00000002").exists(), name
@@ -48,8 +75,19 @@ def test_the_summary_is_there_before_anything_is_shown(tiny, tmp_path, monkeypat
 
     monkeypatch.setattr(training, "generate", sample)
     with pytest.raises(OSError, match="no room for a sample"):
-        training.main(config.compose([*tiny, "schedule.steps=1", "evaluation.sample=8", f"dir={tmp_path}/run"]))
-    assert training.main(config.compose([*tiny, "schedule.steps=1", "evaluation.sample=8", f"dir={tmp_path}/run"])) == 0
+        training.main(
+            config.compose(
+                [*tiny, "schedule.steps=1", "evaluation.sample=8", f"dir={tmp_path}/run"]
+            )
+        )
+    assert (
+        training.main(
+            config.compose(
+                [*tiny, "schedule.steps=1", "evaluation.sample=8", f"dir={tmp_path}/run"]
+            )
+        )
+        == 0
+    )
 
 
 def test_streams_come_back_and_lose_only_what_cannot_be_written(capsys, tmp_path):

@@ -1,5 +1,5 @@
-"""Every size of the ladder over 8, 64 and 512 processes that do not exist: it composes, is built and sharded without memory, and each
-process holds its share."""
+"""Every size of the ladder over 8, 64 and 512 processes that do not exist: it composes, is built
+and sharded without memory, and each process holds its share."""
 
 from math import prod
 
@@ -16,7 +16,13 @@ from tests.fake import fake_processes
 from tests.runs import ROOT
 
 SIZES = sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml"))
-LAYOUTS = [(8, 1, 0), (64, 1, 63), (512, 1, 0), (512, 8, 511)]  # processes, replicas among them, and the one that is looked at
+# processes, replicas among them, and the one that is looked at
+LAYOUTS = [
+    (8, 1, 0),
+    (64, 1, 63),
+    (512, 1, 0),
+    (512, 8, 511),
+]
 
 
 def rows(size: int, shards: int, shard: int) -> int:
@@ -27,17 +33,30 @@ def rows(size: int, shards: int, shard: int) -> int:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_every_process_holds_its_share(size):
-    composed = compose([f"model={size}", "parallel=hsdp", "parallel.processes=512", "plan_only=true", "batch.sequences=512", "device=cpu"])
+    composed = compose(
+        [
+            f"model={size}",
+            "parallel=hsdp",
+            "parallel.processes=512",
+            "plan_only=true",
+            "batch.sequences=512",
+            "device=cpu",
+        ]
+    )
     for world, replicas, rank in LAYOUTS:
         shards = world // replicas
-        plan = make_plan(changed(composed, {"parallel.processes": world, "parallel.replicas": replicas}))
+        plan = make_plan(
+            changed(composed, {"parallel.processes": world, "parallel.replicas": replicas})
+        )
         assert plan.micro == 512 // world
         with torch.device("meta"):
             model = GPT(plan.model)
         whole = {name: p.shape for name, p in model.named_parameters()}
         with fake_processes(world, replicas, rank) as layout:
             shard(model, layout, reshard_after_forward=True, compute=torch.bfloat16)
-        assert isinstance(model, FSDPModule) and all(isinstance(block, FSDPModule) for block in model.blocks)
+        assert isinstance(model, FSDPModule) and all(
+            isinstance(block, FSDPModule) for block in model.blocks
+        )
         for name, parameter in model.named_parameters():
             first, *rest = whole[name]
             assert parameter.is_meta and parameter.shape == whole[name]

@@ -29,7 +29,13 @@ def tokens_of(texts: list[str], tokenizer, path: Path) -> Tokens:
     """The documents as one shard."""
     documents = [tokenizer.document(text) for text in texts]
     starts = [sum(map(len, documents[:index])) for index in range(len(documents))]
-    write_shard(path, torch.cat([torch.from_numpy(ids.astype("int64")) for ids in documents]).numpy(), starts, 0, tokenizer)
+    write_shard(
+        path,
+        torch.cat([torch.from_numpy(ids.astype("int64")) for ids in documents]).numpy(),
+        starts,
+        0,
+        tokenizer,
+    )
     return Tokens([Shard.open(path, tokenizer)])
 
 
@@ -39,7 +45,8 @@ def model_of(tokenizer, **shape) -> GPT:
 
 @torch.no_grad()
 def plain_loop(model: GPT, tokenizer, texts: list[str]) -> tuple[float, int]:
-    """The summed loss in nats, and the number of targets that count: one token after the other, in windows of T."""
+    """The summed loss in nats, and the number of targets that count: one token after the other, in
+    windows of T."""
     ids = [i for text in texts for i in tokenizer.document(text).tolist()]
     total, count = 0.0, 0
     for first in range(0, len(ids) - 1, T):
@@ -54,10 +61,14 @@ def plain_loop(model: GPT, tokenizer, texts: list[str]) -> tuple[float, int]:
 
 @pytest.mark.parametrize("sequences", [1, 3, 100])
 def test_loss_and_bits_are_those_of_a_plain_loop(sequences, tokenizer, tmp_path):
-    """The last window is a part of one, and what begins a document is not counted; bits are over the bytes of the text itself."""
+    """The last window is a part of one, and what begins a document is not counted; bits are over
+    the bytes of the text itself."""
     model = model_of(tokenizer, dropout=0.3, z_loss=0.1)
     sets = {"one": TEXTS, "two": TEXTS[1:]}
-    validation = {name: Validation(tokens_of(texts, tokenizer, tmp_path / name), T, tokenizer) for name, texts in sets.items()}
+    validation = {
+        name: Validation(tokens_of(texts, tokenizer, tmp_path / name), T, tokenizer)
+        for name, texts in sets.items()
+    }
     assert (len(validation["one"].source) - 1) % T
     row = evaluate(model, validation, sequences, nullcontext)
     assert model.training
@@ -67,11 +78,22 @@ def test_loss_and_bits_are_those_of_a_plain_loop(sequences, tokenizer, tmp_path)
         assert count == sum(len(tokenizer.encode(text)) + 1 for text in texts)
         assert row[prefix + "loss"] == pytest.approx(total / count, rel=1e-12)
         assert row[prefix + "perplexity"] == pytest.approx(math.exp(total / count), rel=1e-12)
-        assert row[prefix + "bits_per_byte"] == pytest.approx(total / math.log(2) / num_bytes, rel=1e-12)
+        assert row[prefix + "bits_per_byte"] == pytest.approx(
+            total / math.log(2) / num_bytes, rel=1e-12
+        )
 
 
 def test_stopped_in_the_middle_it_finds_nothing_and_leaves_the_mode(tokenizer, tmp_path):
     model, asked = model_of(tokenizer), []
     validation = Validation(tokens_of(TEXTS, tokenizer, tmp_path / "one"), T, tokenizer)
-    assert evaluate(model, {"one": validation}, 1, nullcontext, lambda: bool(asked.append(0) or len(asked) > 2)) is None
+    assert (
+        evaluate(
+            model,
+            {"one": validation},
+            1,
+            nullcontext,
+            lambda: bool(asked.append(0) or len(asked) > 2),
+        )
+        is None
+    )
     assert len(asked) == 3 and model.training

@@ -1,4 +1,5 @@
-"""Small files: what is read is checked, and what is damaged is named; nothing hangs, nothing is a traceback."""
+"""Small files: what is read is checked, and what is damaged is named; nothing hangs, nothing is a
+traceback."""
 
 import os
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ def written(path, content):
 def test_a_file_is_read_as_its_type(tmp_path):
     file = written(tmp_path / "state.json", '{"step": 3, "seconds": 2, "of a later version": NaN}')
     assert read_json(file, Counters) == Counters(3, 2.0)
-    assert read_yaml(written(tmp_path / "config.yaml", "a: {b: [1, 2]}"), dict[str, Any]) == {"a": {"b": [1, 2]}}
+    assert read_yaml(written(tmp_path / "config.yaml", "a: {b: [1, 2]}"), dict[str, Any]) == {
+        "a": {"b": [1, 2]}
+    }
     assert parse_json('{"step": 1}', Counters, "row 1") == Counters(1)
 
 

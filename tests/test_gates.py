@@ -1,4 +1,5 @@
-"""The product against what was recorded of it (tests/gates/record.py): names, keys, plans, the numbers of every rule, and an old run."""
+"""The product against what was recorded of it (tests/gates/record.py): names, keys, plans, the
+numbers of every rule, and an old run."""
 
 import json
 import math
@@ -29,7 +30,8 @@ def test_what_a_user_sees_is_what_was_recorded(name):
 
 @pytest.mark.parametrize("name", ["metrics_1", "metrics_2"])
 def test_the_numbers_of_every_rule_are_those_recorded(name):
-    """Bit for bit on the kind of machine that they were recorded on; on others, which sum in another order, nearly."""
+    """Bit for bit on the kind of machine that they were recorded on; on others, which sum in
+    another order, nearly."""
     found, known = made(name), recorded(name)
     if found["machine"] == known["machine"]:
         assert found == known, f"where this is meant: python tests/gates/record.py {name}"
@@ -48,15 +50,39 @@ def assert_close(row: dict[str, Any], known: dict[str, Any]) -> None:
 
 
 def test_a_run_of_an_earlier_version_goes_on(tmp_path):
-    """tests/gates/old_run was made by 13fda05 and stopped after step 8 of 12; old_run_ended is how that version ended it."""
+    """tests/gates/old_run was made by 13fda05 and stopped after step 8 of 12; old_run_ended is how
+    that version ended it."""
     run, ended = tmp_path / "run", GATES / "old_run_ended"
     shutil.copytree(GATES / "old_run", run)
-    overrides = ["model=tiny", "model.num_layers=1", "model.width=16", "model.num_heads=2", "model.max_length=32", "model.dropout=0.1",
-                 "batch.length=32", "batch.sequences=4", "batch.micro=2", "schedule.steps=12", "optim=preconditioned_functional_sam",
-                 "optim.cotangent=rebuild", "data=text", "data.path=tests/gates/licence.txt", "data.validation_split=tail", "data.name=licence",
-                 "device=cpu", "precision=fp32", "compile=none", "tracking.mode=off", "tracking.every=1", "evaluation.every=4",
-                 "evaluation.tokens=512", "evaluation.baselines=false", "evaluation.sample=0", f"dir={run}",
-                 f"data.cache={tmp_path}/cache"]  # fmt: skip
+    overrides = [
+        "model=tiny",
+        "model.num_layers=1",
+        "model.width=16",
+        "model.num_heads=2",
+        "model.max_length=32",
+        "model.dropout=0.1",
+        "batch.length=32",
+        "batch.sequences=4",
+        "batch.micro=2",
+        "schedule.steps=12",
+        "optim=preconditioned_functional_sam",
+        "optim.cotangent=rebuild",
+        "data=text",
+        "data.path=tests/gates/licence.txt",
+        "data.validation_split=tail",
+        "data.name=licence",
+        "device=cpu",
+        "precision=fp32",
+        "compile=none",
+        "tracking.mode=off",
+        "tracking.every=1",
+        "evaluation.every=4",
+        "evaluation.tokens=512",
+        "evaluation.baselines=false",
+        "evaluation.sample=0",
+        f"dir={run}",
+        f"data.cache={tmp_path}/cache",
+    ]
     server = Server()
     try:
         train([server], overrides, tmp_path)

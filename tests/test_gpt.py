@@ -1,4 +1,5 @@
-"""The transformer: its shapes, its initialisation, what it may see, and that it is the function the docstrings say it is."""
+"""The transformer: its shapes, its initialisation, what it may see, and that it is the function the
+docstrings say it is."""
 
 import math
 from dataclasses import asdict, replace
@@ -14,8 +15,22 @@ from launch.plan import gpt_config
 from model import GPT, GPTConfig, KeyValueCache, gpt
 
 NANODO = GPTConfig(vocab_size=101, max_length=32, num_layers=2, num_heads=4, width=32)
-LLAMA = GPTConfig(101, 32, 2, 4, 32, num_kv_heads=2, norm="rmsnorm", positions="rope", activation="swiglu", qk_norm=True, tied=False)
-GPT2 = GPTConfig(101, 32, 2, 4, 32, bias=True, norm_eps=1e-5, init="gpt2", activation="relu2", logit_softcap=4.0)
+LLAMA = GPTConfig(
+    101,
+    32,
+    2,
+    4,
+    32,
+    num_kv_heads=2,
+    norm="rmsnorm",
+    positions="rope",
+    activation="swiglu",
+    qk_norm=True,
+    tied=False,
+)
+GPT2 = GPTConfig(
+    101, 32, 2, 4, 32, bias=True, norm_eps=1e-5, init="gpt2", activation="relu2", logit_softcap=4.0
+)
 SHAPES = pytest.mark.parametrize("shape", [NANODO, LLAMA, GPT2], ids=["nanodo", "llama", "gpt2"])
 
 
@@ -23,8 +38,18 @@ def tokens(length: int = 32, vocab: int = 101) -> Tensor:
     return torch.randint(0, vocab, (3, length), generator=torch.Generator().manual_seed(0))
 
 
-PUBLISHED = {"nanodo_24m": 23.9e6, "nanodo_43m": 42.5e6, "nanodo_118m": 117.9e6, "nanodo_1208m": 1208e6}
-PUBLISHED_TOTAL = {"gpt2_124m": 124.4e6, "gpt2_355m": 354.8e6, "gpt2_774m": 774.0e6, "gpt2_1558m": 1557.6e6}
+PUBLISHED = {
+    "nanodo_24m": 23.9e6,
+    "nanodo_43m": 42.5e6,
+    "nanodo_118m": 117.9e6,
+    "nanodo_1208m": 1208e6,
+}
+PUBLISHED_TOTAL = {
+    "gpt2_124m": 124.4e6,
+    "gpt2_355m": 354.8e6,
+    "gpt2_774m": 774.0e6,
+    "gpt2_1558m": 1557.6e6,
+}
 
 
 @pytest.mark.parametrize("name", groups()["model"])
@@ -32,7 +57,12 @@ def test_every_shape_has_the_parameters_of_its_closed_form(name):
     shape = gpt_config(compose([f"model={name}", "batch.length=64"]).model, vocab_size=50257)
     with torch.device("meta"):
         model = GPT(shape)
-    L, D, M, kv = shape.num_layers, shape.width, shape.hidden_width, shape.kv_heads * shape.head_width
+    L, D, M, kv = (
+        shape.num_layers,
+        shape.width,
+        shape.hidden_width,
+        shape.kv_heads * shape.head_width,
+    )
     maps = 3 if shape.activation == "swiglu" else 2
     body = L * (2 * D * D + 2 * D * kv + maps * D * M) + (2 * L + 1) * D
     if shape.bias:
@@ -57,7 +87,9 @@ def test_no_token_sees_the_future(shape):
 @SHAPES
 def test_no_sequence_sees_another(shape):
     model, x = GPT(shape).double(), tokens()
-    torch.testing.assert_close(torch.cat([model(row[None]) for row in x]), model(x), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        torch.cat([model(row[None]) for row in x]), model(x), rtol=1e-12, atol=1e-13
+    )
 
 
 def plain_nanodo(model: GPT, x: Tensor) -> Tensor:
@@ -92,11 +124,16 @@ def test_nanodo_is_the_plain_decoder():
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.1)  # norms' scales too
-    torch.testing.assert_close(model(tokens()), plain_nanodo(model, tokens()), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        model(tokens()), plain_nanodo(model, tokens()), rtol=1e-12, atol=1e-13
+    )
 
 
-def llama_frequencies(frequencies: list[float], factor: float, low: float, high: float, length: int) -> list[float]:
-    """`apply_scaling` of Meta's reference implementation of Llama 3.1 (models/llama3/reference_impl/model.py), pair by pair."""
+def llama_frequencies(
+    frequencies: list[float], factor: float, low: float, high: float, length: int
+) -> list[float]:
+    """`apply_scaling` of Meta's reference implementation of Llama 3.1
+    (models/llama3/reference_impl/model.py), pair by pair."""
     scaled = []
     for frequency in frequencies:
         wavelength = 2 * math.pi / frequency
@@ -111,27 +148,48 @@ def llama_frequencies(frequencies: list[float], factor: float, low: float, high:
 
 
 @pytest.mark.parametrize(
-    ("width", "factor", "low", "high", "length"), [(64, 32.0, 1.0, 4.0, 8192), (128, 8.0, 1.0, 4.0, 8192), (64, 4.0, 0.5, 9.0, 100)]
+    ("width", "factor", "low", "high", "length"),
+    [(64, 32.0, 1.0, 4.0, 8192), (128, 8.0, 1.0, 4.0, 8192), (64, 4.0, 0.5, 9.0, 100)],
 )
 def test_rotary_angles_are_scaled_as_llamas(width, factor, low, high, length):
     """The first two are Llama 3.2 1B's and 3.1 8B's."""
     plain = GPTConfig(101, 32, 1, 1, width, norm="rmsnorm", positions="rope", rope_base=5e5)
-    scaled = replace(plain, rope_factor=factor, rope_low_factor=low, rope_high_factor=high, rope_original_length=length)
+    scaled = replace(
+        plain,
+        rope_factor=factor,
+        rope_low_factor=low,
+        rope_high_factor=high,
+        rope_original_length=length,
+    )
     device, exact = torch.device("cpu"), [5e5 ** (-2 * i / width) for i in range(width // 2)]
-    expected = {"none": exact, "linear": [f / factor for f in exact], "llama3": llama_frequencies(exact, factor, low, high, length)}
+    expected = {
+        "none": exact,
+        "linear": [f / factor for f in exact],
+        "llama3": llama_frequencies(exact, factor, low, high, length),
+    }
     for kind, frequencies in expected.items():
         found = gpt.rotary_frequencies(replace(scaled, rope_scaling=kind), device)
-        torch.testing.assert_close(found.double(), torch.tensor(frequencies, dtype=torch.float64), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            found.double(), torch.tensor(frequencies, dtype=torch.float64), rtol=1e-6, atol=0
+        )
     slowed = [f / g for f, g in zip(exact, expected["llama3"], strict=True)]
-    assert slowed[0] == 1 and slowed[-1] == factor and any(1.01 < ratio < 0.99 * factor for ratio in slowed)  # all three cases were met
+    # all three cases were met
+    assert (
+        slowed[0] == 1
+        and slowed[-1] == factor
+        and any(1.01 < ratio < 0.99 * factor for ratio in slowed)
+    )
 
 
 def test_rotary_attention_sees_distances_only():
-    """Scores of rotated q and k depend on their distance: shifting both positions changes nothing."""
+    """Scores of rotated q and k depend on their distance: shifting both positions changes
+    nothing."""
     q, k = torch.randn(2, 1, 1, 6, LLAMA.head_width, dtype=torch.float64).unbind(0)
     scores = []
     for shift in (0, 11):
-        rotary = tuple(part.double() for part in gpt.rotary_table(LLAMA, torch.arange(shift, shift + 6)))
+        rotary = tuple(
+            part.double() for part in gpt.rotary_table(LLAMA, torch.arange(shift, shift + 6))
+        )
         scores.append(gpt.rotate(q, rotary) @ gpt.rotate(k, rotary).transpose(-1, -2))
     torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-5)  # angles are fp32
     assert not torch.allclose(scores[0], q @ k.transpose(-1, -2), atol=1e-2)
@@ -191,14 +249,22 @@ def test_both_ways_to_the_loss_differentiate_under_torch_func():
             return self.model.loss(x, x)[0]
 
     def lazy(p: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(Loss(), {f"model.{name}": value for name, value in p.items()}, (x,))
+        return torch.func.functional_call(
+            Loss(), {f"model.{name}": value for name, value in p.items()}, (x,)
+        )
 
     def dense(p: dict[str, Tensor]) -> Tensor:
-        return F.cross_entropy(torch.func.functional_call(model, p, (x,)).flatten(0, 1), x.flatten(), reduction="sum")
+        return F.cross_entropy(
+            torch.func.functional_call(model, p, (x,)).flatten(0, 1), x.flatten(), reduction="sum"
+        )
 
     model.loss(x, x)[0].backward()
     _, pull_back = torch.func.vjp(lazy, parameters)
-    for gradient in (torch.func.grad(lazy)(parameters), torch.func.grad(dense)(parameters), pull_back(torch.ones((), dtype=torch.float64))[0]):
+    for gradient in (
+        torch.func.grad(lazy)(parameters),
+        torch.func.grad(dense)(parameters),
+        pull_back(torch.ones((), dtype=torch.float64))[0],
+    ):
         for name, p in model.named_parameters():
             torch.testing.assert_close(gradient[name], p.grad, rtol=1e-11, atol=1e-12)
 
@@ -209,7 +275,9 @@ def test_vmap_over_models_is_a_loop_over_them(shape):
     models, x = [GPT(shape, seed).double() for seed in range(3)], tokens()
     stacked, _ = torch.func.stack_module_state(models)
     found = torch.func.vmap(lambda p: torch.func.functional_call(models[0], p, (x,)))(stacked)
-    torch.testing.assert_close(found, torch.stack([model(x) for model in models]), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        found, torch.stack([model(x) for model in models]), rtol=1e-12, atol=1e-13
+    )
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -218,7 +286,9 @@ def test_vmap_gives_the_gradient_of_every_sequence():
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
     def loss(p: dict[str, Tensor], row_T: Tensor) -> Tensor:
-        return F.cross_entropy(torch.func.functional_call(model, p, (row_T[None, :-1],))[0], row_T[1:], reduction="sum")
+        return F.cross_entropy(
+            torch.func.functional_call(model, p, (row_T[None, :-1],))[0], row_T[1:], reduction="sum"
+        )
 
     found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
     for i, row in enumerate(x):
@@ -237,11 +307,19 @@ def test_nanodo_draws_by_its_formulas():
     w = dict(model.named_parameters())
     for name in ("embedding.weight", "positions.weight"):
         rows = w[name][:V] if name == "embedding.weight" else w[name]
-        assert rows.std().item() == pytest.approx(D**-0.5, rel=0.02) and abs(rows.mean().item()) < 1e-3
+        assert (
+            rows.std().item() == pytest.approx(D**-0.5, rel=0.02) and abs(rows.mean().item()) < 1e-3
+        )
     for part in w["blocks.0.attention.qkv.weight"].chunk(3):
         bound = math.sqrt(6 / (2 * D))
-        assert 0.99 * bound < part.abs().max() <= bound and part.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
-    assert 0.99 * math.sqrt(6 / (5 * D)) < w["blocks.0.mlp.up.weight"].abs().max() <= math.sqrt(6 / (5 * D))
+        assert 0.99 * bound < part.abs().max() <= bound and part.std().item() == pytest.approx(
+            bound / math.sqrt(3), rel=0.02
+        )
+    assert (
+        0.99 * math.sqrt(6 / (5 * D))
+        < w["blocks.0.mlp.up.weight"].abs().max()
+        <= math.sqrt(6 / (5 * D))
+    )
 
 
 def test_gpt2_draws_by_its_formulas():
@@ -254,7 +332,11 @@ def test_gpt2_draws_by_its_formulas():
             assert (p == 1).all()
         else:
             std = 0.01 if name == "positions.weight" else 0.02
-            std /= math.sqrt(2 * L) if name.endswith(("attention.out.weight", "mlp.down.weight")) else 1
+            std /= (
+                math.sqrt(2 * L)
+                if name.endswith(("attention.out.weight", "mlp.down.weight"))
+                else 1
+            )
             rows = p[:500] if name == "embedding.weight" else p
             assert rows.std().item() == pytest.approx(std, rel=0.05), name
 
@@ -267,7 +349,9 @@ def test_weights_depend_on_seed_and_name_only(shape):
     assert all(p.is_meta for p in later.parameters())
     torch.manual_seed(99)
     later.to_empty(device="cpu").init_weights(3)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), later.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), later.parameters(), strict=True)
+    )
     assert not torch.equal(model.embedding.weight, GPT(shape, seed=4).embedding.weight)
     assert not model.unembedding[shape.vocab_size :].any()  # padding
 
@@ -287,9 +371,13 @@ def test_drawing_weights_leaves_torchs_own_generator_alone():
 
 
 def test_no_two_weights_share_their_numbers():
-    parts = [p[: LLAMA.width, : LLAMA.width] for _, p in GPT(LLAMA).named_parameters() if p.ndim == 2]
+    parts = [
+        p[: LLAMA.width, : LLAMA.width] for _, p in GPT(LLAMA).named_parameters() if p.ndim == 2
+    ]
     starts = [part.flatten()[:16] / part.std() for part in parts]
-    assert not any(torch.allclose(a, b, rtol=1e-2) for i, a in enumerate(starts) for b in starts[:i])
+    assert not any(
+        torch.allclose(a, b, rtol=1e-2) for i, a in enumerate(starts) for b in starts[:i]
+    )
 
 
 def test_weights_do_not_depend_on_padding_or_depth(monkeypatch):
@@ -316,7 +404,9 @@ def test_z_loss_is_part_of_the_training_loss_only():
     training = model.loss(x, x)[0]
     model.eval()
     evaluation = model.loss(x, x)[0]
-    torch.testing.assert_close(training - evaluation, model(x).logsumexp(-1).square().sum(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        training - evaluation, model(x).logsumexp(-1).square().sum(), rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize(

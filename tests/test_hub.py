@@ -1,4 +1,5 @@
-"""Datasets of Hugging Face, streamed by the real library out of local folders: what comes out, what is kept, what is said."""
+"""Datasets of Hugging Face, streamed by the real library out of local folders: what comes out, what
+is kept, what is said."""
 
 import gzip
 import http.server
@@ -29,7 +30,8 @@ from launch.identity import canonical
 from tests.test_corpora import latin_1
 from tests.test_shards import BYTES, ROOT, alive, contents, descendants, finish, wait_until
 
-# Prepares argv[1:] = folder, cache, tokenizer, workers in many small pieces, and prints the fingerprint.
+# Prepares argv[1:] = folder, cache, tokenizer, workers in many small pieces, and prints the
+# fingerprint.
 PREPARE = """
 import sys
 from conf.schema import DataConfig, TokenizerConfig
@@ -37,7 +39,9 @@ from data import cache, hub, prepare
 
 path, cache, name, workers = sys.argv[1:]
 hub.PIECE_BYTES, hub.BATCH = 40_000, 16
-data = DataConfig(source="hub", path=path, cache=cache, workers=int(workers), validation_fraction=0.2)
+data = DataConfig(
+    source="hub", path=path, cache=cache, workers=int(workers), validation_fraction=0.2
+)
 print(prepare(data, TokenizerConfig(name=name, vocab_size=400, train_megabytes=0.2)).fingerprint)
 """
 
@@ -53,8 +57,11 @@ def texts_of(number: int, seed: int = 0) -> list[str]:
     return [" ".join(generator.choice(words, 200)) for _ in range(number)]
 
 
-def write_dataset(folder: Path, kind: str, files: list[list[str | None]], split: str = "train") -> Path:
-    """A folder as they lie on the hub: files <split>-00000-of-00003 of rows with a text and other columns."""
+def write_dataset(
+    folder: Path, kind: str, files: list[list[str | None]], split: str = "train"
+) -> Path:
+    """A folder as they lie on the hub: files <split>-00000-of-00003 of rows with a text and other
+    columns."""
     folder.mkdir(exist_ok=True)
     for index, texts in enumerate(files):
         path = folder / f"{split}-{index:05d}-of-{len(files):05d}"
@@ -73,7 +80,9 @@ def hub_config(path, cache, **settings) -> DataConfig:
 
 def start(*arguments) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", PREPARE, *map(str, arguments)], cwd=ROOT, **pipes)
+    return subprocess.Popen(
+        [sys.executable, "-c", PREPARE, *map(str, arguments)], cwd=ROOT, **pipes
+    )
 
 
 def documents(tokens) -> list[str]:
@@ -85,21 +94,41 @@ def test_what_is_prepared_is_the_stream(tmp_path, monkeypatch, kind):
     files = [["one 日本", "", None, "two"], ["three"], [f"text {index}" for index in range(200)]]
     folder = write_dataset(tmp_path / "set", kind, files)
     config = hub_config(folder, tmp_path / "cache", validation_fraction=0.2)
-    with pytest.raises(ValueError, match=r"train-00000-of-00003\..*: row 2 has no text in field 'text': it is null; mend or remove it, or set"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"train-00000-of-00003\..*: row 2 has no text in field 'text': it is null; mend or"
+            r" remove it, or set"
+        ),
+    ):
         prepare(config, BYTES)
     config.bad_rows = "skip"
     corpus = prepare(config, BYTES)
     assert corpus.meta["skipped"] == {"train/hub": 1}
-    held_out = [text for file, texts in enumerate(files) for row, text in enumerate(texts) if text and is_held_out(str(file), row, 0.2)]
+    held_out = [
+        text
+        for file, texts in enumerate(files)
+        for row, text in enumerate(texts)
+        if text and is_held_out(str(file), row, 0.2)
+    ]
     kept = [text for texts in files for text in texts if text and text not in held_out]
-    assert documents(corpus.train["hub"]) == kept and documents(corpus.validation["validation"]) == held_out
+    assert (
+        documents(corpus.train["hub"]) == kept
+        and documents(corpus.validation["validation"]) == held_out
+    )
     assert 20 < len(held_out) < 65
     assert corpus.train["hub"].num_bytes == sum(len(text.encode()) for text in kept)
     monkeypatch.setattr(hub, "BATCH", 3)
     monkeypatch.setattr(hub, "PIECE_BYTES", 100)
-    again = prepare(hub_config(folder, tmp_path / "other", validation_fraction=0.2, workers=1, bad_rows="skip"), BYTES)
+    again = prepare(
+        hub_config(folder, tmp_path / "other", validation_fraction=0.2, workers=1, bad_rows="skip"),
+        BYTES,
+    )
     assert again.meta["parts"]["train/hub"]["shards"] > 10
-    assert documents(again.train["hub"]) == kept and documents(again.validation["validation"]) == held_out
+    assert (
+        documents(again.train["hub"]) == kept
+        and documents(again.validation["validation"]) == held_out
+    )
 
 
 def test_splits_fields_and_limits(tmp_path, monkeypatch):
@@ -110,14 +139,18 @@ def test_splits_fields_and_limits(tmp_path, monkeypatch):
     named = {"x": "validation", "y": "validation+test"}
     corpus = prepare(hub_config(folder, tmp_path, split="train+test", validation=named), BYTES)
     assert documents(corpus.train["hub"]) == ["a", "b", "c", "d", "e", "t"]
-    assert {name: documents(tokens) for name, tokens in corpus.validation.items()} == {"x": ["v", "w"], "y": ["v", "w", "t"]}
+    assert {name: documents(tokens) for name, tokens in corpus.validation.items()} == {
+        "x": ["v", "w"],
+        "y": ["v", "w", "t"],
+    }
     for limit in (1, 3, 4, 9):
         config = hub_config(folder, tmp_path, documents=limit, validation=named)
         corpus = prepare(config, BYTES)
         assert documents(corpus.train["hub"]) == list("abcde")[:limit]
         assert documents(corpus.validation["x"]) == ["v", "w"]
         journal = corpus.folder / "train/hub/pieces.jsonl"
-        journal.write_text(journal.read_text().removesuffix("null\n"))  # killed after the last shard
+        # killed after the last shard
+        journal.write_text(journal.read_text().removesuffix("null\n"))
         (corpus.folder / "meta.json").unlink()
         assert prepare(config, BYTES).fingerprint == corpus.fingerprint
 
@@ -125,7 +158,11 @@ def test_splits_fields_and_limits(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def many_rows(tmp_path_factory) -> Path:
     texts = texts_of(900)
-    return write_dataset(tmp_path_factory.mktemp("many") / "set", "parquet", [texts[:250], texts[250:600], texts[600:]])
+    return write_dataset(
+        tmp_path_factory.mktemp("many") / "set",
+        "parquet",
+        [texts[:250], texts[250:600], texts[600:]],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -135,27 +172,41 @@ def uninterrupted(many_rows, tmp_path_factory) -> tuple[str, dict[str, bytes]]:
     return out, contents(cache)
 
 
-def test_a_killed_preparation_is_taken_up_and_ends_with_the_same_bytes(many_rows, uninterrupted, tmp_path):
+def test_a_killed_preparation_is_taken_up_and_ends_with_the_same_bytes(
+    many_rows, uninterrupted, tmp_path
+):
     kept: dict[Path, int] = {}
     num_hits = 0
     for num_shards in (1, 12, 30):  # the moment of each SIGKILL: so many shards are there
         process = start(many_rows, tmp_path, "bpe", 2)
-        wait_until(lambda: len(list(tmp_path.rglob("*.bin"))) >= num_shards or process.poll() is not None)  # noqa: B023
+        wait_until(
+            lambda n=num_shards, p=process: (
+                len(list(tmp_path.rglob("*.bin"))) >= n or p.poll() is not None
+            )
+        )
         workers = descendants(process.pid)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         num_hits += not list(tmp_path.rglob("meta.json"))
         wait_until(lambda: not any(alive(pid) for pid in workers), 10)  # noqa: B023
-        assert all(path.stat().st_mtime_ns == mtime for path, mtime in kept.items()), "a finished shard was made again"
-        names = [path.name for path in tmp_path.rglob("*.bin")]  # a piece makes two shards, and is made again if it has but one
-        kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.bin") if names.count(path.name) == 2}
+        assert all(path.stat().st_mtime_ns == mtime for path, mtime in kept.items()), (
+            "a finished shard was made again"
+        )
+        # a piece makes two shards, and is made again if it has but one
+        names = [path.name for path in tmp_path.rglob("*.bin")]
+        kept = {
+            path: path.stat().st_mtime_ns
+            for path in tmp_path.rglob("*.bin")
+            if names.count(path.name) == 2
+        }
     assert num_hits >= 2
     out, _ = finish(start(many_rows, tmp_path, "bpe", 2))
     assert (out, contents(tmp_path)) == uninterrupted
 
 
 def test_files_that_are_done_are_not_read_again(many_rows, tmp_path, monkeypatch):
-    """Half of a preparation, made of a stream that breaks: what is taken up begins with the file where it broke."""
+    """Half of a preparation, made of a stream that breaks: what is taken up begins with the file
+    where it broke."""
     monkeypatch.setattr(hub, "PIECE_BYTES", 40_000)
     monkeypatch.setattr(hub, "BATCH", 16)
     config, opened = hub_config(many_rows, tmp_path / "cache", workers=1), []
@@ -178,7 +229,11 @@ def test_files_that_are_done_are_not_read_again(many_rows, tmp_path, monkeypatch
         last.write_bytes(damage)
         os.utime(last, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         with pytest.raises(
-            ValueError, match=r"\(train, row \d+ or soon after of file 2: .*00002-of-00003.parquet\) cannot be read: .*what is prepared is kept"
+            ValueError,
+            match=(
+                r"\(train, row \d+ or soon after of file 2: .*00002-of-00003.parquet\) cannot be"
+                r" read: .*what is prepared is kept"
+            ),
         ) as caught:
             prepare(config, BYTES)
     finally:
@@ -205,34 +260,76 @@ def test_mistakes_are_named_in_one_line(tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
 
     refused("data.path= names no dataset", path="")
-    refused("data.validation=3 names no splits; write data.validation=SPLIT or '{NAME: SPLIT}'", validation=3)
+    refused(
+        "data.validation=3 names no splits; write data.validation=SPLIT or '{NAME: SPLIT}'",
+        validation=3,
+    )
     refused("'a/b' in data.validation names a folder", validation={"a/b": "train"})
     refused(r"\(valid\) cannot be read: .*valid.*; check data.config, data.split", split="valid")
     refused(r"cannot be read: .*'en'.*; check data.config", config="en")
     refused("data.field=body: .* has no such field; choose one of id, text", field="body")
-    refused("data.field=id holds int64, not text; set data.field to the field that holds the text", field="id")
+    refused(
+        "data.field=id holds int64, not text; set data.field to the field that holds the text",
+        field="id",
+    )
     write_dataset(tmp_path / "set [v2]", "parquet", [["a"]])
-    refused(r"set \[v2\]: `datasets` takes \[ \] \* \? in a folder's name for a pattern; give a link to it", path=tmp_path / "set [v2]")
-    refused(r"data.path=/no/such/set is no folder; give the folder of a dataset, or its name on the hub", path="/no/such/set")
-    refused("data.validation_fraction=1e-09 of 2 documents leaves validation/validation empty; raise it", validation_fraction=1e-9)
+    refused(
+        r"set \[v2\]: `datasets` takes \[ \] \* \? in a folder's name for a pattern; give a link"
+        r" to it",
+        path=tmp_path / "set [v2]",
+    )
+    refused(
+        r"data.path=/no/such/set is no folder; give the folder of a dataset, or its name on"
+        r" the hub",
+        path="/no/such/set",
+    )
+    refused(
+        "data.validation_fraction=1e-09 of 2 documents leaves validation/validation empty;"
+        " raise it",
+        validation_fraction=1e-9,
+    )
     write_dataset(tmp_path / "empty", "parquet", [[""]])
-    refused("train/hub has no text; give a split with some", path=tmp_path / "empty", validation={"v": "train"})
+    refused(
+        "train/hub has no text; give a split with some",
+        path=tmp_path / "empty",
+        validation={"v": "train"},
+    )
 
 
 @pytest.mark.parametrize("offline", ["1", ""])
 def test_a_name_without_a_network_is_refused_at_once(tmp_path, offline):
     """In a process of its own: huggingface_hub looks at HF_HUB_OFFLINE when it is imported."""
-    code = f"from tests.test_hub import *; prepare(hub_config('allenai/c4', {str(tmp_path)!r}, config='en'), BYTES)"
-    variables = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    variables |= {"HF_HUB_OFFLINE": offline, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
-    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=90)
+    code = (
+        f"from tests.test_hub import *; prepare(hub_config('allenai/c4', {str(tmp_path)!r},"
+        " config='en'), BYTES)"
+    )
+    variables = {
+        name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")
+    }
+    variables |= {
+        "HF_HUB_OFFLINE": offline,
+        "HF_HOME": str(tmp_path),
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+    }
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
     said = process.stderr.splitlines()[-1]
     assert "ValueError: data.path=allenai/c4 (train) cannot be read: " in said
-    assert "check data.config, data.split and the network, or use a data.cache that was prepared where there is one" in said
+    assert (
+        "check data.config, data.split and the network, or use a data.cache that was prepared where"
+        " there is one" in said
+    )
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub's interface as streaming asks for: the commit of some/thing, the files of a folder, their bytes."""
+    """As much of the hub's interface as streaming asks for: the commit of some/thing, the files of
+    a folder, their bytes."""
 
     root: Path
     requests: ClassVar[list[str]] = []
@@ -242,22 +339,56 @@ class Hub(http.server.BaseHTTPRequestHandler):
         path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
         self.requests.append(path)
         if re.fullmatch(rf"/api/datasets/some/thing(/revision/{self.commit})?", path):
-            self.answer(json.dumps({"id": "some/thing", "sha": self.commit, "tags": [], "siblings": []}).encode())
+            self.answer(
+                json.dumps(
+                    {"id": "some/thing", "sha": self.commit, "tags": [], "siblings": []}
+                ).encode()
+            )
         elif found := re.fullmatch(rf"/api/datasets/some/thing/tree/{self.commit}/?(.*)", path):
-            kinds = [(file, "file" if file.is_file() else "directory") for file in sorted((self.root / found[1]).glob("*"))]
-            rows = [{"type": kind, "path": str(file.relative_to(self.root)), "size": file.stat().st_size, "oid": "0" * 40} for file, kind in kinds]
+            kinds = [
+                (file, "file" if file.is_file() else "directory")
+                for file in sorted((self.root / found[1]).glob("*"))
+            ]
+            rows = [
+                {
+                    "type": kind,
+                    "path": str(file.relative_to(self.root)),
+                    "size": file.stat().st_size,
+                    "oid": "0" * 40,
+                }
+                for file, kind in kinds
+            ]
             self.answer(json.dumps(rows).encode())
-        elif (found := re.fullmatch(rf"/datasets/some/thing/resolve/{self.commit}/(.*)", path)) and (self.root / found[1]).is_file():
+        elif (
+            found := re.fullmatch(rf"/datasets/some/thing/resolve/{self.commit}/(.*)", path)
+        ) and (self.root / found[1]).is_file():
             content, span = (self.root / found[1]).read_bytes(), self.headers.get("Range", "")
-            first, last = (int(bound or len(content)) for bound in re.fullmatch(r"bytes=(\d+)-(\d*)", span).groups()) if span else (0, len(content))
-            partial = {"Content-Range": f"bytes {first}-{min(last, len(content) - 1)}/{len(content)}"} if span else {}
-            self.answer(content[first : last + 1], 206 if span else 200, {"ETag": '"x"', "X-Repo-Commit": self.commit, **partial})
+            first, last = (
+                (
+                    int(bound or len(content))
+                    for bound in re.fullmatch(r"bytes=(\d+)-(\d*)", span).groups()
+                )
+                if span
+                else (0, len(content))
+            )
+            partial = (
+                {"Content-Range": f"bytes {first}-{min(last, len(content) - 1)}/{len(content)}"}
+                if span
+                else {}
+            )
+            self.answer(
+                content[first : last + 1],
+                206 if span else 200,
+                {"ETag": '"x"', "X-Repo-Commit": self.commit, **partial},
+            )
         else:
             self.answer(b"{}", 404, {"X-Error-Code": "EntryNotFound"})
 
     do_HEAD = do_GET
 
-    def answer(self, content: bytes, code: int = 200, headers: dict[str, str] | None = None) -> None:
+    def answer(
+        self, content: bytes, code: int = 200, headers: dict[str, str] | None = None
+    ) -> None:
         self.send_response(code)
         for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
             self.send_header(name, value)
@@ -276,21 +407,33 @@ def test_a_dataset_on_a_hub_is_read_at_one_commit_and_then_needs_no_network(tmp_
     (folder / "en").mkdir()
     for split, files in (("c4-train", [texts[:12], texts[12:]]), ("c4-validation", [["v", "w"]])):
         write_dataset(folder / "en", "json.gz", files, split)
-    splits = "".join(f"\n  - split: {split}\n    path: en/c4-{split}*.json.gz" for split in ("train", "validation"))
-    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: en\n  data_files:{splits}\n---\n")
+    splits = "".join(
+        f"\n  - split: {split}\n    path: en/c4-{split}*.json.gz"
+        for split in ("train", "validation")
+    )
+    (folder / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: en\n  data_files:{splits}\n---\n"
+    )
     monkeypatch.setattr(Hub, "root", folder, raising=False)
     overrides = ["data=c4", "data.path=some/thing", f"data.cache={tmp_path / 'cache'}"]
 
     def run(port: int) -> str:
-        variables = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path / "huggingface")}
+        variables = os.environ | {
+            "HF_ENDPOINT": f"http://127.0.0.1:{port}",
+            "HF_HOME": str(tmp_path / "huggingface"),
+        }
         command = [sys.executable, "-m", "data.prepare", *overrides]
-        return subprocess.run(command, cwd=ROOT, env=variables, check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            command, cwd=ROOT, env=variables, check=True, capture_output=True, text=True
+        ).stdout
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         said = run(server.server_port)
         server.shutdown()
-    assert f"train/hub: {sum(len(text.encode()) + 1 for text in texts):,} tokens, 20 documents" in said
+    assert (
+        f"train/hub: {sum(len(text.encode()) + 1 for text in texts):,} tokens, 20 documents" in said
+    )
     assert "validation/validation: 4 tokens, 2 documents" in said
     assert Hub.requests.count("/api/datasets/some/thing") == 1
     assert next((tmp_path / "cache").glob("hub-*.revision")).read_text() == Hub.commit
@@ -301,16 +444,26 @@ def test_a_dataset_on_a_hub_is_read_at_one_commit_and_then_needs_no_network(tmp_
 def test_presets_compose(name):
     config = compose([f"data={name}", "tokenizer=gpt2"])
     text = HubCorpus(config.data)
-    assert HubCorpus(compose([f"data={name}", "data.validation={x: test}"]).data).named == {"x": "test"}
+    assert HubCorpus(compose([f"data={name}", "data.validation={x: test}"]).data).named == {
+        "x": "test"
+    }
     assert text.sources == {"hub": "train"} and text.local is None and "/" in config.data.path
     assert set(text.named) == ({"validation"} if name == "c4" else set())
     keys = "name source path config split revision documents field validation validation_fraction"
-    assert {key for key in canonical(config) if key.startswith("data.")} == {f"data.{key}" for key in keys.split()}
+    assert {key for key in canonical(config) if key.startswith("data.")} == {
+        f"data.{key}" for key in keys.split()
+    }
 
 
 def test_what_is_about_a_dataset_is_no_part_of_it(tmp_path, monkeypatch):
     folder = write_dataset(tmp_path / "set", "parquet", [["a", "b"], ["c"]])
-    for name in (".git/index", ".cache/huggingface/download/x.metadata", "README.md", "LICENSE", ".gitattributes"):
+    for name in (
+        ".git/index",
+        ".cache/huggingface/download/x.metadata",
+        "README.md",
+        "LICENSE",
+        ".gitattributes",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("before")
     first = prepare(hub_config(folder, tmp_path / "cache", validation={"v": "train"}), BYTES)
@@ -319,22 +472,38 @@ def test_what_is_about_a_dataset_is_no_part_of_it(tmp_path, monkeypatch):
         (folder / name).write_text("after, and longer")
     with monkeypatch.context() as patched:
         patched.setattr(cache, "fill", None)
-        assert prepare(hub_config(folder, tmp_path / "cache", validation={"v": "train"}), BYTES).folder == first.folder
+        assert (
+            prepare(hub_config(folder, tmp_path / "cache", validation={"v": "train"}), BYTES).folder
+            == first.folder
+        )
         shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)  # of another time
-        assert prepare(hub_config(tmp_path / "copy", tmp_path / "cache", validation={"v": "train"}), BYTES).folder == first.folder
+        assert (
+            prepare(
+                hub_config(tmp_path / "copy", tmp_path / "cache", validation={"v": "train"}), BYTES
+            ).folder
+            == first.folder
+        )
         shutil.rmtree(folder)
-        assert prepare(hub_config(folder, tmp_path / "cache", validation={"v": "train"}), BYTES).folder == first.folder
+        assert (
+            prepare(hub_config(folder, tmp_path / "cache", validation={"v": "train"}), BYTES).folder
+            == first.folder
+        )
     text = HubCorpus(hub_config(tmp_path / "copy", tmp_path))
     content = text.identify(list)
-    (tmp_path / "copy" / "README.md").write_text("---\nconfigs:\n- config_name: en\n---\n")  # says what the rows are
+    # says what the rows are
+    (tmp_path / "copy" / "README.md").write_text("---\nconfigs:\n- config_name: en\n---\n")
     assert text.identify(list) != content
 
 
 @pytest.mark.parametrize("kind", [pa.string_view(), pa.binary(), pa.large_string()])
 def test_any_column_of_text_is_streamed(tmp_path, kind):
     folder = write_dataset(tmp_path / "set", "parquet", [["x"]])
-    pq.write_table(pa.table({"text": pa.array(["abc", "é"]).cast(kind)}), next(folder.glob("*.parquet")))
-    assert documents(prepare(hub_config(folder, tmp_path, validation={"v": "train"}), BYTES).train["hub"]) == ["abc", "é"]
+    pq.write_table(
+        pa.table({"text": pa.array(["abc", "é"]).cast(kind)}), next(folder.glob("*.parquet"))
+    )
+    assert documents(
+        prepare(hub_config(folder, tmp_path, validation={"v": "train"}), BYTES).train["hub"]
+    ) == ["abc", "é"]
 
 
 def test_latin_1_in_a_dataset_is_named_or_skipped(tmp_path):
@@ -342,7 +511,12 @@ def test_latin_1_in_a_dataset_is_named_or_skipped(tmp_path):
     path = folder / "train-00001-of-00002.parquet"
     pq.write_table(pa.table({"text": latin_1(pa.string())}), path)
     config = hub_config(folder, tmp_path, validation={"v": "train"})
-    with pytest.raises(ValueError, match=rf"{path}: row 1 is not UTF-8 in field 'text' \(byte 3 of the text\); mend or remove it"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            rf"{path}: row 1 is not UTF-8 in field 'text' \(byte 3 of the text\); mend or remove it"
+        ),
+    ):
         prepare(config, BYTES)
     config.bad_rows = "skip"
     assert documents(prepare(config, BYTES).train["hub"]) == ["x", "ok", "end"]
@@ -351,10 +525,18 @@ def test_latin_1_in_a_dataset_is_named_or_skipped(tmp_path):
 def test_a_folder_with_a_script_has_a_remedy(tmp_path):
     (tmp_path / "F").mkdir()
     (tmp_path / "F" / "F.py").write_text("import datasets\n")
-    with pytest.raises(ValueError, match=r"scripts are no longer supported.*; save its rows as \.parquet or \.jsonl files, without the script"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"scripts are no longer supported.*; save its rows as \.parquet or \.jsonl files,"
+            r" without the script"
+        ),
+    ):
         prepare(hub_config(tmp_path / "F", tmp_path / "cache"), BYTES)
     named = HubCorpus(hub_config("some/thing", tmp_path))
-    assert named._remedy("Dataset scripts are no longer supported, but found x.py").startswith("set data.revision=refs/convert/parquet")
+    assert named._remedy("Dataset scripts are no longer supported, but found x.py").startswith(
+        "set data.revision=refs/convert/parquet"
+    )
 
 
 def test_splits_that_hold_the_same_are_noticed(tmp_path, capsys):
@@ -368,10 +550,25 @@ def test_splits_that_hold_the_same_are_noticed(tmp_path, capsys):
 
 def test_identity_follows_what_is_asked_for(tmp_path):
     folder = write_dataset(tmp_path / "set", "parquet", [["a"]])
-    variants = [{}, {"split": "x"}, {"field": "x"}, {"documents": 1}, {"config": "x"}, {"validation": {"v": "x"}}, {"validation_fraction": 0.1}]
-    identities = [HubCorpus(hub_config(folder, tmp_path, **settings)).identity for settings in variants]
-    identities += [HubCorpus(hub_config("a/b", tmp_path, revision=revision)).identity for revision in (None, "x")]
+    variants = [
+        {},
+        {"split": "x"},
+        {"field": "x"},
+        {"documents": 1},
+        {"config": "x"},
+        {"validation": {"v": "x"}},
+        {"validation_fraction": 0.1},
+    ]
+    identities = [
+        HubCorpus(hub_config(folder, tmp_path, **settings)).identity for settings in variants
+    ]
+    identities += [
+        HubCorpus(hub_config("a/b", tmp_path, revision=revision)).identity
+        for revision in (None, "x")
+    ]
     assert len({json.dumps(identity) for identity in identities}) == 9
-    assert identities[0] == HubCorpus(hub_config(folder, tmp_path / "elsewhere", workers=3)).identity
+    assert (
+        identities[0] == HubCorpus(hub_config(folder, tmp_path / "elsewhere", workers=3)).identity
+    )
     shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copy2)
     assert identities[0] == HubCorpus(hub_config(tmp_path / "copy", tmp_path)).identity

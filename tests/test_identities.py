@@ -1,8 +1,8 @@
-"""Identities that every gradient rule must satisfy, held against the product; in float64 unless stated.
+"""Identities that every gradient rule must satisfy, held against the product; in float64 unless
+stated.
 
-Which test holds which identity (numbered as in the list of identities that the project was planned with), and which mutation fails it:
-tests/IDENTITIES.md.
-"""
+Which test holds which identity (numbered as in the list of identities that the project was planned
+with), and which mutation fails it: tests/IDENTITIES.md."""
 
 import math
 
@@ -40,7 +40,8 @@ from tests.problems import (
     whole,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch.func.jvp scripts some derivatives
+# torch.func.jvp scripts some derivatives
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +71,9 @@ class Quadratic(nn.Module):
 
     def __init__(self, size=6):
         super().__init__()
-        self.w = nn.Parameter(torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+        self.w = nn.Parameter(
+            torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        )
 
     def forward(self, inputs):
         A, b = inputs[..., :-1], inputs[..., -1]
@@ -100,7 +103,14 @@ def test_03_sam_sees_the_hessian_along_the_gradient(problem):
     Hu, g, radii = reference.H(reference.u), plain_gradient(model, batches), halved(4e-3)
     forward = [((rule_gradient(model, batches, rho=rho) - g) / rho - Hu).norm() for rho in radii]
     assert_order(forward, 1)
-    central = [((rule_gradient(model, batches, rho=rho) - rule_gradient(model, batches, rho=-rho)) / (2 * rho) - Hu).norm() for rho in radii]
+    central = [
+        (
+            (rule_gradient(model, batches, rho=rho) - rule_gradient(model, batches, rho=-rho))
+            / (2 * rho)
+            - Hu
+        ).norm()
+        for rho in radii
+    ]
     assert_order(central, 2)
     assert central[-1] < 1e-3 * Hu.norm()
 
@@ -110,17 +120,26 @@ def test_04_the_loss_rises_by_radius_times_slope(problem):
     errors = []
     for rho in halved(1e-3):
         _, result = rule_step(model, batches, rho=rho)
-        errors.append(abs(float(result.perturbed_loss - result.loss) / (rho * float(reference.g.norm())) - 1))
+        errors.append(
+            abs(float(result.perturbed_loss - result.loss) / (rho * float(reference.g.norm())) - 1)
+        )
     assert_order(errors, 1)
     assert errors[-1] < 0.05
 
 
-METRICS = {"euclidean": {}, "adam": {"metric": "adam", "metric_eps": 0.0}, "adaptive": {"metric": "adaptive"}}
+METRICS = {
+    "euclidean": {},
+    "adam": {"metric": "adam", "metric_eps": 0.0},
+    "adaptive": {"metric": "adaptive"},
+}
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "adam", "adaptive"])
-def test_05_the_perturbation_knows_neither_the_scale_of_the_loss_nor_the_number_of_micro_batches(metric):
-    """Nor the clipping of the gradient, which is yet to come: a loss 1000 times as steep is clipped at a norm of 1, and this one is not."""
+def test_05_the_perturbation_knows_neither_the_scale_of_the_loss_nor_the_number_of_micro_batches(
+    metric,
+):
+    """Nor the clipping of the gradient, which is yet to come: a loss 1000 times as steep is clipped
+    at a norm of 1, and this one is not."""
     module, batches = mlp(), vector_batches()
 
     def e(scale, batches):
@@ -147,12 +166,16 @@ def test_07_micro_batches_change_nothing(path, metric, problem):
 
 
 class Tied(nn.Module):
-    """Embedding and head share one tensor, as modules do, or by an explicit transpose of a lone parameter."""
+    """Embedding and head share one tensor, as modules do, or by an explicit transpose of a lone
+    parameter."""
 
     def __init__(self, explicit):
         super().__init__()
         self.explicit = explicit
-        self.table = nn.Embedding.from_pretrained(torch.randn(V, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), freeze=False)
+        self.table = nn.Embedding.from_pretrained(
+            torch.randn(V, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(3)),
+            freeze=False,
+        )
         self.middle = nn.Linear(7, 7, dtype=torch.float64)
         nn.init.eye_(self.middle.weight)
         nn.init.zeros_(self.middle.bias)
@@ -165,23 +188,35 @@ class Tied(nn.Module):
         return h @ self.table.weight.T if self.explicit else self.head(h)
 
 
-@pytest.mark.parametrize("axes", [{}, {"metric": "adam"}, {"path": "functional"}, {"path": "logit"}], ids=str)
+@pytest.mark.parametrize(
+    "axes", [{}, {"metric": "adam"}, {"path": "functional"}, {"path": "logit"}], ids=str
+)
 def test_08_a_tied_tensor_is_moved_once(axes):
     batches = token_batches()
     explicit, by_module = (Adapter(Tied(explicit)) for explicit in (True, False))
-    assert_close(rule_gradient(by_module, batches, rho=0.5, **axes), rule_gradient(explicit, batches, rho=0.5, **axes), 0)
+    assert_close(
+        rule_gradient(by_module, batches, rho=0.5, **axes),
+        rule_gradient(explicit, batches, rho=0.5, **axes),
+        0,
+    )
     model = gpt()
-    for e in (perturbation(by_module, batches, rho=0.5, **axes), perturbation(model, batches, rho=0.5, **axes)):
+    for e in (
+        perturbation(by_module, batches, rho=0.5, **axes),
+        perturbation(model, batches, rho=0.5, **axes),
+    ):
         assert e.norm().item() == pytest.approx(0.5, rel=1e-13)
 
 
-@pytest.mark.parametrize("parameters, inside", [
-    ("all", lambda name: True),
-    ("no_embeddings", lambda name: name not in ("embedding.weight", "positions.weight")),
-    ("no_norms", lambda name: "norm" not in name),
-    ("head", lambda name: name == "embedding.weight"),
-    ("*.mlp.*", lambda name: ".mlp." in name),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "parameters, inside",
+    [
+        ("all", lambda name: True),
+        ("no_embeddings", lambda name: name not in ("embedding.weight", "positions.weight")),
+        ("no_norms", lambda name: "norm" not in name),
+        ("head", lambda name: name == "embedding.weight"),
+        ("*.mlp.*", lambda name: ".mlp." in name),
+    ],
+)
 def test_09_only_the_chosen_parameters_move_and_by_the_radius(parameters, inside):
     model, batches = gpt(), token_batches()
     mask = flat([torch.full_like(p, float(inside(name))) for name, p in model.named_parameters()])
@@ -195,11 +230,22 @@ def test_10_asam_does_not_see_a_rescaling_of_layers():
     """w1 -> c w1, w2 -> w2 / c leaves a ReLU network what it is; so does e / w with T = |w|."""
 
     def relative_move(c):
-        module = nn.Sequential(nn.Linear(7, 9, bias=False), nn.ReLU(), nn.Linear(9, V, bias=False)).double()
+        module = nn.Sequential(
+            nn.Linear(7, 9, bias=False), nn.ReLU(), nn.Linear(9, V, bias=False)
+        ).double()
         with torch.no_grad():
             for layer, factor in ((module[0], c), (module[2], 1 / c)):
-                layer.weight.copy_(factor * torch.randn(layer.weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5)))
-        e = perturbation(Adapter(module), vector_batches(), rho=0.2, metric="adaptive", adaptive_floor=0.0)
+                layer.weight.copy_(
+                    factor
+                    * torch.randn(
+                        layer.weight.shape,
+                        dtype=torch.float64,
+                        generator=torch.Generator().manual_seed(5),
+                    )
+                )
+        e = perturbation(
+            Adapter(module), vector_batches(), rho=0.2, metric="adaptive", adaptive_floor=0.0
+        )
         return e / weights_of(module)
 
     assert_close(relative_move(5.0), relative_move(1.0), 1e-12)
@@ -209,18 +255,25 @@ def test_10_asam_does_not_see_a_rescaling_of_layers():
 def test_asam_moves_by_the_radius_in_units_of_the_weights():
     """|T^-1 e| = rho, T = |w| + floor for matrices and 1 for vectors, along T^2 g."""
     model, batches = gpt(), token_batches()
-    T = flat([p.detach().abs() + 0.01 if p.ndim == 2 else torch.ones_like(p) for p in model.parameters()])
+    T = flat(
+        [p.detach().abs() + 0.01 if p.ndim == 2 else torch.ones_like(p) for p in model.parameters()]
+    )
     g = Reference(model, batches).g
-    assert_close(perturbation(model, batches, rho=0.2, metric="adaptive"), 0.2 * T**2 * g / (T * g).norm())
+    assert_close(
+        perturbation(model, batches, rho=0.2, metric="adaptive"), 0.2 * T**2 * g / (T * g).norm()
+    )
 
 
-@pytest.mark.parametrize("axes, perturbed", [
-    ({}, range(9)),
-    ({"period": 3}, (0, 3, 6)),
-    ({"start": 4}, range(4, 9)),
-    ({"stop": 3}, range(3)),
-    ({"start": 2, "stop": 7, "period": 2}, (2, 4, 6)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "axes, perturbed",
+    [
+        ({}, range(9)),
+        ({"period": 3}, (0, 3, 6)),
+        ({"start": 4}, range(4, 9)),
+        ({"stop": 3}, range(3)),
+        ({"start": 2, "stop": 7, "period": 2}, (2, 4, 6)),
+    ],
+)
 @pytest.mark.parametrize("path", ["full", "functional"])
 def test_11_extra_backward_passes_are_those_of_the_perturbed_steps(path, axes, perturbed):
     model, batches = gpt(), token_batches()
@@ -235,14 +288,19 @@ def test_11_extra_backward_passes_are_those_of_the_perturbed_steps(path, axes, p
 
 
 def test_weight_decay_applies_to_the_weights_and_not_to_where_the_gradient_was_taken():
-    """One step of AdamW by hand on SAM's gradient: decay is no part of the direction, nor of the moved point."""
+    """One step of AdamW by hand on SAM's gradient: decay is no part of the direction, nor of the
+    moved point."""
     model, batches = gpt(), token_batches()
     reference = Reference(model, batches)
     g_sam = reference.gradient(reference.t + 0.3 * reference.u)
     optimizer = adamw(model, lr=0.02, weight_decay=0.5)
     SharpnessAware(model, optimizer, rho=0.3).gradient(batches)
     optimizer.step()
-    assert_close(weights_of(model), (1 - 0.02 * 0.5) * reference.t - 0.02 * g_sam / (g_sam.abs() + 1e-8), 1e-12)
+    assert_close(
+        weights_of(model),
+        (1 - 0.02 * 0.5) * reference.t - 0.02 * g_sam / (g_sam.abs() + 1e-8),
+        1e-12,
+    )
 
 
 # Functional-SAM, the logit path and the angles between
@@ -263,24 +321,53 @@ def test_14_functional_sam_of_a_linear_model_is_the_plain_gradient(rho, cotangen
     linear = Adapter(nn.Linear(7, V, dtype=torch.float64))
     for model, batches in ((linear, vector_batches()), (frozen_body(), token_batches())):
         g, g_sam = plain_gradient(model, batches), rule_gradient(model, batches, rho=rho)
-        assert_close(rule_gradient(model, batches, rho=rho, path="functional", cotangent=cotangent), g)
+        assert_close(
+            rule_gradient(model, batches, rho=rho, path="functional", cotangent=cotangent), g
+        )
         assert_close(rule_gradient(model, batches, rho=rho, path="logit"), g_sam)
         assert_apart(g_sam, g, 1e-3)
 
 
-def test_15_functional_sam_sees_the_functional_part_of_the_hessian_and_the_logit_path_the_rest(problem):
+def test_15_functional_sam_sees_the_functional_part_of_the_hessian_and_the_logit_path_the_rest(
+    problem,
+):
     model, batches, reference = problem
     u, g, radii = reference.u, reference.g, halved(2e-3)
-    along = {path: [rule_gradient(model, batches, rho=sign * rho, path=path) for rho in radii for sign in (1, -1)] for path in
-             ("full", "functional", "logit")}  # fmt: skip
-    along["difference"] = [full - functional for full, functional in zip(along["full"], along["functional"], strict=True)]
+    along = {
+        path: [
+            rule_gradient(model, batches, rho=sign * rho, path=path)
+            for rho in radii
+            for sign in (1, -1)
+        ]
+        for path in ("full", "functional", "logit")
+    }
+    along["difference"] = [
+        full - functional
+        for full, functional in zip(along["full"], along["functional"], strict=True)
+    ]
     base = {"functional": g, "logit": g, "difference": torch.zeros_like(g)}
-    expected = {"functional": reference.functional_H(u), "logit": reference.G(u), "difference": reference.G(u)}
+    expected = {
+        "functional": reference.functional_H(u),
+        "logit": reference.G(u),
+        "difference": reference.G(u),
+    }
     assert_close(expected["functional"] + expected["logit"], reference.H(u))
     for path, product in expected.items():
         ahead, behind = along[path][::2], along[path][1::2]
-        assert_order([((a - base[path]) / rho - product).norm() for a, rho in zip(ahead, radii, strict=True)], 1)
-        assert_order([((a - b) / (2 * rho) - product).norm() for a, b, rho in zip(ahead, behind, radii, strict=True)], 2)
+        assert_order(
+            [
+                ((a - base[path]) / rho - product).norm()
+                for a, rho in zip(ahead, radii, strict=True)
+            ],
+            1,
+        )
+        assert_order(
+            [
+                ((a - b) / (2 * rho) - product).norm()
+                for a, b, rho in zip(ahead, behind, radii, strict=True)
+            ],
+            2,
+        )
 
 
 @pytest.mark.parametrize("rho", [0.05, 1.0])
@@ -290,7 +377,9 @@ def test_16_sam_less_functional_sam_is_the_softmax_that_moved(problem, rho, cota
     model, batches, reference = problem
     moved = reference.t + rho * reference.u
     change = reference.logits(moved).softmax(-1) - reference.logits(reference.t).softmax(-1)
-    expected = reference.pull(moved, change * reference.counted[..., None] / reference.counted.sum())
+    expected = reference.pull(
+        moved, change * reference.counted[..., None] / reference.counted.sum()
+    )
     functional = rule_gradient(model, batches, rho=rho, path="functional", cotangent=cotangent)
     assert_close(rule_gradient(model, batches, rho=rho) - functional, expected, 1e-11)
     assert_close(functional, reference.pull(moved, reference.r(reference.t)))
@@ -300,21 +389,36 @@ def test_16_sam_less_functional_sam_is_the_softmax_that_moved(problem, rho, cota
 def test_17_the_same_for_squared_errors(rho):
     """J(t~)^T 2 (z~ - z) / N."""
     module, inputs = mlp(), whole(vector_batches())[0]
-    targets = torch.randn(len(inputs), V, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    targets = torch.randn(
+        len(inputs), V, dtype=torch.float64, generator=torch.Generator().manual_seed(4)
+    )
     model = Adapter(module, losses=lambda z, y: (z - y).square())
     batches = [(inputs[:4], targets[:4]), (inputs[4:], targets[4:])]
     reference = Reference(module, batches, losses=lambda z, y: (z - y).square())
     assert_close(plain_gradient(model, batches), reference.g)
     moved = reference.t + rho * reference.u
-    expected = reference.pull(moved, 2 * (reference.logits(moved) - reference.logits(reference.t)) / targets.numel())
-    assert_close(rule_gradient(model, batches, rho=rho) - rule_gradient(model, batches, rho=rho, path="functional"), expected, 1e-11)
+    expected = reference.pull(
+        moved, 2 * (reference.logits(moved) - reference.logits(reference.t)) / targets.numel()
+    )
+    assert_close(
+        rule_gradient(model, batches, rho=rho)
+        - rule_gradient(model, batches, rho=rho, path="functional"),
+        expected,
+        1e-11,
+    )
 
 
 @pytest.mark.parametrize("path", ["full", "functional", "logit", "angle"])
 def test_18_labels_that_are_not_counted_may_be_anything(path):
-    """Here those below 0 are not: what stands there, and where nothing of a sequence is counted the sequence itself, plays no part."""
-    model = Adapter(gpt(), losses=lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten().clamp(0, V - 1), reduction="none").view(y.shape),
-                    counted=lambda y: y >= 0)  # fmt: skip
+    """Here those below 0 are not: what stands there, and where nothing of a sequence is counted the
+    sequence itself, plays no part."""
+    model = Adapter(
+        gpt(),
+        losses=lambda z, y: F.cross_entropy(
+            z.flatten(0, 1), y.flatten().clamp(0, V - 1), reduction="none"
+        ).view(y.shape),
+        counted=lambda y: y >= 0,
+    )
     tokens, targets = whole(token_batches())
     targets[1] = -100
     expected = rule_gradient(model, [(tokens, targets)], rho=0.5, path=path)
@@ -325,46 +429,74 @@ def test_18_labels_that_are_not_counted_may_be_anything(path):
 
 
 @pytest.mark.parametrize("cotangent", ["store", "rebuild"])
-@pytest.mark.parametrize("head", [{"z_loss": 0.1}, {"logit_softcap": 0.5}, {"z_loss": 0.1, "logit_softcap": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "head",
+    [{"z_loss": 0.1}, {"logit_softcap": 0.5}, {"z_loss": 0.1, "logit_softcap": 0.5}],
+    ids=str,
+)
 def test_18_z_loss_and_soft_cap_belong_to_the_loss(head, cotangent):
     model, batches = gpt(**head), token_batches()
     reference, plain = Reference(model, batches), Reference(gpt(), batches)
     moved = reference.t + 0.5 * reference.u
     functional = rule_gradient(model, batches, rho=0.5, path="functional", cotangent=cotangent)
     assert_close(functional, reference.pull(moved, reference.r(reference.t)))
-    assert_close(rule_gradient(model, batches, rho=0.5, path="logit"), reference.pull(reference.t, reference.r(moved)))
+    assert_close(
+        rule_gradient(model, batches, rho=0.5, path="logit"),
+        reference.pull(reference.t, reference.r(moved)),
+    )
     assert_close(rule_gradient(model, batches, rho=0.5), reference.gradient(moved))
     assert_apart(functional, plain.pull(moved, plain.r(plain.t)), 1e-2)
 
 
-@pytest.mark.parametrize("axes", [
-    {"path": "full"}, {"path": "logit"}, {"path": "functional", "cotangent": "store"}, {"path": "functional", "cotangent": "rebuild"},
-    {"path": "angle", "angle": 30.0, "cotangent": "store"}, {"path": "angle", "angle": 60.0, "cotangent": "rebuild", "angle_norm": "paper"},
-    {"path": "functional", "cotangent": "rebuild", "direction": "momentum"}, {"path": "functional", "cotangent": "rebuild", "ascent_fraction": 0.5},
-    {"path": "full", "weights": "delta"}, {"path": "functional", "weights": "delta", "cotangent": "rebuild"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"path": "full"},
+        {"path": "logit"},
+        {"path": "functional", "cotangent": "store"},
+        {"path": "functional", "cotangent": "rebuild"},
+        {"path": "angle", "angle": 30.0, "cotangent": "store"},
+        {"path": "angle", "angle": 60.0, "cotangent": "rebuild", "angle_norm": "paper"},
+        {"path": "functional", "cotangent": "rebuild", "direction": "momentum"},
+        {"path": "functional", "cotangent": "rebuild", "ascent_fraction": 0.5},
+        {"path": "full", "weights": "delta"},
+        {"path": "functional", "weights": "delta", "cotangent": "rebuild"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("tied", [True, False])
 def test_19_the_lazy_head_in_chunks_is_the_dense_one(axes, tied, monkeypatch):
-    """Store, rebuild and dense logits agree, the gradient of the head included; chunks of 2 tokens, or of one sequence."""
+    """Store, rebuild and dense logits agree, the gradient of the head included; chunks of 2 tokens,
+    or of one sequence."""
     monkeypatch.setitem(lazy.CHUNK_ELEMENTS, "cpu", 2 * 64)
     monkeypatch.setitem(lazy.BLOCK_ELEMENTS, "cpu", 64)
     model, batches = gpt(tied=tied), token_batches()
     optimizer = adamw(model)
     warm(model, optimizer, batches)
-    dense = rule_gradient(Adapter(model), batches, optimizer, rho=0.5, **axes | {"cotangent": "auto"})
+    dense = rule_gradient(
+        Adapter(model), batches, optimizer, rho=0.5, **axes | {"cotangent": "auto"}
+    )
     assert_close(rule_gradient(model, batches, optimizer, rho=0.5, **axes), dense)
     assert_apart(dense, plain_gradient(model, batches))
 
 
 def test_20_the_curvature_of_the_loss_over_the_logits_is_not_negative():
-    """u^T (g_SAM - g_F) / rho -> u^T G u >= 0, whatever the batch; the Hessian itself has both signs."""
+    """u^T (g_SAM - g_F) / rho -> u^T G u >= 0, whatever the batch; the Hessian itself has both
+    signs."""
     model, hessian = gpt(), []
     for seed in range(6):
         batches = token_batches(seed)
         reference = Reference(model, batches)
         u, expected, errors = reference.u, reference.u @ reference.G(reference.u), []
         for rho in halved(2e-3):
-            found = u @ (rule_gradient(model, batches, rho=rho) - rule_gradient(model, batches, rho=rho, path="functional")) / rho
+            found = (
+                u
+                @ (
+                    rule_gradient(model, batches, rho=rho)
+                    - rule_gradient(model, batches, rho=rho, path="functional")
+                )
+                / rho
+            )
             assert found > 0
             errors.append(abs(found - expected))
         assert_order(errors, 1)
@@ -377,14 +509,22 @@ def test_20_the_curvature_of_the_loss_over_the_logits_is_not_negative():
 def test_the_ends_of_the_angle_are_the_paths_themselves(angle, path, cotangent, problem):
     model, batches, _ = problem
     end = rule_gradient(model, batches, path=path, cotangent=cotangent, rho=0.5)
-    assert torch.equal(rule_gradient(model, batches, path="angle", angle=angle, cotangent=cotangent, rho=0.5), end)
+    assert torch.equal(
+        rule_gradient(model, batches, path="angle", angle=angle, cotangent=cotangent, rho=0.5), end
+    )
 
 
 def test_45_degrees_are_sam_to_first_order(problem):
     model, batches, reference = problem
     radii = halved(4e-3)
     sam = [rule_gradient(model, batches, rho=rho) for rho in radii]
-    assert_order([(rule_gradient(model, batches, path="angle", rho=rho) - g).norm() for rho, g in zip(radii, sam, strict=True)], 2)
+    assert_order(
+        [
+            (rule_gradient(model, batches, path="angle", rho=rho) - g).norm()
+            for rho, g in zip(radii, sam, strict=True)
+        ],
+        2,
+    )
     assert_order([(g - reference.g).norm() for g in sam], 1)
 
 
@@ -395,9 +535,15 @@ def test_an_angle_is_the_plain_gradient_and_its_two_changes(angle, angle_norm, p
     model, batches, reference = problem
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     c = 1 / max(cos, sin) if angle_norm == "max" else math.sqrt(2)
-    change = {path: rule_gradient(model, batches, path=path, rho=0.5) - reference.g for path in ("logit", "functional")}
+    change = {
+        path: rule_gradient(model, batches, path=path, rho=0.5) - reference.g
+        for path in ("logit", "functional")
+    }
     expected = reference.g + c * cos * change["logit"] + c * sin * change["functional"]
-    assert_close(rule_gradient(model, batches, path="angle", angle=angle, angle_norm=angle_norm, rho=0.5), expected)
+    assert_close(
+        rule_gradient(model, batches, path="angle", angle=angle, angle_norm=angle_norm, rho=0.5),
+        expected,
+    )
 
 
 # Preconditioned SAM
@@ -407,10 +553,21 @@ BEFORE = {"metric": "adam", "second_moment": "before"}
 
 def with_moments(model, value=None, seed=8):
     """An AdamW whose second moments are given, or drawn; three steps old."""
-    optimizer, generator = adamw(model, betas=(0.9, 0.95), eps=1e-8), torch.Generator().manual_seed(seed)
+    optimizer, generator = (
+        adamw(model, betas=(0.9, 0.95), eps=1e-8),
+        torch.Generator().manual_seed(seed),
+    )
     for p in getattr(model, "module", model).parameters():
-        v = torch.rand(p.shape, generator=generator, dtype=p.dtype) + 1e-3 if value is None else torch.full_like(p, value)
-        optimizer.state[p] = {"step": torch.tensor(3.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": v}
+        v = (
+            torch.rand(p.shape, generator=generator, dtype=p.dtype) + 1e-3
+            if value is None
+            else torch.full_like(p, value)
+        )
+        optimizer.state[p] = {
+            "step": torch.tensor(3.0),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": v,
+        }
     return optimizer
 
 
@@ -419,11 +576,15 @@ def with_moments(model, value=None, seed=8):
 def test_22_equal_moments_are_the_euclidean_metric(value, path):
     model, batches = gpt(), token_batches()
     expected = rule_gradient(model, batches, rho=0.3, path=path)
-    assert_close(rule_gradient(model, batches, with_moments(model, value), rho=0.3, path=path, **BEFORE), expected)
+    assert_close(
+        rule_gradient(model, batches, with_moments(model, value), rho=0.3, path=path, **BEFORE),
+        expected,
+    )
 
 
 def test_23_the_dual_norm_is_sam_in_other_coordinates():
-    """e = rho P g / sqrt(g^T P g): e^T P^-1 e = rho^2, e^T g = rho sqrt(g^T P g), and SAM on y = P^-1/2 w."""
+    """e = rho P g / sqrt(g^T P g): e^T P^-1 e = rho^2, e^T g = rho sqrt(g^T P g), and SAM on y =
+    P^-1/2 w."""
     module, batches = mlp(), vector_batches()
     model, reference = Adapter(module), Reference(module, batches)
     optimizer = with_moments(model)
@@ -442,30 +603,43 @@ def test_23_the_dual_norm_is_sam_in_other_coordinates():
 
         def forward(self, inputs):
             parts = (P.sqrt() * self.y).split([shape.numel() for shape in reference.shapes])
-            theta = {name: part.view(shape) for name, part, shape in zip(reference.names, parts, reference.shapes, strict=True)}
+            theta = {
+                name: part.view(shape)
+                for name, part, shape in zip(reference.names, parts, reference.shapes, strict=True)
+            }
             return functional_call(module, theta, inputs)
 
     stretched = Adapter(Stretched())
     assert_close(P.sqrt() * perturbation(stretched, batches, rho=0.3), e)
-    assert_close(rule_gradient(stretched, batches, rho=0.3) / P.sqrt(), rule_gradient(model, batches, optimizer, **axes), 1e-11)
+    assert_close(
+        rule_gradient(stretched, batches, rho=0.3) / P.sqrt(),
+        rule_gradient(model, batches, optimizer, **axes),
+        1e-11,
+    )
 
 
 @pytest.mark.parametrize("second_moment", ["with_gradient", "before"])
 @pytest.mark.parametrize("metric_norm, sizes", [("l2", "e"), ("raw", "q")])
 def test_24_the_radius_is_that_of_its_norm(second_moment, metric_norm, sizes):
-    """|e| = rho; by choice the radius of the step that the unscaled direction would have taken: |P^-1 e| = rho."""
+    """|e| = rho; by choice the radius of the step that the unscaled direction would have taken:
+    |P^-1 e| = rho."""
     model, batches = gpt(), token_batches()
     optimizer = with_moments(model)
     axes = {"metric": "adam", "second_moment": second_moment, "metric_norm": metric_norm}
     e, g = perturbation(model, batches, optimizer, rho=0.3, **axes), Reference(model, batches).g
     v = flat([optimizer.state[p]["exp_avg_sq"] for p in model.parameters()])
-    v = (0.95 * v + 0.05 * g**2) / (1 - 0.95**4) if second_moment == "with_gradient" else v / (1 - 0.95**3)
+    v = (
+        (0.95 * v + 0.05 * g**2) / (1 - 0.95**4)
+        if second_moment == "with_gradient"
+        else v / (1 - 0.95**3)
+    )
     scaled = g / (v.sqrt() + 1e-8)
     assert_close(e, 0.3 * scaled / (scaled if sizes == "e" else g).norm())
 
 
 def test_24_only_the_ratios_of_moments_matter():
-    """With the moments as they stand and eps 0; bias correction, the same factor everywhere, drops out as well."""
+    """With the moments as they stand and eps 0; bias correction, the same factor everywhere, drops
+    out as well."""
     model, batches = gpt(), token_batches()
     optimizer, axes = with_moments(model), BEFORE | {"metric_eps": 0.0, "rho": 0.3}
     expected = perturbation(model, batches, optimizer, **axes)
@@ -480,11 +654,14 @@ def test_24_only_the_ratios_of_moments_matter():
 
 def test_25_the_first_step_of_the_moments_as_they_stand_is_sam():
     model, batches = gpt(), token_batches()
-    assert torch.equal(rule_gradient(model, batches, rho=0.3, **BEFORE), rule_gradient(model, batches, rho=0.3))
+    assert torch.equal(
+        rule_gradient(model, batches, rho=0.3, **BEFORE), rule_gradient(model, batches, rho=0.3)
+    )
 
 
 def test_25_the_first_step_of_the_moments_with_the_gradient_is_one_of_signs():
-    """v' = g^2 after bias correction, so that d = g / (|g| + eps): the first step is no exception. Rows that no token hits stay."""
+    """v' = g^2 after bias correction, so that d = g / (|g| + eps): the first step is no exception.
+    Rows that no token hits stay."""
     model, batches = gpt(), token_batches()
     g = Reference(model, batches).g
     d = g / (g.abs() + 1e-8)
@@ -530,16 +707,28 @@ def test_27_a_radius_of_0_is_the_plain_gradient(path, problem):
     g = plain_gradient(model, batches)
     if path == "full":
         assert torch.equal(rule_gradient(model, batches, rho=0.0, **GROUPED), g)
-    assert_close(rule_gradient(model, batches, rho=0.0, path=path, cotangent="store", **GROUPED), g, 1e-14)
+    assert_close(
+        rule_gradient(model, batches, rho=0.0, path=path, cotangent="store", **GROUPED), g, 1e-14
+    )
 
 
 def test_28_every_group_sees_its_own_hessian_along_its_own_gradient(problem):
     model, batches, reference = problem
     groups = [Reference(reference.model, [batch]) for batch in batches]
     tokens = torch.tensor([float(group.counted.sum()) for group in groups], dtype=torch.float64)
-    expected = sum(n * group.H(group.u) for n, group in zip(tokens / tokens.sum(), groups, strict=True))
+    expected = sum(
+        n * group.H(group.u) for n, group in zip(tokens / tokens.sum(), groups, strict=True)
+    )
     radii = halved(4e-3)
-    assert_order([((rule_gradient(model, batches, rho=rho, **GROUPED) - reference.g) / rho - expected).norm() for rho in radii], 1)
+    assert_order(
+        [
+            (
+                (rule_gradient(model, batches, rho=rho, **GROUPED) - reference.g) / rho - expected
+            ).norm()
+            for rho in radii
+        ],
+        1,
+    )
     assert_apart(expected, reference.H(reference.u), 0.1)
 
 
@@ -568,16 +757,26 @@ DELTA = {"weights": "delta", "rho": 0.3}
 
 
 def weighing(monkeypatch, weights):
-    """Replaces the weight of every instance; `weights` are those of the whole batch, in its order."""
+    """Replaces the weight of every instance; `weights` are those of the whole batch, in its
+    order."""
     left = list(weights)
-    monkeypatch.setattr(delta, "weigh", lambda axes, offsets_B, which, losses_b: torch.stack([left.pop(0) for _ in losses_b]))
+    monkeypatch.setattr(
+        delta,
+        "weigh",
+        lambda axes, offsets_B, which, losses_b: torch.stack([left.pop(0) for _ in losses_b]),
+    )
 
 
 @pytest.mark.parametrize("name", ["gpt", "mlp"])
 def test_32_equal_weights_are_sam(name, monkeypatch):
-    """A power of 0 makes them equal. A batch of one instance needs no probes, and is SAM bit for bit."""
+    """A power of 0 makes them equal. A batch of one instance needs no probes, and is SAM bit for
+    bit."""
     model, batches = PROBLEMS[name]()
-    assert_close(rule_gradient(model, batches, delta_power=0.0, **DELTA), rule_gradient(model, batches, rho=0.3), 1e-13)
+    assert_close(
+        rule_gradient(model, batches, delta_power=0.0, **DELTA),
+        rule_gradient(model, batches, rho=0.3),
+        1e-13,
+    )
     one = [tuple(tensor[:1] for tensor in batches[0])]
     assert torch.equal(rule_gradient(model, one, **DELTA), rule_gradient(model, one, rho=0.3))
 
@@ -585,13 +784,20 @@ def test_32_equal_weights_are_sam(name, monkeypatch):
 def instance_gradients(model, batches):
     """(g_i of the mean loss of instance i, n_i) of every instance."""
     inputs, targets = whole(batches)
-    references = [Reference(getattr(model, "module", model), [(inputs[i : i + 1], targets[i : i + 1])]) for i in range(len(inputs))]
-    return torch.stack([reference.g for reference in references]), torch.tensor([int(reference.counted.sum()) for reference in references]).double()
+    references = [
+        Reference(getattr(model, "module", model), [(inputs[i : i + 1], targets[i : i + 1])])
+        for i in range(len(inputs))
+    ]
+    return (
+        torch.stack([reference.g for reference in references]),
+        torch.tensor([int(reference.counted.sum()) for reference in references]).double(),
+    )
 
 
 @pytest.mark.parametrize("name", ["gpt", "mlp"])
 def test_32_33_the_ascent_is_that_of_the_weighted_loss(name, monkeypatch):
-    """e along sum_i w_i n_i g_i, whatever the scale of w; one instance that has all the weight gives its own direction."""
+    """e along sum_i w_i n_i g_i, whatever the scale of w; one instance that has all the weight
+    gives its own direction."""
     model, batches = PROBLEMS[name]()
     g_B, n_B = instance_gradients(model, batches)
     w_B = torch.rand(len(n_B), dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -616,7 +822,8 @@ def weights_found(rule, batches):
 
 @pytest.mark.parametrize("delta_probe", ["central", "mixed"])
 def test_34_quadratic_losses_give_their_curvature_along_the_probe(delta_probe):
-    """l(t+z) + l(t-z) - 2 l(t) = z^T A z and l(t+z+z') - l(t+z) - l(t+z') + l(t) = z^T A z', exactly."""
+    """l(t+z) + l(t-z) - 2 l(t) = z^T A z and l(t+z+z') - l(t+z) - l(t+z') + l(t) = z^T A z',
+    exactly."""
     model, A, _, batches = quadratics(5, definite=True)
     w = next(model.module.parameters())
     rule = SharpnessAware(model, adamw(model), delta_probe=delta_probe, delta_sigma=0.4, **DELTA)
@@ -654,7 +861,8 @@ def test_35_an_instance_without_counted_tokens_weighs_nothing():
 
 
 def test_35_no_gradient_goes_through_the_weights():
-    """The ascent is the gradient of sum_i w_i n_i l_i at constant w_i, and not that of sum_i w_i(t) n_i l_i(t)."""
+    """The ascent is the gradient of sum_i w_i n_i l_i at constant w_i, and not that of sum_i w_i(t)
+    n_i l_i(t)."""
     model, batches = gpt(), [whole(token_batches())]
     g_B, n_B = instance_gradients(model, batches)
     rule = SharpnessAware(model, adamw(model), **DELTA)
@@ -667,8 +875,8 @@ def test_35_no_gradient_goes_through_the_weights():
 
 @pytest.mark.parametrize("delta_probe, count", [("central", 2), ("mixed", 3)])
 def test_36_probes_go_where_they_should_and_leave_everything_as_it_was(delta_probe, count):
-    """t + z and t - z, or t + z + z', t + z and t + z'; then the clean pass at t, bit for bit, and the moved one. What is random and what
-    lies in buffers: test_rules.py."""
+    """t + z and t - z, or t + z + z', t + z and t + z'; then the clean pass at t, bit for bit, and
+    the moved one. What is random and what lies in buffers: test_rules.py."""
     model, batches = gpt(), [whole(token_batches())]
     rule = SharpnessAware(model, adamw(model), delta_probe=delta_probe, **DELTA)
     before = weights_of(model)
@@ -679,7 +887,10 @@ def test_36_probes_go_where_they_should_and_leave_everything_as_it_was(delta_pro
     assert torch.equal(clean, before) and torch.equal(weights_of(model), before)
     rms = before.norm() / math.sqrt(model.num_parameters())
     draws = (
-        [noise(p, rule.direction.seed, 0, f"{kind}/{name}", model.unpadded_rows.get(name)) for name, p in model.named_parameters()]
+        [
+            noise(p, rule.direction.seed, 0, f"{kind}/{name}", model.unpadded_rows.get(name))
+            for name, p in model.named_parameters()
+        ]
         for kind in ("z", "other")
     )
     z, other = (0.15 * rms * flat(draw) for draw in draws)
@@ -711,7 +922,11 @@ def test_stale_moves_along_the_last_gradient_handed_on_before_it_is_clipped():
         with visited(rule) as points:
             rule.gradient([whole(token_batches(step))])
         assert len(points) == 1
-        assert_close(points[0] - before, torch.zeros_like(before) if last is None else 0.3 * last / last.norm(), 0 if last is None else 1e-12)
+        assert_close(
+            points[0] - before,
+            torch.zeros_like(before) if last is None else 0.3 * last / last.norm(),
+            0 if last is None else 1e-12,
+        )
         last = flat([p.grad for p in model.parameters()])
         for p in model.parameters():
             p.grad.mul_(torch.rand_like(p))  # whatever is done to it afterwards
@@ -722,7 +937,17 @@ def test_stale_moves_along_the_last_gradient_handed_on_before_it_is_clipped():
 def test_friendly_takes_the_average_of_earlier_gradients_out_of_the_ascent():
     """q = g - sigma E, E <- decay E + (1 - decay) g afterwards, from 0: the first step is SAM."""
     model = gpt()
-    rule, E = SharpnessAware(model, adamw(model, lr=0.0), direction="friendly", friendly_sigma=0.8, friendly_decay=0.6, rho=0.3), 0.0
+    rule, E = (
+        SharpnessAware(
+            model,
+            adamw(model, lr=0.0),
+            direction="friendly",
+            friendly_sigma=0.8,
+            friendly_decay=0.6,
+            rho=0.3,
+        ),
+        0.0,
+    )
     for step in range(3):
         batches = token_batches(step)
         reference = Reference(model, batches)
@@ -754,7 +979,11 @@ def test_gsam_takes_from_sam_the_part_of_the_gradient_orthogonal_to_it(problem):
 # Radius 0
 
 
-@pytest.mark.parametrize("axes", [{}, {"metric": "adam"}, {"metric": "adaptive"}, {"path": "functional", "cotangent": "store"}], ids=str)
+@pytest.mark.parametrize(
+    "axes",
+    [{}, {"metric": "adam"}, {"metric": "adaptive"}, {"path": "functional", "cotangent": "store"}],
+    ids=str,
+)
 def test_01_13_a_radius_of_0_runs_all_passes_and_gives_the_plain_gradient(axes, problem):
     """Bit for bit; training, and the random stream, in test_rules.py."""
     model, batches, _ = problem
@@ -764,20 +993,34 @@ def test_01_13_a_radius_of_0_runs_all_passes_and_gives_the_plain_gradient(axes, 
 
 
 @pytest.mark.parametrize(
-    "axes", [{"path": "functional", "cotangent": "rebuild"}, {"path": "logit"}, {"path": "angle"}, {"combine": "orthogonal"}], ids=str
+    "axes",
+    [
+        {"path": "functional", "cotangent": "rebuild"},
+        {"path": "logit"},
+        {"path": "angle"},
+        {"combine": "orthogonal"},
+    ],
+    ids=str,
 )
 def test_13_the_other_paths_give_it_up_to_rounding(axes, problem):
     model, batches, _ = problem
-    assert_close(rule_gradient(model, batches, rho=0.0, **axes), plain_gradient(model, batches), 1e-13)
+    assert_close(
+        rule_gradient(model, batches, rho=0.0, **axes), plain_gradient(model, batches), 1e-13
+    )
 
 
 def test_the_reference_is_that_of_torch():
-    """The loss that calculus above differentiates is cross-entropy over the counted targets, and its pull a transposed Jacobian."""
+    """The loss that calculus above differentiates is cross-entropy over the counted targets, and
+    its pull a transposed Jacobian."""
     model, batches = gpt(), token_batches()
     reference = Reference(model, batches)
     tokens, targets = whole(batches)
     expected = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
     assert reference.loss(reference.t).item() == pytest.approx(expected.item(), rel=1e-14)
-    assert_close(reference.pull(reference.t, reference.r(reference.t)), grad(reference.loss)(reference.t), 1e-14)
+    assert_close(
+        reference.pull(reference.t, reference.r(reference.t)),
+        grad(reference.loss)(reference.t),
+        1e-14,
+    )
     r = torch.randn_like(reference.logits(reference.t))
     assert_close(reference.pull(reference.t, r), vjp(reference.logits, reference.t)[1](r)[0], 0)

@@ -1,4 +1,5 @@
-"""Two runs have one name exactly if nothing that they read, and that may not change on resume, differs."""
+"""Two runs have one name exactly if nothing that they read, and that may not change on resume,
+differs."""
 
 import copy
 import json
@@ -46,13 +47,20 @@ def where_unread(name: str) -> Config:
 def change(config: Config, name: str) -> Config:
     """The configuration with another value of the key."""
     value, entry = lookup(config, name), KEYS[name]
-    kind = list if str(entry.type).startswith("list") else next(iter(get_args(entry.type)), entry.type)
+    kind = (
+        list if str(entry.type).startswith("list") else next(iter(get_args(entry.type)), entry.type)
+    )
     if "choices" in entry.metadata:
         other = next((choice for choice in entry.metadata["choices"] if choice != value), "other")
     elif kind in (int, float):
         other = (value or 0) + 1
     else:
-        other = {bool: not value, str: f"{value}x", list: [3], Any: {"a": SourceConfig("x")} if name == "data.sources" else {"a": "x"}}[kind]
+        other = {
+            bool: not value,
+            str: f"{value}x",
+            list: [3],
+            Any: {"a": SourceConfig("x")} if name == "data.sources" else {"a": "x"},
+        }[kind]
     changed = copy.deepcopy(config)
     put(changed, name, other)
     return changed
@@ -81,10 +89,30 @@ def test_keys_that_are_not_read_do_not(name):
 
 def test_what_may_change_on_resume():
     """Listed here a second time, so that nobody marks a key that matters by accident."""
-    logging = {name for name in KEYS if name.startswith(("evaluation.", "checkpoint.", "tracking.", "parallel."))}
-    others = {"dir", "device", "profile", "minutes", "max_skipped", "plan_only", "print_only", "device_memory", "help", "activation_checkpointing",
-              "data.cache", "data.workers", "data.bad_rows", "data.verify_days",
-              "tokenizer.path", "optim.diagnostics_every", "optim.cotangent_share"}  # fmt: skip
+    logging = {
+        name
+        for name in KEYS
+        if name.startswith(("evaluation.", "checkpoint.", "tracking.", "parallel."))
+    }
+    others = {
+        "dir",
+        "device",
+        "profile",
+        "minutes",
+        "max_skipped",
+        "plan_only",
+        "print_only",
+        "device_memory",
+        "help",
+        "activation_checkpointing",
+        "data.cache",
+        "data.workers",
+        "data.bad_rows",
+        "data.verify_days",
+        "tokenizer.path",
+        "optim.diagnostics_every",
+        "optim.cotangent_share",
+    }
     assert set(MUTABLE) == logging | others & set(KEYS)
 
 
@@ -110,9 +138,15 @@ def test_a_condition_of_a_condition_counts():
     [
         ([], "nanodo_500k-adamw-stdlib-1000steps-s0"),
         (["model=tiny", "seed=7", "schedule.steps=50"], "tiny-adamw-stdlib-50steps-s7"),
-        (["schedule=chinchilla", "schedule.tokens_per_parameter=2.5"], "nanodo_500k-adamw-stdlib-2.5tpp-s0"),
+        (
+            ["schedule=chinchilla", "schedule.tokens_per_parameter=2.5"],
+            "nanodo_500k-adamw-stdlib-2.5tpp-s0",
+        ),
         (["schedule.tokens=2e9"], "nanodo_500k-adamw-stdlib-2e+09tokens-s0"),
-        (["data=text", "data.path=x.txt", "data.name=mine", "optim.rho=0.3"], "nanodo_500k-adamw-mine-1000steps-s0"),
+        (
+            ["data=text", "data.path=x.txt", "data.name=mine", "optim.rho=0.3"],
+            "nanodo_500k-adamw-mine-1000steps-s0",
+        ),
     ],
 )
 def test_name_says_what_the_run_is(overrides, name):
@@ -130,37 +164,74 @@ def test_name_has_rho_where_it_is_read():
     [
         [["optim.lr=1e-3"], ["optim.lr=0.001"], ["optim.lr=1.0E-3"], []],
         [["schedule.tokens=1e6"], ["schedule.tokens=1000000"], ["schedule.tokens=1_000_000"]],
-        [["model=tiny", "seed=3"], ["seed=3", "model=tiny"],
-         ["seed=3", "model.name=tiny", "model.num_layers=2", "model.num_heads=2", "model.width=64"]],
+        [
+            ["model=tiny", "seed=3"],
+            ["seed=3", "model=tiny"],
+            [
+                "seed=3",
+                "model.name=tiny",
+                "model.num_layers=2",
+                "model.num_heads=2",
+                "model.width=64",
+            ],
+        ],
         [["model.bias=true"], ["model.bias=True"]],
         [["optim.clip=1"], ["optim.clip=1.0"]],
-        [["optim.rho=0.2"], ["optim.metric=adam", "optim.metric_power=0.3"], ["dir=elsewhere"], ["tracking=none"], ["evaluation.every=7"], []],
+        [
+            ["optim.rho=0.2"],
+            ["optim.metric=adam", "optim.metric_power=0.3"],
+            ["dir=elsewhere"],
+            ["tracking=none"],
+            ["evaluation.every=7"],
+            [],
+        ],
         [["schedule.warmup_steps=10"], ["schedule.warmup_steps=10", "schedule.warmup=0.3"]],
         [["schedule.tokens=1e6"], ["schedule.tokens=1e6", "schedule.steps=5"]],
-        [["data=text", "data.sources={a: {path: x}, b: {path: y, weight: 2}}"],
-         ["data=text", "data.sources={b: {weight: 2.0, path: y}, a: {path: x, weight: 1}}"]],
+        [
+            ["data=text", "data.sources={a: {path: x}, b: {path: y, weight: 2}}"],
+            ["data=text", "data.sources={b: {weight: 2.0, path: y}, a: {path: x, weight: 1}}"],
+        ],
     ],
-)  # fmt: skip
+)
 def test_equal_configurations_have_one_name(spellings):
     assert len({run_name(compose(overrides)) for overrides in spellings}) == 1
 
 
 def test_order_of_validation_sets_counts():
     """The first of them is the one that val/loss means."""
-    names = [run_name(compose(["data=text", "data.path=x", f"data.validation={sets}"])) for sets in ("{a: x, b: y}", "{b: y, a: x}")]
+    names = [
+        run_name(compose(["data=text", "data.path=x", f"data.validation={sets}"]))
+        for sets in ("{a: x, b: y}", "{b: y, a: x}")
+    ]
     assert len(set(names)) == 2
 
 
 def test_name_does_not_depend_on_the_process():
     overrides = ["data=text", "data.path=[x,y]", "data.validation={a: x, b: y}", "tokenizer=bpe"]
-    code = "import sys; from launch.config import compose; from launch.identity import run_name; print(run_name(compose(sys.argv[1:])))"
-    other = subprocess.run([sys.executable, "-c", code, *overrides], env={"PYTHONHASHSEED": "5"}, capture_output=True, text=True, check=True)
+    code = (
+        "import sys; from launch.config import compose; from launch.identity import run_name;"
+        " print(run_name(compose(sys.argv[1:])))"
+    )
+    other = subprocess.run(
+        [sys.executable, "-c", code, *overrides],
+        env={"PYTHONHASHSEED": "5"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert other.stdout.strip() == run_name(compose(overrides))
 
 
 def test_config_of_a_folder_is_the_one_that_was_claimed(tmp_path):
-    overrides = ["data=text", "data.sources={a: {path: x}, b: {path: [y, z], weight: 2}}", "data.validation={v: w}", "data.separator=---",
-                 "checkpoint.milestones=[5]", "optim.lr=3e-4", "optim.clip=null"]  # fmt: skip
+    overrides = [
+        "data=text",
+        "data.sources={a: {path: x}, b: {path: [y, z], weight: 2}}",
+        "data.validation={v: w}",
+        "data.separator=---",
+        "checkpoint.milestones=[5]",
+        "optim.lr=3e-4",
+        "optim.clip=null",
+    ]
     config = compose(overrides)
     claim(tmp_path, config)
     assert load_config(tmp_path) == config
@@ -171,7 +242,12 @@ def test_config_of_a_folder_is_the_one_that_was_claimed(tmp_path):
 
 def test_folder_takes_the_same_run_again_with_what_may_change(tmp_path):
     claim(tmp_path, compose(["seed=3"]))
-    claim(tmp_path, compose(["seed=3", "evaluation.every=7", "checkpoint.keep=5", "optim.rho=0.7", "minutes=3"]))
+    claim(
+        tmp_path,
+        compose(
+            ["seed=3", "evaluation.every=7", "checkpoint.keep=5", "optim.rho=0.7", "minutes=3"]
+        ),
+    )
     assert load_config(tmp_path).evaluation.every == 7
 
 
@@ -183,12 +259,19 @@ def test_folder_of_another_run_is_refused_with_the_difference(tmp_path):
     said = str(refusal.value)
     assert said.startswith(f"dir={tmp_path} holds another run (")
     assert "choose another dir" in said
-    for difference in ("seed 3 -> 4", "optim.lr 0.001 -> 0.002", "tokenizer.name bytes -> bpe", "tokenizer.vocab_size unread -> 4096"):
+    for difference in (
+        "seed 3 -> 4",
+        "optim.lr 0.001 -> 0.002",
+        "tokenizer.name bytes -> bpe",
+        "tokenizer.vocab_size unread -> 4096",
+    ):
         assert difference in said
     assert "evaluation" not in said
     assert (tmp_path / "config.yaml").read_text() == before
 
 
 def test_folder_without_a_run_is_named(tmp_path):
-    with pytest.raises(ValueError, match=f"run={tmp_path} holds no config.yaml; name the folder of a run"):
+    with pytest.raises(
+        ValueError, match=f"run={tmp_path} holds no config.yaml; name the folder of a run"
+    ):
         load_config(tmp_path)

@@ -8,8 +8,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ("wandb", "datasets", "pyarrow", "pandas", "transformers", "peft", "tokenizers", "matplotlib", "submitit")
-# Who may import whom. The commands of data and model read their options through launch.config, inside `main`.
+HEAVY = (
+    "wandb",
+    "datasets",
+    "pyarrow",
+    "pandas",
+    "transformers",
+    "peft",
+    "tokenizers",
+    "matplotlib",
+    "submitit",
+)
+# Who may import whom. The commands of data and model read their options through launch.config,
+# inside `main`.
 ALLOWED = {
     "conf": {"conf"},
     "data": {"conf", "data"},
@@ -74,5 +85,9 @@ def test_the_packages_ship_their_configuration():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     with_code = {path.parent.name for path in ROOT.glob("*/*.py")} - {"tests"}
     assert set(settings["packages"]) == with_code
-    shipped = {path for pattern in settings["package-data"]["conf"] for path in (ROOT / "conf").glob(pattern)}
+    shipped = {
+        path
+        for pattern in settings["package-data"]["conf"]
+        for path in (ROOT / "conf").glob(pattern)
+    }
     assert shipped == set((ROOT / "conf").rglob("*.yaml"))

@@ -1,4 +1,5 @@
-"""Training held against a plain torch loop around transformers' GPT-2: nothing of ours but the first weights and the batches."""
+"""Training held against a plain torch loop around transformers' GPT-2: nothing of ours but the
+first weights and the batches."""
 
 import math
 from pathlib import Path
@@ -14,9 +15,16 @@ from optim import Gradient, build_optimizer, build_schedule
 STEPS, V, T, B = 20, 257, 64, 4
 SHAPE = GPTConfig(V, T, 3, 4, 64, bias=True, norm_eps=1e-5, init="gpt2")
 NAMES = {
-    "embedding": "wte", "positions": "wpe", "norm": "ln_f", "attention_norm": "ln_1", "attention.qkv": "attn.c_attn",
-    "attention.out": "attn.c_proj", "mlp_norm": "ln_2", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj",
-}  # fmt: skip
+    "embedding": "wte",
+    "positions": "wpe",
+    "norm": "ln_f",
+    "attention_norm": "ln_1",
+    "attention.qkv": "attn.c_attn",
+    "attention.out": "attn.c_proj",
+    "mlp_norm": "ln_2",
+    "mlp.up": "mlp.c_fc",
+    "mlp.down": "mlp.c_proj",
+}
 
 
 def theirs(name: str) -> str:
@@ -36,8 +44,18 @@ def in_their_layout(name: str, ours: torch.Tensor) -> torch.Tensor:
 @pytest.fixture
 def pair():
     transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(vocab_size=V, n_positions=T, n_layer=3, n_head=4, n_embd=64, activation_function="gelu_new",
-                                     resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="eager")  # fmt: skip
+    config = transformers.GPT2Config(
+        vocab_size=V,
+        n_positions=T,
+        n_layer=3,
+        n_head=4,
+        n_embd=64,
+        activation_function="gelu_new",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        attn_implementation="eager",
+    )
     model, plain = GPT(SHAPE), transformers.GPT2LMHeadModel(config)
     parameters = dict(plain.named_parameters())
     with torch.no_grad():
@@ -48,7 +66,9 @@ def pair():
 
 def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     text = torch.tensor(list(Path(__file__).read_bytes()))  # something to learn
-    starts = torch.randint(0, len(text) - T, (STEPS * B,), generator=torch.Generator().manual_seed(1))
+    starts = torch.randint(
+        0, len(text) - T, (STEPS * B,), generator=torch.Generator().manual_seed(1)
+    )
     tokens = torch.stack([text[start : start + T + 1] for start in starts]).view(STEPS, B, T + 1)
     targets = tokens[:, :, 1:].clone()
     targets[:, 1, :7] = -100
@@ -93,17 +113,25 @@ def test_twenty_steps_of_losses_agree(pair):
     matrices = [p for p in plain.parameters() if p.ndim >= 2]
     vectors = [p for p in plain.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    reference = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.99), eps=1e-6, foreach=False, fused=False)
+    reference = torch.optim.AdamW(
+        groups, lr=3e-3, betas=(0.9, 0.99), eps=1e-6, foreach=False, fused=False
+    )
     ours, expected = [], []
     for step, (tokens, targets) in enumerate(batches()):
         for group in optimizer.param_groups:
             group["lr"] = schedule.lr(step)
         optimizer.zero_grad()
-        ours.append(rule.gradient([(tokens[:1], targets[:1]), (tokens[1:], targets[1:])]).loss.item())
+        ours.append(
+            rule.gradient([(tokens[:1], targets[:1]), (tokens[1:], targets[1:])]).loss.item()
+        )
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-        rate = step / 3 if step < 3 else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 3) / (STEPS - 3)))
+        rate = (
+            step / 3
+            if step < 3
+            else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 3) / (STEPS - 3)))
+        )
         for group in reference.param_groups:
             group["lr"] = 3e-3 * rate
         reference.zero_grad()

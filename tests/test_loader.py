@@ -47,9 +47,13 @@ def test_windows_are_those_of_the_token_stream(counting):
     loader = Loader({"text": counting}, None, T, 7, seed=1)
     for step in (0, 3, 1000):
         tokens, targets = loader.batch(step)
-        assert tokens.shape == targets.shape == (7, T) and tokens.dtype == targets.dtype == torch.int64
+        assert (
+            tokens.shape == targets.shape == (7, T) and tokens.dtype == targets.dtype == torch.int64
+        )
         assert tokens.is_contiguous() and targets.is_contiguous()
-        assert torch.equal(tokens, tokens[:, :1] + torch.arange(T)) and torch.equal(targets, tokens + 1)
+        assert torch.equal(tokens, tokens[:, :1] + torch.arange(T)) and torch.equal(
+            targets, tokens + 1
+        )
 
 
 def test_an_epoch_repeats_nothing_and_the_next_is_another(counting):
@@ -59,7 +63,8 @@ def test_an_epoch_repeats_nothing_and_the_next_is_another(counting):
     offsets = []
     for epoch in epochs:
         assert len(set(epoch.tolist())) == W
-        assert len(set((epoch % T).tolist())) == 1  # one stride from one offset: no token is an input twice
+        # one stride from one offset: no token is an input twice
+        assert len(set((epoch % T).tolist())) == 1
         assert epoch.tolist() != sorted(epoch.tolist())
         offsets.append(int(epoch.min()))
     assert all(0 <= offset < T for offset in offsets) and len(set(offsets)) > 3
@@ -75,13 +80,21 @@ def test_epochs_need_not_end_with_a_step(counting):
 def test_a_batch_is_a_function_of_seed_and_step(counting):
     loader = Loader({"text": counting}, None, T, 8, seed=5)
     later = [loader.batch(step)[0] for step in (9, 2, 9)]
-    assert torch.equal(later[0], later[2]) and torch.equal(later[0], Loader({"text": counting}, None, T, 8, seed=5).batch(9)[0])
-    assert not torch.equal(later[0], later[1]) and not torch.equal(later[0], Loader({"text": counting}, None, T, 8, seed=6).batch(9)[0])
+    assert torch.equal(later[0], later[2]) and torch.equal(
+        later[0], Loader({"text": counting}, None, T, 8, seed=5).batch(9)[0]
+    )
+    assert not torch.equal(later[0], later[1]) and not torch.equal(
+        later[0], Loader({"text": counting}, None, T, 8, seed=6).batch(9)[0]
+    )
 
 
 @pytest.mark.parametrize("weights", [None, {"a": 1.0, "b": 2.5}])
 def test_any_cut_of_the_rows_gives_the_same_batch(counting, tmp_path, weights):
-    sources = {"a": counting} if weights is None else {"a": counting, "b": make_tokens(tmp_path / "b", np.arange(N) + 5000, [300])}
+    sources = (
+        {"a": counting}
+        if weights is None
+        else {"a": counting, "b": make_tokens(tmp_path / "b", np.arange(N) + 5000, [300])}
+    )
     loader = Loader(sources, weights, T, 24, seed=0)
     for step in (0, 41, 42, 43):  # 1024 sequences end in step 42
         tokens, targets = loader.batch(step)
@@ -106,7 +119,10 @@ def test_short_corpora_down_to_one_window(counting, length):
 
 
 def test_too_short_a_corpus_is_refused(counting):
-    with pytest.raises(ValueError, match=r"batch.length=1003 needs 1004 tokens but the source text has 1003; shorten it"):
+    with pytest.raises(
+        ValueError,
+        match=r"batch.length=1003 needs 1004 tokens but the source text has 1003; shorten it",
+    ):
         Loader({"text": counting}, None, N, 4, seed=0)
 
 
@@ -115,26 +131,34 @@ def test_shares_are_exact_and_by_largest_remainder():
     assert shares({"a": 3.0, "b": 1.0}).tolist() == [768, 256]
     assert shares({"a": 7.0}).tolist() == [1024]
     assert shares({"a": 0.7, "b": 0.2, "c": 0.1}).sum() == PERIOD
-    with pytest.raises(ValueError, match=r"data.sources.b.weight=0.0001 is less than 1/1024 of all; raise it"):
+    with pytest.raises(
+        ValueError, match=r"data.sources.b.weight=0.0001 is less than 1/1024 of all; raise it"
+    ):
         shares({"a": 1.0, "b": 0.0001})
 
 
 def test_weighted_sources_run_through_their_own_epochs(counting, tmp_path):
     small = make_tokens(tmp_path / "small", np.arange(200) + 10000, [])
     loader = Loader({"big": counting, "small": small}, {"big": 3.0, "small": 1.0}, T, 64, seed=0)
-    alone = {name: Loader({name: tokens}, None, T, 1, seed=0) for name, tokens in (("big", counting), ("small", small))}
+    alone = {
+        name: Loader({name: tokens}, None, T, 1, seed=0)
+        for name, tokens in (("big", counting), ("small", small))
+    }
     first = starts(loader, range(16 * 3))  # three periods
     for period in np.split(first, 3):
         assert (period >= 10000).sum() == PERIOD // 4
     orders = [np.flatnonzero(period >= 10000).tolist() for period in np.split(first, 3)]
-    assert orders[0] != orders[1] and np.diff(orders[0]).max() < 60  # mixed, and another way each time
+    # mixed, and another way each time
+    assert orders[0] != orders[1] and np.diff(orders[0]).max() < 60
     own = first[first >= 10000] - 10000
     num_windows = (200 - T) // T
     for epoch in range(len(own) // num_windows):
         seen = own[epoch * num_windows : (epoch + 1) * num_windows]
         assert len(set(seen.tolist())) == num_windows and len(set((seen % T).tolist())) == 1
     # The first source has the order that it would have alone.
-    np.testing.assert_array_equal(first[first < 10000], starts(alone["big"], range((first < 10000).sum())))
+    np.testing.assert_array_equal(
+        first[first < 10000], starts(alone["big"], range((first < 10000).sum()))
+    )
 
 
 def test_prefetched_batches_are_the_loaders(counting):
@@ -174,20 +198,32 @@ def test_waiting_is_counted_and_trouble_surfaces():
     prefetcher.close()
 
 
-@pytest.mark.parametrize(("num_tokens", "size"), [(N, 5), (2, 5), (T, 1), (T + 1, 3), (T + 2, 3), (10 * T + 1, 4)])
+@pytest.mark.parametrize(
+    ("num_tokens", "size"), [(N, 5), (2, 5), (T, 1), (T + 1, 3), (T + 2, 3), (10 * T + 1, 4)]
+)
 def test_validation_counts_every_token_but_the_first_once(tmp_path, num_tokens, size):
     tokenizer = numbered(60000)
     stream = np.random.default_rng(0).integers(0, 59000, num_tokens)
     validation = Validation(make_tokens(tmp_path, stream, [num_tokens // 2]), T, tokenizer)
     batches = list(validation.batches(size))
-    assert len({batch[0].shape for batch in batches}) == 1 and batches[0][0].shape[1] == T and batches[0][0].shape[0] <= size
+    assert (
+        len({batch[0].shape for batch in batches}) == 1
+        and batches[0][0].shape[1] == T
+        and batches[0][0].shape[0] <= size
+    )
     inputs, targets = (torch.cat(parts).flatten() for parts in zip(*batches, strict=True))
     counted = targets != IGNORED
-    assert targets[counted].tolist() == stream[1:].tolist() and inputs[counted].tolist() == stream[:-1].tolist()
+    assert (
+        targets[counted].tolist() == stream[1:].tolist()
+        and inputs[counted].tolist() == stream[:-1].tolist()
+    )
     assert validation.num_tokens == counted.sum() == num_tokens - 1
     assert validation.num_bytes == 3 * (num_tokens - 1)
     again = list(validation.batches(size))
-    assert all(torch.equal(one[0], two[0]) and torch.equal(one[1], two[1]) for one, two in zip(batches, again, strict=True))
+    assert all(
+        torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+        for one, two in zip(batches, again, strict=True)
+    )
 
 
 def test_limited_validation_is_spread_over_the_set(tmp_path):
@@ -197,16 +233,22 @@ def test_limited_validation_is_spread_over_the_set(tmp_path):
     firsts = torch.cat([inputs[:, 0] for inputs, _ in validation.batches(10)])
     assert firsts.tolist() == [100 * T * index for index in range(10)]
     assert validation.num_tokens == 10 * T and validation.num_bytes == 30 * T
-    assert Validation(validation.source, T, tokenizer, max_tokens=10**9).num_tokens == len(stream) - 1
+    assert (
+        Validation(validation.source, T, tokenizer, max_tokens=10**9).num_tokens == len(stream) - 1
+    )
     assert Validation(validation.source, T, tokenizer, max_tokens=1).num_tokens == T
 
 
 def test_bytes_of_end_of_text_are_none(tmp_path):
     tokenizer = numbered(60000)
-    validation = Validation(make_tokens(tmp_path, np.array([5, tokenizer.eot, 6, tokenizer.eot]), []), T, tokenizer)
+    validation = Validation(
+        make_tokens(tmp_path, np.array([5, tokenizer.eot, 6, tokenizer.eot]), []), T, tokenizer
+    )
     assert (validation.num_tokens, validation.num_bytes) == (3, 3)
 
 
 def test_a_validation_set_needs_two_tokens(tmp_path):
-    with pytest.raises(ValueError, match="a validation set of 1 tokens has no next token to predict"):
+    with pytest.raises(
+        ValueError, match="a validation set of 1 tokens has no next token to predict"
+    ):
         Validation(make_tokens(tmp_path, np.array([1]), []), T, numbered(60000))

@@ -1,4 +1,5 @@
-"""A live run folder belongs to one process, wherever the others run and however the first one ends."""
+"""A live run folder belongs to one process, wherever the others run and however the first one
+ends."""
 
 import errno
 import fcntl
@@ -34,7 +35,13 @@ def start_owner(tmp_path):
 
     def start(heartbeat=10.0):
         command = [sys.executable, "-c", OWNER, str(tmp_path), str(heartbeat)]
-        owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        owner = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         owners.append(owner)
         assert owner.stdout and owner.stdout.readline() == "locked\n"
         return owner
@@ -55,7 +62,10 @@ def left_behind(tmp_path):
 
 def test_second_process_is_refused_and_told_who_holds_it(tmp_path, start_owner, capsys):
     owner = start_owner()
-    with pytest.raises(ValueError, match=f"dir={tmp_path} is in use by process {owner.pid} on {socket.gethostname()} since") as refusal:
+    with pytest.raises(
+        ValueError,
+        match=f"dir={tmp_path} is in use by process {owner.pid} on {socket.gethostname()} since",
+    ) as refusal:
         RunLock(tmp_path).__enter__()
     assert "\n" not in str(refusal.value)
     owner.communicate()
@@ -76,7 +86,13 @@ def test_a_clean_exit_empties_the_file_and_removes_a_folder_without_content(tmp_
 @pytest.mark.parametrize("name", ["file", "file/run"])
 def test_a_folder_that_cannot_be_is_refused(tmp_path, name):
     (tmp_path / "file").write_text("precious")
-    with pytest.raises(ValueError, match=r"dir=.*file.* cannot be a run folder \((File exists|Not a directory)\); name one that can be written"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"dir=.*file.* cannot be a run folder \((File exists|Not a directory)\); name one that"
+            r" can be written"
+        ),
+    ):
         RunLock(tmp_path / name).__enter__()
     assert (tmp_path / "file").read_text() == "precious"
 
@@ -124,8 +140,14 @@ def test_one_process_cannot_hold_a_folder_twice(tmp_path):
     with RunLock(tmp_path):
         with pytest.raises(ValueError, match=f"process {os.getpid()}"):
             RunLock(tmp_path).__enter__()
-        newcomer = subprocess.run([sys.executable, "-c", OWNER, tmp_path, "10"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        assert f"in use by process {os.getpid()}" in newcomer.stderr  # the refusal did not drop the kernel's lock
+        newcomer = subprocess.run(
+            [sys.executable, "-c", OWNER, tmp_path, "10"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        # the refusal did not drop the kernel's lock
+        assert f"in use by process {os.getpid()}" in newcomer.stderr
     with RunLock(tmp_path):
         pass
 
@@ -158,7 +180,9 @@ def test_dead_owner_on_another_host_is_taken_over(tmp_path, left_behind, monkeyp
 
 
 @pytest.mark.parametrize("nodes", ["apart", "same"])
-def test_heartbeat_alone_protects_where_kernel_locks_do_not(tmp_path, start_owner, monkeypatch, nodes):
+def test_heartbeat_alone_protects_where_kernel_locks_do_not(
+    tmp_path, start_owner, monkeypatch, nodes
+):
     owner = start_owner(heartbeat=0.05)
     monkeypatch.setattr(lock, "WATCH", 20.0)
 
@@ -206,9 +230,12 @@ with lock.RunLock(folder / "run"):
 
 @pytest.mark.parametrize("kind", ["none", "apart"])
 def test_of_two_newcomers_that_find_the_folder_free_one_gives_way(tmp_path, kind):
-    """Both have looked before either has written: where there are no kernel locks at all, and where each node has its own."""
+    """Both have looked before either has written: where there are no kernel locks at all, and where
+    each node has its own."""
     command, pipe = [sys.executable, "-c", NEWCOMER, kind, str(tmp_path)], subprocess.PIPE
-    both = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(2)
+    ]
     try:
         end = time.monotonic() + 60
         while not (ended := [process for process in both if process.poll() is not None]):
@@ -218,7 +245,10 @@ def test_of_two_newcomers_that_find_the_folder_free_one_gives_way(tmp_path, kind
         assert winner.stdout and winner.stdout.readline() == "locked\n"
         assert json.loads((tmp_path / "run/lock").read_text())["pid"] == winner.pid
         out, said = loser.communicate()
-        assert loser.returncode > 0 and f"in use by process {winner.pid} on {socket.gethostname()} since" in said
+        assert (
+            loser.returncode > 0
+            and f"in use by process {winner.pid} on {socket.gethostname()} since" in said
+        )
         assert out == ("" if kind == "none" else "locked\n")  # it never had it, or not for long
         assert winner.communicate()[1] == "" and winner.returncode == 0
     finally:
@@ -228,7 +258,9 @@ def test_of_two_newcomers_that_find_the_folder_free_one_gives_way(tmp_path, kind
 
 
 @pytest.mark.parametrize("heartbeat", [0.1, 1000.0])
-def test_a_suspended_owner_that_was_taken_over_ends_at_once(tmp_path, start_owner, monkeypatch, heartbeat):
+def test_a_suspended_owner_that_was_taken_over_ends_at_once(
+    tmp_path, start_owner, monkeypatch, heartbeat
+):
     """At its next heartbeat, or where it leaves before that; what the other one wrote stands."""
     owner = start_owner(heartbeat)
     owner.send_signal(signal.SIGSTOP)
@@ -242,12 +274,18 @@ def test_a_suspended_owner_that_was_taken_over_ends_at_once(tmp_path, start_owne
             owner.wait(timeout=60)
         _, said = owner.communicate(timeout=60)
         assert owner.returncode == lock.EXIT_TAKEN_OVER
-        assert said.count("\n") == 1 and said.startswith("error: ") and f"in use by process {os.getpid()} on elsewhere since" in said
+        assert (
+            said.count("\n") == 1
+            and said.startswith("error: ")
+            and f"in use by process {os.getpid()} on elsewhere since" in said
+        )
         assert (tmp_path / "lock").read_bytes() == taken
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EACCES, errno.EIO, errno.EINVAL])
-def test_a_file_system_whose_locks_fail_has_the_heartbeat(tmp_path, start_owner, monkeypatch, number):
+def test_a_file_system_whose_locks_fail_has_the_heartbeat(
+    tmp_path, start_owner, monkeypatch, number
+):
     def lockf(*_):
         raise OSError(number, os.strerror(number))
 
@@ -268,7 +306,10 @@ def test_a_dead_owner_of_the_future_is_not_at_work(left_behind, tmp_path):
     assert lock.is_in_use(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["7", "[]", '{"pid": "x"}', '{"pid": -1}', '{"pid": 99999999999999999999}', "[" * 4000])
+@pytest.mark.parametrize(
+    "content",
+    ["7", "[]", '{"pid": "x"}', '{"pid": -1}', '{"pid": 99999999999999999999}', "[" * 4000],
+)
 def test_a_damaged_lock_is_nobodys(tmp_path, monkeypatch, capsys, content):
     monkeypatch.setattr(lock, "WATCH", 0.1)
     (tmp_path / "lock").write_text(content)

@@ -1,4 +1,5 @@
-"""The lazy loss is the dense one: in value, in every gradient, for every chunk size, and without tokens x vocabulary."""
+"""The lazy loss is the dense one: in value, in every gradient, for every chunk size, and without
+tokens x vocabulary."""
 
 import math
 
@@ -28,11 +29,18 @@ def dense_loss(h, weight, targets, softcap=None, z_loss=0.0):
     z = F.linear(h, weight)[0, :, :V]
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     counted = targets[0] != IGNORED
-    return F.cross_entropy(z, targets[0], ignore_index=IGNORED, reduction="sum") + z_loss * (z.logsumexp(1).square() * counted).sum()
+    return (
+        F.cross_entropy(z, targets[0], ignore_index=IGNORED, reduction="sum")
+        + z_loss * (z.logsumexp(1).square() * counted).sum()
+    )
 
 
-@pytest.mark.parametrize("settings", [{}, {"softcap": 3.0}, {"z_loss": 0.1}, {"softcap": 2.0, "z_loss": 0.3}])
-@pytest.mark.parametrize(("chunk", "block"), [(2**20, 2**20), (PADDED * 10, PADDED * 3), (PADDED, PADDED)])
+@pytest.mark.parametrize(
+    "settings", [{}, {"softcap": 3.0}, {"z_loss": 0.1}, {"softcap": 2.0, "z_loss": 0.3}]
+)
+@pytest.mark.parametrize(
+    ("chunk", "block"), [(2**20, 2**20), (PADDED * 10, PADDED * 3), (PADDED, PADDED)]
+)
 def test_value_and_gradients_are_those_of_the_dense_loss(monkeypatch, settings, chunk, block):
     monkeypatch.setitem(logits.CHUNK_ELEMENTS, "cpu", chunk)
     monkeypatch.setitem(logits.BLOCK_ELEMENTS, "cpu", block)
@@ -49,7 +57,9 @@ def test_value_and_gradients_are_those_of_the_dense_loss(monkeypatch, settings, 
 def test_the_gradient_is_scaled_by_what_follows_the_loss():
     h, weight, targets = place()
     once = torch.autograd.grad(LazyLogits(h, weight, V).cross_entropy(targets)[0], (h, weight))
-    thrice = torch.autograd.grad(3 * LazyLogits(h, weight, V).cross_entropy(targets)[0], (h, weight))
+    thrice = torch.autograd.grad(
+        3 * LazyLogits(h, weight, V).cross_entropy(targets)[0], (h, weight)
+    )
     for a, b in zip(once, thrice, strict=True):
         torch.testing.assert_close(3 * a, b, rtol=1e-14, atol=0)
 
@@ -76,7 +86,11 @@ def test_what_stands_at_uncounted_positions_changes_nothing():
 def test_gradients_agree_with_finite_differences():
     h, weight, targets = place()
     h, targets = h[:, :6].detach().requires_grad_(), targets[:, :6]
-    assert torch.autograd.gradcheck(lambda *at: LazyLogits(*at, V, softcap=3.0, z_loss=0.1).cross_entropy(targets)[0], (h, weight), fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda *at: LazyLogits(*at, V, softcap=3.0, z_loss=0.1).cross_entropy(targets)[0],
+        (h, weight),
+        fast_mode=True,
+    )
 
 
 def test_padded_rows_change_nothing_and_get_no_gradient():
@@ -104,8 +118,13 @@ def test_bf16_autocast_keeps_loss_and_gradient():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rounded = LazyLogits(h, weight, V).cross_entropy(targets)[0]
     assert rounded.dtype == torch.float32
-    assert rounded.item() == pytest.approx(exact.item(), rel=1e-2) and rounded != exact  # it did round
-    for a, b in zip(torch.autograd.grad(exact, (h, weight)), torch.autograd.grad(rounded, (h, weight)), strict=True):
+    # it did round
+    assert rounded.item() == pytest.approx(exact.item(), rel=1e-2) and rounded != exact
+    for a, b in zip(
+        torch.autograd.grad(exact, (h, weight)),
+        torch.autograd.grad(rounded, (h, weight)),
+        strict=True,
+    ):
         assert b.dtype == torch.float32
         assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
 
@@ -117,7 +136,14 @@ def test_bf16_autocast_keeps_the_models_gradient():
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             total, _ = model.loss(tokens[:, :-1], tokens[:, 1:])
-        found.append((total, torch.cat([g.flatten() for g in torch.autograd.grad(total, list(model.parameters()))])))
+        found.append(
+            (
+                total,
+                torch.cat(
+                    [g.flatten() for g in torch.autograd.grad(total, list(model.parameters()))]
+                ),
+            )
+        )
     (exact, theirs), (rounded, ours) = found
     assert rounded.item() == pytest.approx(exact.item(), rel=5e-3) and rounded != exact
     assert F.cosine_similarity(ours, theirs, dim=0) > 0.999
@@ -126,9 +152,14 @@ def test_bf16_autocast_keeps_the_models_gradient():
 def test_bf16_losses_are_summed_in_fp32(monkeypatch):
     """Equal logits lose log V nats a token; a sum in bf16 would stop growing at 256 of them."""
     monkeypatch.setitem(logits.CHUNK_ELEMENTS, "cpu", PADDED)
-    h, weight = torch.zeros(1, 1000, D, dtype=torch.bfloat16), torch.zeros(PADDED, D, dtype=torch.bfloat16)
+    h, weight = (
+        torch.zeros(1, 1000, D, dtype=torch.bfloat16),
+        torch.zeros(PADDED, D, dtype=torch.bfloat16),
+    )
     total, _ = LazyLogits(h, weight, V).cross_entropy(torch.zeros(1, 1000, dtype=torch.long))
-    assert total.dtype == torch.float32 and total.item() == pytest.approx(1000 * math.log(V), rel=1e-4)
+    assert total.dtype == torch.float32 and total.item() == pytest.approx(
+        1000 * math.log(V), rel=1e-4
+    )
 
 
 class Largest(TorchDispatchMode):
@@ -160,14 +191,23 @@ def test_no_tensor_of_tokens_by_vocabulary_is_ever_made(monkeypatch):
 @pytest.mark.parametrize("settings", [{}, {"softcap": 2.0, "z_loss": 0.3}])
 def test_second_derivatives_are_those_of_the_dense_loss(settings):
     h, weight, targets = place()
-    v = [torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1), dtype=tensor.dtype) for tensor in (h, weight)]
+    v = [
+        torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1), dtype=tensor.dtype)
+        for tensor in (h, weight)
+    ]
 
     def hessian_product(loss: torch.Tensor) -> tuple[torch.Tensor, ...]:
         gradient = torch.autograd.grad(loss, (h, weight), create_graph=True)
-        return torch.autograd.grad(sum((g * u).sum() for g, u in zip(gradient, v, strict=True)), (h, weight))
+        return torch.autograd.grad(
+            sum((g * u).sum() for g, u in zip(gradient, v, strict=True)), (h, weight)
+        )
 
-    ours = hessian_product(LazyLogits(h, weight, V, **settings).cross_entropy(targets, scale=0.5)[0] * 3)
-    for a, b in zip(ours, hessian_product(dense_loss(h, weight, targets, **settings) * 1.5), strict=True):
+    ours = hessian_product(
+        LazyLogits(h, weight, V, **settings).cross_entropy(targets, scale=0.5)[0] * 3
+    )
+    for a, b in zip(
+        ours, hessian_product(dense_loss(h, weight, targets, **settings) * 1.5), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
@@ -181,5 +221,7 @@ def test_second_derivatives_under_torch_func():
         return dense_loss(h.detach(), weight, targets)
 
     w, u = weight.detach(), torch.ones_like(weight)
-    ours, theirs = (torch.func.grad(lambda w, f=f: (torch.func.grad(f)(w) * u).sum())(w) for f in (lazy, dense))
+    ours, theirs = (
+        torch.func.grad(lambda w, f=f: (torch.func.grad(f)(w) * u).sum())(w) for f in (lazy, dense)
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)

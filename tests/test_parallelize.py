@@ -41,4 +41,7 @@ def test_without_a_compiler_it_stays_eager_with_a_notice(monkeypatch, capsys):
     assert not has_compiler()
     test_auto_leaves_a_cpu_eager(monkeypatch)
     parallelize(GPT(SHAPE), "block", checkpoint_activations=True, device=CPU)
-    assert capsys.readouterr().err == "note: compile=block, but there is no C++ compiler here; running eagerly\n"
+    assert (
+        capsys.readouterr().err
+        == "note: compile=block, but there is no C++ compiler here; running eagerly\n"
+    )

@@ -27,7 +27,12 @@ sys.exit(EXIT_PREEMPTED)
 
 
 def start(behaviour: str) -> subprocess.Popen:
-    run = subprocess.Popen([sys.executable, "-c", RUN, behaviour], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        [sys.executable, "-c", RUN, behaviour],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert run.stdout and run.stdout.readline() == "running\n"
     return run
 
@@ -38,7 +43,11 @@ def test_first_signal_lets_the_run_end_by_itself(number):
     run.send_signal(number)
     output, errors = run.communicate(timeout=20)
     assert output == f"{number.name}\n"
-    assert errors == f"received {number.name}: saving after this step, then exiting with code 75; a second signal exits at once\n"
+    assert (
+        errors
+        == f"received {number.name}: saving after this step, then exiting with code 75; a second"
+        " signal exits at once\n"
+    )
     assert run.returncode == EXIT_PREEMPTED == 75
 
 
@@ -54,7 +63,9 @@ def test_second_signal_exits_at_once(second):
 
 @pytest.mark.parametrize("behaviour", ["save slowly", "end slowly"])
 @pytest.mark.parametrize("variable", ["TORCHELASTIC_RUN_ID", "SUBMITIT_EXECUTOR"])
-def test_under_a_process_that_passes_them_on_the_echo_of_a_signal_is_the_same_signal(monkeypatch, variable, behaviour):
+def test_under_a_process_that_passes_them_on_the_echo_of_a_signal_is_the_same_signal(
+    monkeypatch, variable, behaviour
+):
     monkeypatch.setenv(variable, "1")
     run = start(behaviour)
     run.send_signal(signal.SIGTERM)

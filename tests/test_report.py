@@ -1,4 +1,5 @@
-"""Reports of real runs: their numbers against independent ones, their failures, and the page itself."""
+"""Reports of real runs: their numbers against independent ones, their failures, and the page
+itself."""
 
 import csv
 import io
@@ -31,7 +32,15 @@ RUNS = {  # name: overrides
     "adamw-slow-0": ["optim.lr=0.003", "seed=0"],
     **{f"sam-{seed}": ["optim=sam", "optim.lr=0.01", f"seed={seed}"] for seed in SEEDS},
     "sam-wide-0": ["optim=sam", "optim.lr=0.01", "optim.rho=0.5", "seed=0"],
-    **{f"matched-{seed}": ["optim=sam", "optim.lr=0.01", "optim.compute_matched=true", f"seed={seed}"] for seed in (0, 1)},
+    **{
+        f"matched-{seed}": [
+            "optim=sam",
+            "optim.lr=0.01",
+            "optim.compute_matched=true",
+            f"seed={seed}",
+        ]
+        for seed in (0, 1)
+    },
     "diverged": ["optim.lr=1e6", "optim.clip=null", "max_skipped=3", "tracking.every=1"],
     "stopped": ["optim=sam", "optim.lr=0.01", "optim.rho=0.5", "seed=1", "minutes=0.00001"],
 }
@@ -43,13 +52,21 @@ def sweep(tiny, tmp_path_factory):
     folder, output = tmp_path_factory.mktemp("sweep"), tmp_path_factory.mktemp("output") / "output"
     server = Server()
     common = [*tiny, "schedule.steps=40", "evaluation.every=4", "tracking.every=20"]
-    jobs = {name: Job(folder / name, [], str(folder), 40, 1, LauncherConfig()) for name in ("stopped", "nowhere", "waiting")}
+    jobs = {
+        name: Job(folder / name, [], str(folder), 40, 1, LauncherConfig())
+        for name in ("stopped", "nowhere", "waiting")
+    }
     write_jobs(folder, jobs.values())
     codes = {}
     for name, overrides in (RUNS | {"nowhere": ["data.path=nowhere"]}).items():
         if name in jobs:
             jobs[name].expect()
-        started = server.start(*common, *overrides, f"dir={folder}/{name}", output=jobs[name].log() if name in jobs else output)
+        started = server.start(
+            *common,
+            *overrides,
+            f"dir={folder}/{name}",
+            output=jobs[name].log() if name in jobs else output,
+        )
         codes[name] = started.wait()
         if name in jobs:
             jobs[name].ended(codes[name])
@@ -70,7 +87,8 @@ def report(sweep, tmp_path_factory):
 
 @pytest.fixture
 def copied(sweep, tmp_path):
-    """Copies a run of the sweep, with other texts in its config.yaml and other values in its summary.json."""
+    """Copies a run of the sweep, with other texts in its config.yaml and other values in its
+    summary.json."""
 
     def copy(name: str, target: str, *texts: tuple[str, str], **values) -> Path:
         run = tmp_path / "runs" / target
@@ -81,7 +99,9 @@ def copied(sweep, tmp_path):
             config = config.replace(old, new)
         (run / "config.yaml").write_text(config)
         summary = json.loads((run / "summary.json").read_text())
-        (run / "summary.json").write_text(json.dumps(summary | {key.replace("_", "/"): value for key, value in values.items()}))
+        (run / "summary.json").write_text(
+            json.dumps(summary | {key.replace("_", "/"): value for key, value in values.items()})
+        )
         return run
 
     return copy
@@ -89,9 +109,18 @@ def copied(sweep, tmp_path):
 
 @pytest.fixture
 def made(sweep, tmp_path):
-    """Makes finished runs of 40 steps that end with the given losses, from those of the sweep: their curves fall by `slope` a step."""
+    """Makes finished runs of 40 steps that end with the given losses, from those of the sweep:
+    their curves fall by `slope` a step."""
 
-    def make(method: str, losses: dict[int, float], slope: float = 0.01, summary=(), figures=(), beside: str = "runs", **changes) -> list[Path]:
+    def make(
+        method: str,
+        losses: dict[int, float],
+        slope: float = 0.01,
+        summary=(),
+        figures=(),
+        beside: str = "runs",
+        **changes,
+    ) -> list[Path]:
         found = []
         for seed, loss in losses.items():
             run = tmp_path / beside / f"{method}-{len(list(tmp_path.rglob('config.yaml')))}"
@@ -103,9 +132,18 @@ def made(sweep, tmp_path):
                 (config[inner] if inner else config["optim"])[last] = value
             (run / "config.yaml").write_text(yaml.safe_dump(config))
             rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            rows = [row | dict(figures) | ({"val/loss": loss + slope * (40 - row["step"])} if "val/loss" in row else {}) for row in rows]
+            rows = [
+                row
+                | dict(figures)
+                | ({"val/loss": loss + slope * (40 - row["step"])} if "val/loss" in row else {})
+                for row in rows
+            ]
             (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            told = json.loads((run / "summary.json").read_text()) | {"seconds": 1e-9 * rows[-1]["flops"], "val/loss": loss} | dict(summary)
+            told = (
+                json.loads((run / "summary.json").read_text())
+                | {"seconds": 1e-9 * rows[-1]["flops"], "val/loss": loss}
+                | dict(summary)
+            )
             (run / "summary.json").write_text(json.dumps(told))
             found.append(run)
         return found
@@ -115,7 +153,9 @@ def made(sweep, tmp_path):
 
 def sections_of(folder: Path, *seeds: int) -> list[comparison.Section]:
     """The comparisons of a folder; seeds choose the settings, where some are given."""
-    return comparison.compare([read_run(run) for run in find_runs([folder])], comparison.Selection(seeds))
+    return comparison.compare(
+        [read_run(run) for run in find_runs([folder])], comparison.Selection(seeds)
+    )
 
 
 def section_of(folder: Path, *seeds: int) -> comparison.Section:
@@ -142,14 +182,27 @@ def between(x: list, y: list, at: float) -> float:
 
 
 def test_means_and_tests_of_real_runs_against_independent_ones(sweep, report):
-    """Mean, standard error, interpolation, and the paired test, whose p has a closed form for three pairs: 1 - |t| / sqrt(2 + t^2)."""
-    rows = {(row["method"], row["at_equal"]): row for row in csv.DictReader((report / "page.csv").open())}
+    """Mean, standard error, interpolation, and the paired test, whose p has a closed form for three
+    pairs: 1 - |t| / sqrt(2 + t^2)."""
+    rows = {
+        (row["method"], row["at_equal"]): row
+        for row in csv.DictReader((report / "page.csv").open())
+    }
     assert {method for method, _ in rows} == {"adamw", "sam", "sam compute_matched=true"}
-    summaries = {name: json.loads((sweep / name / "summary.json").read_text()) for name in RUNS if (sweep / name / "summary.json").exists()}
+    summaries = {
+        name: json.loads((sweep / name / "summary.json").read_text())
+        for name in RUNS
+        if (sweep / name / "summary.json").exists()
+    }
     final = {name: summary["val/loss"] for name, summary in summaries.items()}
-    assert final["adamw-slow-0"] > np.mean([final[f"adamw-{seed}"] for seed in SEEDS])  # so it is not the best
+    # so it is not the best
+    assert final["adamw-slow-0"] > np.mean([final[f"adamw-{seed}"] for seed in SEEDS])
     assert final["sam-wide-0"] > np.mean([final[f"sam-{seed}"] for seed in SEEDS])
-    compared = [f"adamw-{seed}" for seed in SEEDS] + [f"sam-{seed}" for seed in SEEDS] + ["matched-0", "matched-1"]
+    compared = (
+        [f"adamw-{seed}" for seed in SEEDS]
+        + [f"sam-{seed}" for seed in SEEDS]
+        + ["matched-0", "matched-1"]
+    )
     for at, figure in (("steps", "step"), ("flops", "flops"), ("seconds", "seconds")):
         budget = 40 if at == "steps" else min(summaries[name][figure] for name in compared)
         assert float(rows["sam", at]["budget"]) == budget
@@ -158,53 +211,97 @@ def test_means_and_tests_of_real_runs_against_independent_ones(sweep, report):
             end = summaries[name][figure]
             at_end = end == budget if at == "steps" else end <= 1.05 * budget
             if at_end or end > budget:
-                read[name] = final[name] if at_end else between(*evaluations(sweep / name, figure), budget)
-        for method, name, seeds in (("adamw", "adamw", SEEDS), ("sam", "sam", SEEDS), ("sam compute_matched=true", "matched", (0, 1))):
-            row, values = rows[method, at], [read[f"{name}-{seed}"] for seed in seeds if f"{name}-{seed}" in read]
+                read[name] = (
+                    final[name] if at_end else between(*evaluations(sweep / name, figure), budget)
+                )
+        for method, name, seeds in (
+            ("adamw", "adamw", SEEDS),
+            ("sam", "sam", SEEDS),
+            ("sam compute_matched=true", "matched", (0, 1)),
+        ):
+            row, values = (
+                rows[method, at],
+                [read[f"{name}-{seed}"] for seed in seeds if f"{name}-{seed}" in read],
+            )
             assert int(row["seeds"]) == len(values)
             if values:
                 mean = sum(values) / len(values)
                 variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
                 assert float(row["mean"]) == pytest.approx(mean, rel=1e-9)
-                assert float(row["standard_error"]) == pytest.approx(math.sqrt(variance / len(values)), rel=1e-6)
+                assert float(row["standard_error"]) == pytest.approx(
+                    math.sqrt(variance / len(values)), rel=1e-6
+                )
         differences = [read[f"sam-{seed}"] - read[f"adamw-{seed}"] for seed in SEEDS]
         error = np.std(differences, ddof=1) / math.sqrt(3)
         t, middle = np.mean(differences) / error, np.mean(differences)
-        expected = {"pairs": 3, "mean_difference": middle, "difference_low_95": middle - 4.3026527 * error,
-                    "difference_high_95": middle + 4.3026527 * error}  # fmt: skip
+        expected = {
+            "pairs": 3,
+            "mean_difference": middle,
+            "difference_low_95": middle - 4.3026527 * error,
+            "difference_high_95": middle + 4.3026527 * error,
+        }
         if at != "seconds":  # the only method with three pairs: Holm leaves its p as it is
-            expected |= {"t": t, "p": 1 - abs(t) / math.sqrt(2 + t * t), "p_holm": 1 - abs(t) / math.sqrt(2 + t * t)}
-        assert {key: float(rows["sam", at][key]) for key in expected} == pytest.approx(expected, rel=1e-6)
-        untested = [rows["adamw", at], rows["sam compute_matched=true", at], *([rows["sam", at]] if at == "seconds" else [])]
+            expected |= {
+                "t": t,
+                "p": 1 - abs(t) / math.sqrt(2 + t * t),
+                "p_holm": 1 - abs(t) / math.sqrt(2 + t * t),
+            }
+        assert {key: float(rows["sam", at][key]) for key in expected} == pytest.approx(
+            expected, rel=1e-6
+        )
+        untested = [
+            rows["adamw", at],
+            rows["sam compute_matched=true", at],
+            *([rows["sam", at]] if at == "seconds" else []),
+        ]
         assert all(row[key] == "" for row in untested for key in ("t", "p", "p_holm"))
 
 
 def test_a_compute_matched_run_counts_at_its_own_end(sweep, report):
-    """It ends about where AdamW does in FLOPs, far before it in steps; whole SAM runs are read midway, and the page says so."""
-    rows = {(row["method"], row["at_equal"]): row for row in csv.DictReader((report / "page.csv").open())}
+    """It ends about where AdamW does in FLOPs, far before it in steps; whole SAM runs are read
+    midway, and the page says so."""
+    rows = {
+        (row["method"], row["at_equal"]): row
+        for row in csv.DictReader((report / "page.csv").open())
+    }
     matched = rows["sam compute_matched=true", "flops"]
-    finals = [json.loads((sweep / f"matched-{seed}" / "summary.json").read_text())["val/loss"] for seed in (0, 1)]
+    finals = [
+        json.loads((sweep / f"matched-{seed}" / "summary.json").read_text())["val/loss"]
+        for seed in (0, 1)
+    ]
     assert float(matched["mean"]) == pytest.approx(np.mean(finals), rel=1e-12)
-    assert [rows[method, "flops"]["midway"] for method in ("adamw", "sam", "sam compute_matched=true")] == ["False", "True", "False"]
+    assert [
+        rows[method, "flops"]["midway"] for method in ("adamw", "sam", "sam compute_matched=true")
+    ] == ["False", "True", "False"]
     assert rows["sam compute_matched=true", "steps"]["seeds"] == "0"
     assert "the rate is not annealed there yet" in (report / "page.html").read_text()
 
 
 def test_intervals_and_tests_against_values_by_hand():
-    """t(0.975) is 4.3027 for two degrees of freedom and 12.706 for one; p of two degrees is 1 - |t| / sqrt(2 + t^2)."""
+    """t(0.975) is 4.3027 for two degrees of freedom and 12.706 for one; p of two degrees is 1 - |t|
+    / sqrt(2 + t^2)."""
     found = estimates.estimate([1.0, 2.0, 3.0])
-    assert found == (2.0, pytest.approx(1 / math.sqrt(3)), 3, False) and found.margin == pytest.approx(4.3026527 / math.sqrt(3))
+    assert found == (
+        2.0,
+        pytest.approx(1 / math.sqrt(3)),
+        3,
+        False,
+    ) and found.margin == pytest.approx(4.3026527 / math.sqrt(3))
     assert estimates.estimate([1.0, 3.0]).margin == pytest.approx(12.7062047)
     assert math.isnan(estimates.estimate([1.0, math.nan]).margin)
     test = estimates.paired_test({0: 1.0, 1: 2.0, 2: 3.0, 7: 9.0}, {0: 1.5, 1: 2.3, 2: 3.1, 8: 9.0})
     assert test.by_seed == pytest.approx({0: -0.5, 1: -0.3, 2: -0.1})
-    assert test.t == pytest.approx(-0.3 / (0.2 / math.sqrt(3))) and test.p == pytest.approx(1 - abs(test.t) / math.sqrt(2 + test.t**2))
+    assert test.t == pytest.approx(-0.3 / (0.2 / math.sqrt(3))) and test.p == pytest.approx(
+        1 - abs(test.t) / math.sqrt(2 + test.t**2)
+    )
 
 
 @pytest.mark.filterwarnings("error")
 def test_fewer_than_three_pairs_and_equal_differences_give_no_test():
     for seeds in range(3):
-        few = estimates.paired_test({seed: 3.0 + seed for seed in range(seeds)}, dict.fromkeys(range(5), 3.1))
+        few = estimates.paired_test(
+            {seed: 3.0 + seed for seed in range(seeds)}, dict.fromkeys(range(5), 3.1)
+        )
         assert math.isnan(few.p) and math.isnan(few.t) and len(few.by_seed) == seeds
     same = estimates.paired_test({0: 3.0, 1: 3.5, 2: 4.0}, {0: 3.1, 1: 3.6, 2: 4.1})
     assert same.difference.mean == pytest.approx(-0.1) and math.isnan(same.t) and math.isnan(same.p)
@@ -212,7 +309,9 @@ def test_fewer_than_three_pairs_and_equal_differences_give_no_test():
 
 def test_holm_by_hand():
     """0.01 x 3, 0.03 x 2, 0.04 x 1, none below the one before; what has no p is not counted."""
-    assert estimates.holm({"a": 0.04, "b": 0.01, "c": math.nan, "d": 0.03}) == pytest.approx({"a": 0.06, "b": 0.03, "d": 0.06})
+    assert estimates.holm({"a": 0.04, "b": 0.01, "c": math.nan, "d": 0.03}) == pytest.approx(
+        {"a": 0.06, "b": 0.03, "d": 0.06}
+    )
     assert estimates.holm({"a": 0.9, "b": 0.6}) == {"a": 1.0, "b": 1.0}
 
 
@@ -226,18 +325,30 @@ def test_a_setting_of_which_a_seed_diverged_is_not_the_best(copied, tmp_path):
 
 
 def test_only_like_is_compared_with_like(copied, tmp_path):
-    """Another batch is another comparison; another weight decay a variant; another validation set or machine a warning; a repeated run is named."""
+    """Another batch is another comparison; another weight decay a variant; another validation set
+    or machine a warning; a repeated run is named."""
     copied("adamw-0", "one")
     copied("sam-0", "sam", ("tokens: 512", "tokens: 256"))
     copied("sam-1", "decayed", ("weight_decay: 0.1", "weight_decay: 0.2"))
     copied("adamw-0", "repeated")
     environment = tmp_path / "runs/sam/code/environment.json"
-    environment.write_text(json.dumps([json.loads(environment.read_text())[-1] | {"devices": ["NVIDIA H200"]}]))
-    reseal(tmp_path / "runs/sam/checkpoints/step_00000040", lambda state: state.update(data="0123456789abcdef"))
+    environment.write_text(
+        json.dumps([json.loads(environment.read_text())[-1] | {"devices": ["NVIDIA H200"]}])
+    )
+    reseal(
+        tmp_path / "runs/sam/checkpoints/step_00000040",
+        lambda state: state.update(data="0123456789abcdef"),
+    )
     section = section_of(tmp_path)
     assert list(section.methods) == ["adamw", "sam", "sam weight_decay=0.2"]
     notes = "\n".join(section.notes)
-    for text in ("evaluation.tokens differs", "the data themselves differ", "the machines differ", "NVIDIA H200", "runs/repeated repeats"):
+    for text in (
+        "evaluation.tokens differs",
+        "the data themselves differ",
+        "the machines differ",
+        "NVIDIA H200",
+        "runs/repeated repeats",
+    ):
         assert text in notes
     copied("adamw-0", "large", ("sequences: 4", "sequences: 8"))
     sections = comparison.compare([read_run(run) for run in find_runs([tmp_path])])
@@ -256,7 +367,8 @@ def told(section: comparison.Section) -> str:
 
 
 def test_the_headline_says_what_the_table_says(made, tmp_path):
-    """Every comparison with AdamW, its marks and its caveats stand in both, and each p is there with Holm's."""
+    """Every comparison with AdamW, its marks and its caveats stand in both, and each p is there
+    with Holm's."""
     made("adamw", {0: 3.0, 1: 3.1, 2: 3.3}, slope=0.001)
     made("sam", {0: 2.9, 1: 3.05, 2: 3.1}, slope=0.002)
     section = section_of(tmp_path)
@@ -264,21 +376,33 @@ def test_the_headline_says_what_the_table_says(made, tmp_path):
     for axis, mark in (("steps", ""), ("flops", tables.MIDWAY)):
         text = tables.tested(section.tests[axis]["sam"], axis)
         assert f"{mark} (3\u00a0pairs, t\u00a0" in text and "by\u00a0Holm" in text
-        assert text in told(section) and tables.paired(section).rows[0][1 + comparison.AXES.index(axis)] == text
+        assert (
+            text in told(section)
+            and tables.paired(section).rows[0][1 + comparison.AXES.index(axis)] == text
+        )
         assert tables.value(section.at_equal(axis, "sam")) in told(section)
-    assert f"{tables.MIDWAY} over 3 seeds" in told(section) and tables.MIDWAY in tables.by_method(section).rows[1][2]
+    assert (
+        f"{tables.MIDWAY} over 3 seeds" in told(section)
+        and tables.MIDWAY in tables.by_method(section).rows[1][2]
+    )
     made("sam", {0: 3.1, 1: 3.1, 2: 3.45}, slope=0.002, name="gsam")
     both = section_of(tmp_path)
     test = both.tests["steps"]["sam"]
-    assert test.holm == pytest.approx(2 * test.p) and f"p\u00a0{test.p:.2g}, by\u00a0Holm\u00a0{2 * test.p:.2g}" in told(both)
+    assert test.holm == pytest.approx(
+        2 * test.p
+    ) and f"p\u00a0{test.p:.2g}, by\u00a0Holm\u00a0{2 * test.p:.2g}" in told(both)
     assert tables.UNANNEALED in told(section) and "read in the middle" in markdown
-    assert "t" not in tables.tested(section.tests["seconds"]["sam"], "seconds").replace("\u2020", "")
+    assert "t" not in tables.tested(section.tests["seconds"]["sam"], "seconds").replace(
+        "\u2020", ""
+    )
 
 
 def test_two_seeds_are_shown_and_not_tested(made, tmp_path):
     made("adamw", {0: 3.0, 1: 3.1})
     made("sam", {0: 2.9, 1: 3.05})
-    assert "-0.1000 (seed 0), -0.0500 (seed 1); too few pairs for a test" in told(section_of(tmp_path))
+    assert "-0.1000 (seed 0), -0.0500 (seed 1); too few pairs for a test" in told(
+        section_of(tmp_path)
+    )
     assert "p\u00a0" not in told(section_of(tmp_path))
 
 
@@ -286,7 +410,10 @@ def test_a_baseline_chosen_among_variants_is_said_to_be(made, tmp_path):
     for decay, loss in ((0.1, 3.4), (0.3, 3.3)):
         made("adamw", {0: loss, 1: loss, 2: loss}, weight_decay=decay)
     made("sam", {0: 3.0, 1: 3.1, 2: 3.0})
-    assert "weight_decay=0.3 (lr 0.01; its only setting, one of 2 variants of adamw, the best on the reported seeds)" in told(section_of(tmp_path))
+    assert (
+        "weight_decay=0.3 (lr 0.01; its only setting, one of 2 variants of adamw, the best on the"
+        " reported seeds)" in told(section_of(tmp_path))
+    )
 
 
 def test_of_how_many_settings_the_best_was_chosen_and_on_what(made, tmp_path):
@@ -296,9 +423,16 @@ def test_of_how_many_settings_the_best_was_chosen_and_on_what(made, tmp_path):
     made("adamw", {0: 3.4, 1: 3.4, 2: 3.4})
     both = section_of(tmp_path)
     assert both.best["sam"].lr == 0.02 or both.best["sam"].lr == 0.03
-    assert "best of 3 settings, chosen on these seeds" in told(both) and "its only setting" in told(both)
+    assert "best of 3 settings, chosen on these seeds" in told(both) and "its only setting" in told(
+        both
+    )
     apart = section_of(tmp_path, 0, 1)
-    assert apart.best["sam"].lr == 0.02 and apart.at_equal("steps", "sam") == (pytest.approx(3.1), pytest.approx(math.nan, nan_ok=True), 1, False)
+    assert apart.best["sam"].lr == 0.02 and apart.at_equal("steps", "sam") == (
+        pytest.approx(3.1),
+        pytest.approx(math.nan, nan_ok=True),
+        1,
+        False,
+    )
     assert "best of 3 settings, chosen on seeds 0, 1" in told(apart)
     made("sam", {2: 3.3}, weight_decay=0.2)  # a variant that was not tuned: nothing to choose
     assert section_of(tmp_path, 0, 1).at_equal("steps", "sam weight_decay=0.2").mean == 3.3
@@ -306,7 +440,8 @@ def test_of_how_many_settings_the_best_was_chosen_and_on_what(made, tmp_path):
 
 
 def test_roles_choose_and_report(made, tmp_path):
-    """Runs tagged role=tune choose, those tagged role=report are reported; a method without roles does both with all."""
+    """Runs tagged role=tune choose, those tagged role=report are reported; a method without roles
+    does both with all."""
     tune, report = {"tracking__tags": ["mine", "role=tune"]}, {"tracking__tags": ["role=report"]}
     made("sam", {0: 2.0}, lr=0.02, **tune)
     made("sam", {0: 2.5}, lr=0.01, **tune)
@@ -315,8 +450,12 @@ def test_roles_choose_and_report(made, tmp_path):
     made("sam", {5: 0.1}, lr=0.01)
     made("adamw", {1: 3.3, 2: 3.4})
     section = section_of(tmp_path)
-    assert section.best["sam"].lr == 0.02 and section.at_equal("steps", "sam").mean == pytest.approx(3.1)
-    assert "chosen on seed 0 (role=tune)" in told(section) and "1 runs of sam have neither" in told(section)
+    assert section.best["sam"].lr == 0.02 and section.at_equal(
+        "steps", "sam"
+    ).mean == pytest.approx(3.1)
+    assert "chosen on seed 0 (role=tune)" in told(section) and "1 runs of sam have neither" in told(
+        section
+    )
     assert section.at_equal("steps", "adamw").seeds == 2
     for run in (tmp_path / "runs").glob("sam-*"):
         text = (run / "config.yaml").read_text()
@@ -340,7 +479,9 @@ def test_runs_of_one_role_alone_do_both(made, tmp_path, role):
 def test_seeds_both_to_choose_and_to_report_are_named(made, tmp_path):
     made("sam", {0: 2.0, 1: 2.1}, tracking__tags=["role=tune"])
     made("sam", {1: 2.1, 2: 2.3}, tracking__tags=["role=report"])
-    assert "sam: seed 1 chose the setting and are in its figure as well" in told(section_of(tmp_path))
+    assert "sam: seed 1 chose the setting and are in its figure as well" in told(
+        section_of(tmp_path)
+    )
 
 
 def test_a_setting_without_a_run_to_report_is_left_out_with_a_word(made, tmp_path):
@@ -348,7 +489,11 @@ def test_a_setting_without_a_run_to_report_is_left_out_with_a_word(made, tmp_pat
     made("sam", {0: 2.0}, lr=0.02)
     made("sam", {0: 2.5, 1: 2.6}, lr=0.01)
     section = section_of(tmp_path, 0)
-    assert list(section.best) == ["adamw"] and "sam (lr 0.02, rho 0.05) was chosen on seed 0 and has no finished run to report" in told(section)
+    assert list(section.best) == [
+        "adamw"
+    ] and "sam (lr 0.02, rho 0.05) was chosen on seed 0 and has no finished run to report" in told(
+        section
+    )
 
 
 def test_a_method_without_a_run_to_choose_by_is_left_out_with_a_word(made, tmp_path):
@@ -357,7 +502,9 @@ def test_a_method_without_a_run_to_choose_by_is_left_out_with_a_word(made, tmp_p
         (run / "summary.json").unlink()
     made("sam", {1: 2.5, 2: 2.6})
     section = section_of(tmp_path, 0)
-    assert list(section.best) == ["adamw"] and "sam has no finished run to choose by (on seed 0); sam is left out" in told(section)
+    assert list(section.best) == [
+        "adamw"
+    ] and "sam has no finished run to choose by (on seed 0); sam is left out" in told(section)
 
 
 def test_a_setting_from_another_machine_does_not_win_at_equal_time(made, tmp_path):
@@ -365,10 +512,14 @@ def test_a_setting_from_another_machine_does_not_win_at_equal_time(made, tmp_pat
     made("sam", {0: 2.9, 1: 3.0}, lr=0.01, slope=0.05)
     for run in made("sam", {0: 2.95, 1: 3.05}, lr=0.02, slope=0.001):
         starts = json.loads((run / "code" / "environment.json").read_text())
-        (run / "code" / "environment.json").write_text(json.dumps([start | {"devices": ["another"]} for start in starts]))
+        (run / "code" / "environment.json").write_text(
+            json.dumps([start | {"devices": ["another"]} for start in starts])
+        )
     for path in (tmp_path / "runs").glob("*/metrics.jsonl"):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        path.write_text("".join(json.dumps(row | {"seconds": 1e-9 * row["flops"]}) + "\n" for row in rows))
+        path.write_text(
+            "".join(json.dumps(row | {"seconds": 1e-9 * row["flops"]}) + "\n" for row in rows)
+        )
     section = section_of(tmp_path)
     assert section.chosen["flops"]["sam"].lr == 0.02 and section.chosen["seconds"]["sam"].lr == 0.01
     assert "no evidence, for the machines differ" in tables.winner(section, "seconds")
@@ -377,61 +528,97 @@ def test_a_setting_from_another_machine_does_not_win_at_equal_time(made, tmp_pat
 def test_a_difference_to_a_baseline_in_mid_schedule_is_marked_in_the_csv(made, tmp_path):
     made("sam", {0: 2.9, 1: 3.0})
     flops = json.loads((made("adamw", {0: 3.0, 1: 3.1})[0] / "summary.json").read_text())["flops"]
-    made("sam", {0: 2.9, 1: 3.0}, rho=0.06, summary={"flops": flops // 2, "seconds": 0.5e-9 * flops})
+    made(
+        "sam", {0: 2.9, 1: 3.0}, rho=0.06, summary={"flops": flops // 2, "seconds": 0.5e-9 * flops}
+    )
     rows = csv.DictReader(exports.methods_csv([section_of(tmp_path)]).splitlines())
     (row,) = [row for row in rows if (row["method"], row["at_equal"]) == ("sam", "flops")]
     assert row["difference_midway"] == "True"
 
 
 def test_at_equal_flops_the_setting_is_chosen_there(made, tmp_path):
-    """One that falls late loses at half of its way; table, headline and CSV name the setting of each budget."""
+    """One that falls late loses at half of its way; table, headline and CSV name the setting of
+    each budget."""
     made("adamw", {0: 3.0, 1: 3.1, 2: 3.2})
     made("sam", {0: 2.9, 1: 3.0, 2: 3.1}, lr=0.01, slope=0.05)
     made("sam", {0: 2.95, 1: 3.05, 2: 3.15}, lr=0.02, slope=0.001)
     section = section_of(tmp_path)
     assert [section.chosen[axis]["sam"].lr for axis in ("steps", "flops")] == [0.01, 0.02]
-    assert "(lr 0.02, rho 0.05)" in tables.loss_cell(section, "flops", "sam") and "(" not in tables.loss_cell(section, "steps", "sam")
-    at = {row["at_equal"]: row["lr"] for row in csv.DictReader(exports.methods_csv([section]).splitlines()) if row["method"] == "sam"}
+    assert "(lr 0.02, rho 0.05)" in tables.loss_cell(
+        section, "flops", "sam"
+    ) and "(" not in tables.loss_cell(section, "steps", "sam")
+    at = {
+        row["at_equal"]: row["lr"]
+        for row in csv.DictReader(exports.methods_csv([section]).splitlines())
+        if row["method"] == "sam"
+    }
     assert at["steps"] == "0.01" and at["flops"] == "0.02"
-    (short, _) = made("sam", {0: 1.0, 1: 1.1}, lr=0.03, slope=0.0)
+    short, _ = made("sam", {0: 1.0, 1: 1.1}, lr=0.03, slope=0.0)
     (short / "metrics.jsonl").unlink()  # so nobody knows where it was at the budget
     assert section_of(tmp_path).chosen["flops"]["sam"].lr == 0.02
 
 
 def test_who_lacks_seeds_does_not_win_without_a_word(made, tmp_path):
-    """Whether they crashed, or the setting has fewer than others; runs that never began are counted too."""
+    """Whether they crashed, or the setting has fewer than others; runs that never began are counted
+    too."""
     made("adamw", {0: 3.0, 1: 3.1, 2: 3.2})
     runs = made("sam", {0: 2.0, 1: 2.1, 2: 2.1})
     (runs[2] / "summary.json").unlink()
-    write_jobs(tmp_path / "runs", [Job(tmp_path / "runs/waiting", [], str(tmp_path), 40, 1, LauncherConfig())])
+    write_jobs(
+        tmp_path / "runs",
+        [Job(tmp_path / "runs/waiting", [], str(tmp_path), 40, 1, LauncherConfig())],
+    )
     section = section_of(tmp_path)
-    assert "sam (lr 0.01, rho 0.05) has the lowest validation loss, 2.0500 \u00b1 0.6353 over 2 of 3 seeds" in told(section)
-    assert "has 2 finished seeds, where 3 were planned of a setting (seed 2 stopped)" in told(section)
-    assert "1 more runs have not begun" in told(section) and "1 of 6 runs did not finish" in told(section)
+    assert (
+        "sam (lr 0.01, rho 0.05) has the lowest validation loss, 2.0500 \u00b1 0.6353 over 2 of 3"
+        " seeds" in told(section)
+    )
+    assert "has 2 finished seeds, where 3 were planned of a setting (seed 2 stopped)" in told(
+        section
+    )
+    assert "1 more runs have not begun" in told(section) and "1 of 6 runs did not finish" in told(
+        section
+    )
     rows = tables.by_method(section).rows
     assert [row[7] for row in rows] == ["3", "2 of 3"]
 
 
 def test_a_shared_machine_is_no_evidence(made, tmp_path):
-    """Where seconds per FLOP of one method differ by more than a tenth, nobody wins at equal time; by less, somebody does."""
+    """Where seconds per FLOP of one method differ by more than a tenth, nobody wins at equal time;
+    by less, somebody does."""
     flops = json.loads((made("adamw", {0: 3.0})[0] / "summary.json").read_text())["flops"]
     made("adamw", {1: 3.1}, summary={"seconds": 1.08e-9 * flops})
     made("sam", {0: 2.9, 1: 3.0})
-    assert "has the lowest" in tables.winner(section_of(tmp_path), "seconds") and not section_of(tmp_path).doubt
+    assert (
+        "has the lowest" in tables.winner(section_of(tmp_path), "seconds")
+        and not section_of(tmp_path).doubt
+    )
     made("adamw", {2: 3.1}, summary={"seconds": 1.2e-9 * flops})
     section = section_of(tmp_path)
     assert "no evidence, for the machine was shared" in tables.winner(section, "seconds")
     assert "seconds per FLOP of adamw differ by 20%" in told(section)
-    assert "no evidence" in tables.by_method(section).header[3] and not any("*" in row[3] for row in tables.by_method(section).rows)
+    assert "no evidence" in tables.by_method(section).header[3] and not any(
+        "*" in row[3] for row in tables.by_method(section).rows
+    )
     assert "p\u00a0" not in tables.tested(section.tests["seconds"]["sam"], "seconds")
 
 
 def test_children_of_unlike_parents_are_apart(made, tmp_path):
-    """Of parents that differ in their seeds only, each its child's, they are repetitions; of another method, or with seeds of their own, not."""
-    calm, wild = made("adamw", {0: 3.0, 1: 3.1}, beside="parents"), made("sam", {0: 3.0, 1: 3.1}, beside="parents")
+    """Of parents that differ in their seeds only, each its child's, they are repetitions; of
+    another method, or with seeds of their own, not."""
+    calm, wild = (
+        made("adamw", {0: 3.0, 1: 3.1}, beside="parents"),
+        made("sam", {0: 3.0, 1: 3.1}, beside="parents"),
+    )
     for seed in (0, 1):
         for parent in (calm[seed], wild[seed]):
-            made("sam", {seed: 2.9 - 0.1 * seed}, init__run=str(parent), init__step=20, init__optimizer=True)
+            made(
+                "sam",
+                {seed: 2.9 - 0.1 * seed},
+                init__run=str(parent),
+                init__step=20,
+                init__optimizer=True,
+            )
     children = section_of(tmp_path / "runs")
     parents = [re.search(r"parent\.optim\.name=(\w+)", method)[1] for method in children.methods]
     assert sorted(parents) == ["adamw", "sam"]
@@ -439,29 +626,38 @@ def test_children_of_unlike_parents_are_apart(made, tmp_path):
 
 
 def test_children_of_one_parent_do_not_mix_with_those_of_their_own(made, tmp_path):
-    """From weights alone: a seed of the parent's that is not the child's belongs to what was done. A parent that is gone is one of its own."""
+    """From weights alone: a seed of the parent's that is not the child's belongs to what was done.
+    A parent that is gone is one of its own."""
     parents = made("adamw", {0: 3.0, 1: 3.1}, beside="parents")
     made("sam", {0: 2.8}, init__run=str(parents[0]))
     made("sam", {1: 2.8}, init__run=str(parents[1]))
     assert len(section_of(tmp_path / "runs").best["sam"].runs) == 2
     made("sam", {1: 2.7}, init__run=str(parents[0]))
     mixed = sections_of(tmp_path / "runs")
-    assert sorted(len(section.runs) for section in mixed) == [1, 2] and all("parent.seed=" in section.title for section in mixed)
+    assert sorted(len(section.runs) for section in mixed) == [1, 2] and all(
+        "parent.seed=" in section.title for section in mixed
+    )
     shutil.rmtree(tmp_path / "parents")
     gone = sections_of(tmp_path / "runs")
-    assert len(gone) == 2 and all("are gone" in told(section) and "init.run=" in section.title for section in gone)
+    assert len(gone) == 2 and all(
+        "are gone" in told(section) and "init.run=" in section.title for section in gone
+    )
 
 
 def test_relative_parents_are_found_where_the_run_was_started_or_beside_it(made, tmp_path):
     (parent,) = made("adamw", {0: 3.0})
-    (child,) = made("sam", {0: 2.8}, init__run=f"somewhere/{parent.name}", init__step=20, init__optimizer=True)
+    (child,) = made(
+        "sam", {0: 2.8}, init__run=f"somewhere/{parent.name}", init__step=20, init__optimizer=True
+    )
     assert read_run(child).parent["parent.optim.name"] == "adamw"
     (tmp_path / "elsewhere").mkdir()
     shutil.move(child, tmp_path / "elsewhere")
     moved = tmp_path / "elsewhere" / child.name
     assert set(read_run(moved).parent) == {"parent.run"}
     starts = json.loads((moved / "code/environment.json").read_text())
-    (moved / "code/environment.json").write_text(json.dumps([*starts, starts[-1] | {"folder": str(tmp_path)}]))
+    (moved / "code/environment.json").write_text(
+        json.dumps([*starts, starts[-1] | {"folder": str(tmp_path)}])
+    )
     shutil.copytree(parent, tmp_path / "somewhere" / parent.name)
     assert read_run(moved).parent["parent.optim.name"] == "adamw"
 
@@ -472,12 +668,14 @@ def test_a_seed_counts_once_in_a_setting(made, tmp_path):
     for parent, loss in zip(parents, (2.8, 2.6), strict=True):
         made("sam", {0: loss}, init__run=str(parent), init__step=20, init__optimizer=True)
     section = section_of(tmp_path / "runs")
-    assert section.best["sam"].final.seeds == 1 and "and is left out (2.6000 beside 2.8000)" in told(section)
+    assert section.best[
+        "sam"
+    ].final.seeds == 1 and "and is left out (2.6000 beside 2.8000)" in told(section)
 
 
 def test_imprecise_perturbations_are_marked(made, tmp_path):
-    """Where fidelity was measured below 0.9, or the move along the intended one is off by more than a tenth; a figure that is not there says
-    nothing."""
+    """Where fidelity was measured below 0.9, or the move along the intended one is off by more than
+    a tenth; a figure that is not there says nothing."""
     made("adamw", {0: 3.0})
     made("sam", {0: 2.9}, figures={"sharpness/fidelity": 0.95, "sharpness/realised_along": 0.91})
     assert not section_of(tmp_path).imprecise
@@ -496,14 +694,20 @@ def test_where_data_lie_is_no_part_of_a_comparison(made, tmp_path):
     section = section_of(tmp_path)
     assert set(section.best) == {"adamw", "sam"} and "differ" not in told(section)
     shutil.rmtree(moved / "checkpoints")
-    assert sorted(section.title.split("data.path=")[1].endswith("elsewhere/corpus.txt") for section in sections_of(tmp_path)) == [False, True]
+    assert sorted(
+        section.title.split("data.path=")[1].endswith("elsewhere/corpus.txt")
+        for section in sections_of(tmp_path)
+    ) == [False, True]
 
 
 def test_a_perturbed_adamw_is_no_baseline(made, tmp_path):
     made("sam", {0: 2.9}, name="adamw")
     made("adamw", {0: 3.0})
     section = section_of(tmp_path)
-    assert section.baseline == "adamw" and [method.split()[0] for method in section.methods] == ["adamw", "perturbed"]
+    assert section.baseline == "adamw" and [method.split()[0] for method in section.methods] == [
+        "adamw",
+        "perturbed",
+    ]
 
 
 def test_a_late_run_is_compared_with_whole_ones(copied, tmp_path):
@@ -511,11 +715,28 @@ def test_a_late_run_is_compared_with_whole_ones(copied, tmp_path):
     copied("adamw-0", "whole")
     for step in (10, 20):
         start = (f"  run: {tmp_path}/runs/whole\n  step: {step}\n", "  optimizer: true")
-        copied("sam-0", f"late-{step}", ("init:\n  run: null\n  step: null\n", f"init:\n{start[0]}"), ("  optimizer: false", start[1]))
+        copied(
+            "sam-0",
+            f"late-{step}",
+            ("init:\n  run: null\n  step: null\n", f"init:\n{start[0]}"),
+            ("  optimizer: false", start[1]),
+        )
     copied("sam-0", "sgd", ("  base: adamw", "  base: sgd"))
-    copied("sam-0", "weights", ("init:\n  run: null\n  step: null\n", f"init:\n  run: {tmp_path}/runs/whole\n  step: 10\n"))
+    copied(
+        "sam-0",
+        "weights",
+        (
+            "init:\n  run: null\n  step: null\n",
+            f"init:\n  run: {tmp_path}/runs/whole\n  step: 10\n",
+        ),
+    )
     whole, apart = comparison.compare([read_run(run) for run in find_runs([tmp_path])])
-    assert set(whole.methods) == {"adamw", "sam base=sgd", "sam init.step=10 init.optimizer=true", "sam init.step=20 init.optimizer=true"}
+    assert set(whole.methods) == {
+        "adamw",
+        "sam base=sgd",
+        "sam init.step=10 init.optimizer=true",
+        "sam init.step=20 init.optimizer=true",
+    }
     assert list(apart.methods) == ["sam"]
 
 
@@ -527,24 +748,49 @@ def test_long_files_are_sampled(copied, tmp_path):
     run = copied("sam-0", "long")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     plain = next(row for row in rows if row["step"] == 20)
-    lines = [{**plain, "step": step, "val/loss": 9 - step / 1000} if step % 70 == 0 else {"step": step, "train/loss": 4.0} for step in range(5001)]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5001, "tr')
+    lines = [
+        (
+            {**plain, "step": step, "val/loss": 9 - step / 1000}
+            if step % 70 == 0
+            else {"step": step, "train/loss": 4.0}
+        )
+        for step in range(5001)
+    ]
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5001, "tr'
+    )
     record = read_run(run)
     steps, losses = record.curve("step", "val/loss")
-    assert steps.tolist() == list(range(0, 5001, 70)) and losses.tolist() == [9 - step / 1000 for step in range(0, 5001, 70)]
-    assert 0.5 * SAMPLED < len(record.columns["step"]) <= SAMPLED + 72 + 1 and record.columns["step"][-1] == 5000
+    assert steps.tolist() == list(range(0, 5001, 70)) and losses.tolist() == [
+        9 - step / 1000 for step in range(0, 5001, 70)
+    ]
+    assert (
+        0.5 * SAMPLED < len(record.columns["step"]) <= SAMPLED + 72 + 1
+        and record.columns["step"][-1] == 5000
+    )
     lines = (run / "metrics.jsonl").read_text().split("\n")
     assert 2 not in record.columns["step"]
     (run / "metrics.jsonl").write_text("\n".join([*lines[:2], lines[2][:-4], *lines[3:]]))
-    assert read_run(run).state == "damaged" and "line 3," in read_run(run).reason  # though it is not read
+    # though it is not read
+    assert read_run(run).state == "damaged" and "line 3," in read_run(run).reason
 
 
 DAMAGES = [
     ("metrics.jsonl", '{"step": 20,', '{"step": 20, \0', "metrics.jsonl, line 6, is damaged"),
     ("metrics.jsonl", '{"step": 20,', '{"st', "metrics.jsonl, line 6, is damaged"),
-    ("metrics.jsonl", '"tokens": 2560,', '"tokens": "many",', "metrics.jsonl, line 6, is damaged (tokens is no number)"),
+    (
+        "metrics.jsonl",
+        '"tokens": 2560,',
+        '"tokens": "many",',
+        "metrics.jsonl, line 6, is damaged (tokens is no number)",
+    ),
     ("summary.json", "{", "", "summary.json is damaged"),
-    ("summary.json", '"flops"', '"flop"', "summary.json is damaged (Object missing required field flops)"),
+    (
+        "summary.json",
+        '"flops"',
+        '"flop"',
+        "summary.json is damaged (Object missing required field flops)",
+    ),
     ("config.yaml", "seed: 0", "seed: [", "config.yaml is damaged"),
     ("config.yaml", "model:\n", "model: 3\nothers:\n", "config.yaml is damaged"),
 ]
@@ -560,7 +806,11 @@ def test_damaged_files_are_named_and_the_other_runs_are_reported(copied, tmp_pat
     main([str(tmp_path)])
     printed = capsys.readouterr().out.splitlines()
     for number, (*_, told) in enumerate(DAMAGES):
-        (line,) = [line for line in printed if line.startswith(f"{tmp_path}/runs/bad-{number}: damaged at ")]
+        (line,) = [
+            line
+            for line in printed
+            if line.startswith(f"{tmp_path}/runs/bad-{number}: damaged at ")
+        ]
         assert f"bad-{number}/{told}" in line
     assert "1 finished, 7 not" in (tmp_path / "report.html").read_text()
     states = [row["state"] for row in csv.DictReader((tmp_path / "report_runs.csv").open())]
@@ -568,15 +818,25 @@ def test_damaged_files_are_named_and_the_other_runs_are_reported(copied, tmp_pat
 
 
 def test_what_did_not_finish_is_listed_with_its_reason(sweep, report):
-    states = {Path(row["run"]).name: (row["state"], row["reason"]) for row in csv.DictReader((report / "page_runs.csv").open())}
-    assert {name for name, (state, _) in states.items() if state == "finished"} == RUNS.keys() - {"diverged", "stopped"}
+    states = {
+        Path(row["run"]).name: (row["state"], row["reason"])
+        for row in csv.DictReader((report / "page_runs.csv").open())
+    }
+    assert {name for name, (state, _) in states.items() if state == "finished"} == RUNS.keys() - {
+        "diverged",
+        "stopped",
+    }
     assert states["diverged"][0] == "diverged" and "not finite" in states["diverged"][1]
     assert states["stopped"][0] == "stopped" and "time limit: saved step" in states["stopped"][1]
     assert states["waiting"] == ("waiting", "")
-    assert states["nowhere"][0] == "crashed" and states["nowhere"][1].startswith("error: data.path=nowhere matches no file")
+    assert states["nowhere"][0] == "crashed" and states["nowhere"][1].startswith(
+        "error: data.path=nowhere matches no file"
+    )
     for file in ("page.html", "page.md", "out.txt"):
         text = (report / file).read_text().replace("<wbr>", "")
-        assert all(f"{sweep}/{name}" in text for name in ("diverged", "stopped", "waiting", "nowhere"))
+        assert all(
+            f"{sweep}/{name}" in text for name in ("diverged", "stopped", "waiting", "nowhere")
+        )
         assert "matches no file" in text
 
 
@@ -587,13 +847,22 @@ def test_a_run_under_way_and_a_killed_one(sweep, tmp_path):
         held = (run / "lock").read_text()
         assert read_run(run).state == "running"
     assert read_run(run).state == "stopped" and "in order" in read_run(run).reason
-    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     (run / "lock").write_text(json.dumps(json.loads(held) | {"pid": int(ended.stdout)}))
-    assert read_run(run).state == "stopped" and f"killed: process {int(ended.stdout)} on " in read_run(run).reason
+    assert (
+        read_run(run).state == "stopped"
+        and f"killed: process {int(ended.stdout)} on " in read_run(run).reason
+    )
 
 
 def test_runs_are_found_once_and_only_where_they_are(sweep, tmp_path):
-    """Links lead to runs too, a folder with a config.yaml of another kind is none, and what lies inside a run is its own business."""
+    """Links lead to runs too, a folder with a config.yaml of another kind is none, and what lies
+    inside a run is its own business."""
     (tmp_path / "links").mkdir()
     (tmp_path / "links/again").symlink_to(sweep / "sam-0")
     for loop in "ab":
@@ -601,7 +870,9 @@ def test_runs_are_found_once_and_only_where_they_are(sweep, tmp_path):
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf/config.yaml").write_text("defaults: []\n")
     found = list(find_runs([tmp_path, sweep]))
-    assert sorted(run.name for run in found) == sorted(["again", "nowhere", "waiting", *(name for name in RUNS if name != "sam-0")])
+    assert sorted(run.name for run in found) == sorted(
+        ["again", "nowhere", "waiting", *(name for name in RUNS if name != "sam-0")]
+    )
 
 
 # The page
@@ -633,42 +904,79 @@ class Checked(HTMLParser):
 
 
 def test_the_page_needs_nothing_else(report):
-    """No script, no resource but what stands in the page itself; every reference is to a part of it or to a run, and no target has two meanings."""
+    """No script, no resource but what stands in the page itself; every reference is to a part of it
+    or to a run, and no target has two meanings."""
     page = (report / "page.html").read_text()
     checked = Checked(page)
     assert checked.open == []
-    assert not {"script", "link", "img", "iframe", "object", "image"} & {tag for tag, _ in checked.elements}
+    assert not {"script", "link", "img", "iframe", "object", "image"} & {
+        tag for tag, _ in checked.elements
+    }
     attributes = [(name, value) for _, found in checked.elements for name, value in found.items()]
     ids = [value for name, value in attributes if name == "id"]
-    references = [value for name, value in attributes if name in ("href", "xlink:href", "src")] + re.findall(r"url\((.*?)\)", page)
+    references = [
+        value for name, value in attributes if name in ("href", "xlink:href", "src")
+    ] + re.findall(r"url\((.*?)\)", page)
     assert len(ids) == len(set(ids))
-    targets, runs = ({value for value in references if value.startswith("#") is inside} for inside in (True, False))
-    assert {value[1:] for value in targets} <= set(ids) and {"#section0", "#section0-losses", "#failed"} <= targets
-    assert runs and all((report / unquote(run)).is_dir() for run in runs) and any("diverged" in run for run in runs)
+    targets, runs = (
+        {value for value in references if value.startswith("#") is inside}
+        for inside in (True, False)
+    )
+    assert {value[1:] for value in targets} <= set(ids) and {
+        "#section0",
+        "#section0-losses",
+        "#failed",
+    } <= targets
+    assert (
+        runs
+        and all((report / unquote(run)).is_dir() for run in runs)
+        and any("diverged" in run for run in runs)
+    )
     assert "@import" not in page
     assert not re.search(r"https?://", re.sub(r'xmlns(:\w+)?="[^"]*"', "", page))
     assert ("name", "viewport") in attributes and "prefers-color-scheme: dark" in page
-    assert "details::details-content { content-visibility: visible; }" in page.partition("@media print")[2]  # closed on the screen, all on paper
+    # closed on the screen, all on paper
+    assert (
+        "details::details-content { content-visibility: visible; }"
+        in page.partition("@media print")[2]
+    )
 
 
 def test_charts_are_real(report):
-    """Loss against steps, FLOPs and time, both responses and what rows measured; each with units and a legend."""
+    """Loss against steps, FLOPs and time, both responses and what rows measured; each with units
+    and a legend."""
     page = (report / "page.html").read_text()
     figures = re.findall(r"<figure>(.*?)</figure>", page, re.DOTALL)
-    for label in ("steps", "tokens (10^3)", "training FLOPs", "training time (seconds", "training loss (nats per token)", "radius rho",
-                  "peak learning rate", "moved minus clean loss", "norm of the gradient", "tokens per second", "loss minus adamw"):  # fmt: skip
+    for label in (
+        "steps",
+        "tokens (10^3)",
+        "training FLOPs",
+        "training time (seconds",
+        "training loss (nats per token)",
+        "radius rho",
+        "peak learning rate",
+        "moved minus clean loss",
+        "norm of the gradient",
+        "tokens per second",
+        "loss minus adamw",
+    ):
         assert any(f">{label}" in figure for figure in figures), label
     assert all(">sam<" in figure or ">adamw<" in figure for figure in figures)
     assert all('width="' not in figure.split(">")[0] and "viewBox" in figure for figure in figures)
     loss = Checked(figures[0])
-    assert {"adamw", "sam", "sam compute_matched=true"} <= set(re.findall(r">([^<>]+)</text>", figures[0])) and loss.open == []
+    assert {"adamw", "sam", "sam compute_matched=true"} <= set(
+        re.findall(r">([^<>]+)</text>", figures[0])
+    ) and loss.open == []
 
 
 def test_methods_look_different_and_the_same_everywhere():
     names = ["adamw", "adamw weight_decay=0.2", *(f"method_{number:02}" for number in range(16))]
     looks = charts.styles(name for name in names)
     assert len({(look.color, look.dash) for look in looks.values()}) == len(names)
-    assert len({looks[f"method_{number:02}"].color for number in range(10)} | {looks["adamw"].color}) == 11
+    assert (
+        len({looks[f"method_{number:02}"].color for number in range(10)} | {looks["adamw"].color})
+        == 11
+    )
     assert charts.styles(reversed(names)) == looks and looks["adamw"].color == charts.INK
 
 
@@ -676,27 +984,42 @@ def test_every_seed_stays_in_the_axes():
     """Of the last four fifths; the fall before is cut off."""
     x, losses = np.arange(11.0), np.array([9.0, 8.0, *np.linspace(3, 2, 9)])
     _figure, axes = charts.start()
-    charts.frame_late(axes, [charts.Line("sam", x, np.array([losses, losses - 0.7])), charts.Line("adamw", x, losses[None] + 0.3)])
+    charts.frame_late(
+        axes,
+        [
+            charts.Line("sam", x, np.array([losses, losses - 0.7])),
+            charts.Line("adamw", x, losses[None] + 0.3),
+        ],
+    )
     low, high = axes.get_ylim()
     assert low < 2 - 0.7 < low + 0.2 and 3 + 0.3 < high < 3.5
 
 
 def points(figure, label: str) -> list:
     """The y values of the line of this name."""
-    (axes, *_) = figure.axes
+    axes, *_ = figure.axes
     return next(line for line in axes.lines if line.get_label() == label).get_ydata().tolist()
 
 
 def test_the_difference_to_adamw_is_drawn_with_each_seed(made, tmp_path):
-    """At the steps that both were evaluated at, seed by seed; a method that ends elsewhere is not there."""
+    """At the steps that both were evaluated at, seed by seed; a method that ends elsewhere is not
+    there."""
     made("adamw", {0: 3.0, 1: 3.2})
     made("sam", {0: 2.9, 1: 3.3, 5: 9.0})
     made("sam", {0: 2.9, 1: 3.3}, name="short", summary={"step": 20})
     section = section_of(tmp_path)
     figure = charts.difference_chart(section, charts.styles(section.methods))
     assert points(figure, "sam") == pytest.approx([0.0] * 11)
-    assert "short" in section.best and "short" not in {line.get_label() for line in figure.axes[0].lines}
-    drawn = sorted({round(float(np.mean(line.get_ydata())), 6) for line in figure.axes[0].lines if len(line.get_ydata()) == 11})
+    assert "short" in section.best and "short" not in {
+        line.get_label() for line in figure.axes[0].lines
+    }
+    drawn = sorted(
+        {
+            round(float(np.mean(line.get_ydata())), 6)
+            for line in figure.axes[0].lines
+            if len(line.get_ydata()) == 11
+        }
+    )
     assert drawn == [-0.1, 0.0, 0.1]
 
 
@@ -704,7 +1027,9 @@ def test_a_map_of_learning_rate_by_radius_where_both_were_swept(made, tmp_path):
     for lr, rho, loss in ((0.01, 0.1, 3.11), (0.02, 0.1, 3.21), (0.01, 0.2, 3.12)):
         made("sam", {0: loss, 1: loss + 0.02}, lr=lr, rho=rho)
     section = section_of(tmp_path)
-    texts = {text.get_text(): text.get_position() for text in charts.grid_chart(section).axes[0].texts}
+    texts = {
+        text.get_text(): text.get_position() for text in charts.grid_chart(section).axes[0].texts
+    }
     assert texts == {"3.1200": (0, 0), "3.2200": (1, 0), "3.1300": (0, 1)}
     (tmp_path / "less").mkdir()
     made("sam", {0: 3.0}, beside="less", lr=0.01, rho=0.1)
@@ -717,12 +1042,18 @@ def test_response_charts_show_every_seed(made, tmp_path):
     made("sam", {0: 3.4, 1: 3.6}, rho=0.2)
     section = section_of(tmp_path)
     axes = charts.response_chart(section, charts.styles(section.methods), "rho").axes[0]
-    dots = sorted(tuple(place) for cloud in axes.collections for place in cloud.get_offsets().tolist())
+    dots = sorted(
+        tuple(place) for cloud in axes.collections for place in cloud.get_offsets().tolist()
+    )
     assert dots == [(0.1, 3.1), (0.1, 3.3), (0.2, 3.4), (0.2, 3.6)]
-    assert axes.get_xlabel() == "radius rho" and axes.get_ylabel().startswith("final validation loss")
+    assert axes.get_xlabel() == "radius rho" and axes.get_ylabel().startswith(
+        "final validation loss"
+    )
 
 
-@pytest.mark.parametrize(("suffix", "begins"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+@pytest.mark.parametrize(
+    ("suffix", "begins"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")]
+)
 def test_one_chart_for_a_paper(sweep, tmp_path, capsys, suffix, begins):
     """In one file and no other, the same bytes each time."""
     for name in ("one", "two"):
@@ -740,15 +1071,28 @@ def test_which_chart_is_an_option(sweep, tmp_path, chart):
 
 
 @pytest.mark.parametrize(
-    ("axis", "label"), [("step", "steps"), ("tokens", "tokens"), ("flops", "training FLOPs"), ("seconds", "training time")], ids=str
+    ("axis", "label"),
+    [
+        ("step", "steps"),
+        ("tokens", "tokens"),
+        ("flops", "training FLOPs"),
+        ("seconds", "training time"),
+    ],
+    ids=str,
 )
 def test_every_figure_is_drawn_against_what_is_asked_for(sweep, axis, label):
     """With the values of that axis in its rows: the longest run ends at the right edge."""
     section = section_of(sweep)
     looks = charts.styles(section.methods)
-    drawn = [charts.training_chart(section, looks, axis), *charts.measured_charts(section, looks, axis)[0].values()]
+    drawn = [
+        charts.training_chart(section, looks, axis),
+        *charts.measured_charts(section, looks, axis)[0].values(),
+    ]
     assert len(drawn) > 5 and all(chart.axes[0].get_xlabel().startswith(label) for chart in drawn)
-    lines, unit = charts.in_units([line for line in charts.lines_of(section, axis, "train/loss") if line.method == "sam"], axis)
+    lines, unit = charts.in_units(
+        [line for line in charts.lines_of(section, axis, "train/loss") if line.method == "sam"],
+        axis,
+    )
     last = [run.columns[axis][-1] for run in section.best["sam"].runs]
     scale = float(unit.split("(10^")[1].rstrip(")")) if "10^" in unit else 0
     if axis != "seconds":
@@ -758,49 +1102,90 @@ def test_every_figure_is_drawn_against_what_is_asked_for(sweep, axis, label):
 def test_constants_are_told_and_not_drawn(sweep):
     """Digits of rounding are no news; of a figure that changes in one method, all are drawn."""
     section = section_of(sweep)
-    for run in (run for method, setting in section.best.items() if method != "adamw" for run in setting.runs):
+    for run in (
+        run for method, setting in section.best.items() if method != "adamw" for run in setting.runs
+    ):
         run.columns["sharpness/realised_radius"] = 0.05 + 1e-8 * run.columns["step"]
     drawn, constant = charts.measured_charts(section, charts.styles(section.methods))
     assert "sharpness/realised_radius" not in drawn and "sharpness/gap" in drawn
-    assert any(text.startswith("Length of what the compute precision left of the move") and text.endswith("sam: 0.05, sam compute_matched=true: 0.05")
-               for text in constant)  # fmt: skip
+    assert any(
+        text.startswith("Length of what the compute precision left of the move")
+        and text.endswith("sam: 0.05, sam compute_matched=true: 0.05")
+        for text in constant
+    )
     for run in section.best["sam"].runs:
         run.columns["sharpness/realised_radius"] = 0.05 * run.columns["step"]
-    assert "sharpness/realised_radius" in charts.measured_charts(section, charts.styles(section.methods))[0]
+    assert (
+        "sharpness/realised_radius"
+        in charts.measured_charts(section, charts.styles(section.methods))[0]
+    )
 
 
 def test_axes_have_titles_in_words():
     """No figure's own name, and nothing longer than its axis."""
     titles = [meanings.title(name) for name in [*meanings.MEANINGS, "sharpness/of_my_own"]]
-    assert all("/" not in title and "_" not in title and len(title) <= 32 for title in titles) and len(set(titles)) == len(titles)
+    assert all(
+        "/" not in title and "_" not in title and len(title) <= 32 for title in titles
+    ) and len(set(titles)) == len(titles)
 
 
 def test_the_losses_come_first_in_the_table(report):
     """On a telephone the rest is beyond the edge."""
-    header = next(line for line in (report / "page.md").read_text().splitlines() if line.startswith("| method | equal"))
+    header = next(
+        line
+        for line in (report / "page.md").read_text().splitlines()
+        if line.startswith("| method | equal")
+    )
     columns = [re.split("[:,] ", text)[0] for text in header.strip("| ").split(" | ")]
-    assert columns == ["method", "equal steps", "equal FLOPs", "equal time", "best lr", "best rho", "settings", "n", "n", "n"]
+    assert columns == [
+        "method",
+        "equal steps",
+        "equal FLOPs",
+        "equal time",
+        "best lr",
+        "best rho",
+        "settings",
+        "n",
+        "n",
+        "n",
+    ]
 
 
 def test_names_are_escaped(copied, tmp_path):
     """Whoever names a run or a corpus writes no HTML, no row of a table and no formula."""
-    copied("sam-0", '<b onclick="x">&|$', ("name: sam\n", "name: <i>$x^2$|</i>\n"), ("  name: text\n", '  name: "<script>|"\n'))
+    copied(
+        "sam-0",
+        '<b onclick="x">&|$',
+        ("name: sam\n", "name: <i>$x^2$|</i>\n"),
+        ("  name: text\n", '  name: "<script>|"\n'),
+    )
     main([str(tmp_path)])
     page = (tmp_path / "report.html").read_text()
     checked = Checked(page)
     assert checked.open == [] and not {"script", "b", "i"} & {tag for tag, _ in checked.elements}
     assert '<b onclick="x">&|$' in checked.text and "<i>$x^2$|</i>" in checked.text
     assert re.search(r"<text[^>]*>&lt;i&gt;\$x\^2\$\|&lt;/i&gt;</text>", page)
-    copied("sam-1", "=1+1", ("name: sam\n", "name: <i>$x^2$|</i>\n"), ("  name: text\n", '  name: "<script>|"\n'))
+    copied(
+        "sam-1",
+        "=1+1",
+        ("name: sam\n", "name: <i>$x^2$|</i>\n"),
+        ("  name: text\n", '  name: "<script>|"\n'),
+    )
     main([str(tmp_path)])
     markdown = (tmp_path / "report.md").read_text()
-    assert re.search(r"^\| &lt;i&gt;\\\$x\^2\\\$\\\|&lt;/i&gt; \|", markdown, re.MULTILINE) and not re.search("<(i|script|b)", markdown)
+    assert re.search(
+        r"^\| &lt;i&gt;\\\$x\^2\\\$\\\|&lt;/i&gt; \|", markdown, re.MULTILINE
+    ) and not re.search("<(i|script|b)", markdown)
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", " =1+1", "\n=1", "\uff1d1+1"])
+@pytest.mark.parametrize(
+    "text", ["=1+1", "+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", " =1+1", "\n=1", "\uff1d1+1"]
+)
 def test_no_text_is_a_formula(text):
     """Numbers stay numbers, negative ones too."""
-    ((cell, negative, plain),) = csv.reader(io.StringIO(exports.csv_text([], [[text, -0.25, "a-b"]])[1:], newline=""))
+    ((cell, negative, plain),) = csv.reader(
+        io.StringIO(exports.csv_text([], [[text, -0.25, "a-b"]])[1:], newline="")
+    )
     assert cell == f"'{text}".replace("\r", " ") and negative == "-0.25" and plain == "a-b"
 
 
@@ -830,14 +1215,28 @@ def test_one_run_is_a_report_too(sweep, tmp_path, capsys):
     page = (tmp_path / "one.html").read_text()
     told = Checked(page).text
     assert "<h1>1 run</h1>" in page and "paired" not in told
-    assert all(text in told for text in ("final validation loss (nats per token)", "bits per byte", "optim.lr", "parameters"))
-    assert all(f">{title}" in page for title in ("learning rate</text>", "training loss", "validation loss", "largest logit"))
+    assert all(
+        text in told
+        for text in (
+            "final validation loss (nats per token)",
+            "bits per byte",
+            "optim.lr",
+            "parameters",
+        )
+    )
+    assert all(
+        f">{title}" in page
+        for title in ("learning rate</text>", "training loss", "validation loss", "largest logit")
+    )
 
 
 def test_a_run_that_did_not_finish_shows_its_curves(sweep, tmp_path, capsys):
     main([str(sweep / "diverged"), f"out={tmp_path}/one.html"])
     assert "diverged at step" in capsys.readouterr().out
-    assert ">norm of the gradient</text>" in (tmp_path / "one.html").read_text() or ">learning rate</text>" in (tmp_path / "one.html").read_text()
+    assert (
+        ">norm of the gradient</text>" in (tmp_path / "one.html").read_text()
+        or ">learning rate</text>" in (tmp_path / "one.html").read_text()
+    )
 
 
 def test_a_run_that_lost_its_rows_still_counts_at_its_end(copied, tmp_path, capsys):
@@ -845,7 +1244,10 @@ def test_a_run_that_lost_its_rows_still_counts_at_its_end(copied, tmp_path, caps
     copied("adamw-0", "whole")
     (copied("sam-0", "bare", val_loss=2.5) / "metrics.jsonl").unlink()
     main([str(tmp_path)])
-    rows = {(row["method"], row["at_equal"]): row for row in csv.DictReader((tmp_path / "report.csv").open())}
+    rows = {
+        (row["method"], row["at_equal"]): row
+        for row in csv.DictReader((tmp_path / "report.csv").open())
+    }
     assert rows["sam", "steps"]["mean"] == "2.5" and rows["sam", "flops"]["seeds"] == "0"
 
 
@@ -861,13 +1263,25 @@ def test_a_folder_without_a_finished_run_is_a_report_too(sweep, tmp_path, capsys
         (["nowhere"], "nowhere is no folder"),
         (["."], "no run in there"),
         ([".", "output=x"], "output=x: no such option; did you mean out=?"),
-        (["RUN", "out=x.doc"], "out=x.doc cannot be written; name an .html, .png, .svg or .pdf file"),
+        (
+            ["RUN", "out=x.doc"],
+            "out=x.doc cannot be written; name an .html, .png, .svg or .pdf file",
+        ),
         (["RUN", "chart=loss"], "chart=loss is one chart"),
-        (["RUN", "out=x.png", "chart=nothing"], "chart=nothing: these runs have no such chart; choose one of loss, training, "),
+        (
+            ["RUN", "out=x.png", "chart=nothing"],
+            "chart=nothing: these runs have no such chart; choose one of loss, training, ",
+        ),
         (["RUN", "select_seeds=a"], "select_seeds=a is no list of seeds; write select_seeds=0,1"),
         (["RUN", "select_seeds=0"], "select_seeds=0 leaves no seed to report on"),
         (["RUN", "select_seeds=0,9"], "select_seeds=0,9: no run has seed 9; there are seed 0"),
-        (["RUN", "out=nowhere/x.html"], "out=nowhere/x.html cannot be written; name an .html, .png, .svg or .pdf file in a folder"),
+        (
+            ["RUN", "out=nowhere/x.html"],
+            (
+                "out=nowhere/x.html cannot be written; name an .html, .png, .svg or .pdf file in a"
+                " folder"
+            ),
+        ),
     ],
 )
 def test_mistakes_cost_one_line(sweep, tmp_path, monkeypatch, capsys, arguments, told):
@@ -875,7 +1289,12 @@ def test_mistakes_cost_one_line(sweep, tmp_path, monkeypatch, capsys, arguments,
     with pytest.raises(SystemExit) as ended:
         main([argument.replace("RUN", str(sweep / "adamw-0")) for argument in arguments])
     errors = capsys.readouterr().err
-    assert ended.value.code == 2 and errors.startswith("error: ") and told in errors and errors.count("\n") == 1
+    assert (
+        ended.value.code == 2
+        and errors.startswith("error: ")
+        and told in errors
+        and errors.count("\n") == 1
+    )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,5 @@
-"""A run that is killed, preempted or refused by the disk, and started again, is the run that nothing happened to."""
+"""A run that is killed, preempted or refused by the disk, and started again, is the run that
+nothing happened to."""
 
 import json
 import os
@@ -12,7 +13,16 @@ import time
 import pytest
 
 from launch.preemption import EXIT_PREEMPTED, SIGNALS
-from tests.runs import ROOT, STEPS, Server, assert_same_run, assert_same_tensors, content, rows, tensors
+from tests.runs import (
+    ROOT,
+    STEPS,
+    Server,
+    assert_same_run,
+    assert_same_tensors,
+    content,
+    rows,
+    tensors,
+)
 from tests.test_wandb import read_wandb
 
 
@@ -37,12 +47,19 @@ def start(server, tiny, tmp_path):
 def reached(run) -> int:
     """The step of the last row."""
     file = run / "metrics.jsonl"
-    return max((json.loads(line)["step"] for line in file.read_text().split("\n")[:-1]), default=-1) if file.exists() else -1
+    return (
+        max((json.loads(line)["step"] for line in file.read_text().split("\n")[:-1]), default=-1)
+        if file.exists()
+        else -1
+    )
 
 
 def newest(run) -> int:
     """The step of the newest checkpoint."""
-    return max((int(path.name.removeprefix("step_")) for path in run.glob("checkpoints/step_*")), default=-1)
+    return max(
+        (int(path.name.removeprefix("step_")) for path in run.glob("checkpoints/step_*")),
+        default=-1,
+    )
 
 
 # Killed
@@ -53,7 +70,11 @@ def test_killed_at_any_moment(start, tmp_path, reference):
     for _ in range(8):
         process = start()
         target, delay = max(0, newest(run)) + moments.randint(0, 6), moments.uniform(0, 0.02)
-        process.until(lambda process=process, target=target: "parameters" in process.said() and reached(run) >= min(target, STEPS - 1))
+        process.until(
+            lambda process=process, target=target: (
+                "parameters" in process.said() and reached(run) >= min(target, STEPS - 1)
+            )
+        )
         time.sleep(delay)
         process.kill()
         hits += process.wait() == -signal.SIGKILL
@@ -101,7 +122,11 @@ def test_killed_between_the_last_checkpoint_and_the_summary(start, tmp_path, ref
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not (run / "summary.json").exists()
-    before = {name: entry for name, entry in content(run / "checkpoints").items() if name.startswith(f"step_{STEPS:08d}")}
+    before = {
+        name: entry
+        for name, entry in content(run / "checkpoints").items()
+        if name.startswith(f"step_{STEPS:08d}")
+    }
     assert before
     assert start().wait() == 0
     assert before.items() <= content(run / "checkpoints").items()  # nor was it written again
@@ -110,7 +135,10 @@ def test_killed_between_the_last_checkpoint_and_the_summary(start, tmp_path, ref
 
 def test_command_of_a_user_is_killed_preempted_and_goes_on(tiny, tmp_path, reference):
     """As above, with nothing of these tests between the shell and train.py."""
-    run, command = tmp_path / "run", [sys.executable, str(ROOT / "train.py"), *tiny, f"dir={tmp_path}/run"]
+    run, command = (
+        tmp_path / "run",
+        [sys.executable, str(ROOT / "train.py"), *tiny, f"dir={tmp_path}/run"],
+    )
     for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, EXIT_PREEMPTED)):
         before = newest(run)
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
@@ -126,13 +154,21 @@ def test_command_of_a_user_is_killed_preempted_and_goes_on(tiny, tmp_path, refer
     assert_same_run(run, reference)
 
 
-RULES = {"stale_sam": ["tracking.every=3"], "look_sam": ["optim.period=5", "optim.start=3"], "functional_sam": ["optim.rho_schedule=cosine"]}
+RULES = {
+    "stale_sam": ["tracking.every=3"],
+    "look_sam": ["optim.period=5", "optim.start=3"],
+    "functional_sam": ["optim.rho_schedule=cosine"],
+}
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_run_of_a_rule_that_is_killed(start, tmp_path, name):
     """With a memory, or a point in time, that a checkpoint has to hold."""
-    run, undisturbed, rule = tmp_path / "run", tmp_path / "undisturbed", [f"optim={name}", *RULES[name], "batch.micro=2", "precision=fp32"]
+    run, undisturbed, rule = (
+        tmp_path / "run",
+        tmp_path / "undisturbed",
+        [f"optim={name}", *RULES[name], "batch.micro=2", "precision=fp32"],
+    )
     assert start(*rule, dir=undisturbed).wait() == 0
     for number, step in ((signal.SIGKILL, 5), (signal.SIGTERM, 11), (signal.SIGKILL, 19)):
         process = start(*rule)
@@ -157,7 +193,10 @@ def test_signals_save_and_exit_with_75(start, tmp_path, reference):
         assert process.wait() == EXIT_PREEMPTED
         at.append(newest(run))
         said = process.said()
-        assert f"received {number.name}: saving after this step, then exiting with code 75; a second signal exits at once\n" in said
+        assert (
+            f"received {number.name}: saving after this step, then exiting with code 75; a second"
+            " signal exits at once\n" in said
+        )
         assert f"{number.name}: saved step {at[-1]}; the same command goes on from there\n" in said
         if len(at) > 1:
             assert f"resumed from {run}/checkpoints/step_{at[-2]:08d}\n" in said
@@ -183,13 +222,18 @@ def test_second_signal_exits_at_once(start, tmp_path, second):
 
 
 def test_signal_during_an_evaluation(start, tmp_path):
-    """An evaluation that takes longer than all steps, interrupted: its row waits for the next start, and is logged once."""
+    """An evaluation that takes longer than all steps, interrupted: its row waits for the next
+    start, and is logged once."""
     long = ["evaluation.tokens=null", "evaluation.every=16"]
     reference, run, left = tmp_path / "reference", tmp_path / "run", []
     assert start(*long, dir=reference).wait() == 0
     for target in (-1, 15, STEPS - 1):
         process = start(*long)
-        assert process.until(lambda target=target: (run / "code/environment.json").exists() and reached(run) >= target)
+        assert process.until(
+            lambda target=target: (
+                (run / "code/environment.json").exists() and reached(run) >= target
+            )
+        )
         time.sleep(0.02)
         process.kill(signal.SIGTERM)
         assert process.wait() == EXIT_PREEMPTED, process.said()
@@ -220,10 +264,15 @@ def test_refused_saves_are_warnings_but_for_the_last(start, tmp_path, reference,
     assert process.wait() == 2
     said = process.said()
     steps = range(stopped // 4 * 4 + 4, STEPS, 4)
-    assert [f"warning: step {step} could not be saved (" in said for step in steps] == [True] * len(steps)
+    assert [f"warning: step {step} could not be saved (" in said for step in steps] == [True] * len(
+        steps
+    )
     refused = [line for line in said.splitlines() if "could not be saved" in line]
     assert len(refused) == len(steps) + 1 and all("File too large" in line for line in refused)
-    assert f"error: step {STEPS} could not be saved (" in said and "goes on from the checkpoint before" in said
+    assert (
+        f"error: step {STEPS} could not be saved (" in said
+        and "goes on from the checkpoint before" in said
+    )
     assert "Traceback" not in said
     assert content(run / "checkpoints") == before and not (run / "summary.json").exists()
     process = start(file_size=limit)  # asked to stop, it needs its checkpoint too
@@ -238,16 +287,25 @@ def test_refused_saves_are_warnings_but_for_the_last(start, tmp_path, reference,
 def test_full_disk(start, tmp_path, reference, stopped):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", disk], capture_output=True).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", disk], capture_output=True
+        ).returncode
+    ):
         pytest.skip("only root can mount a small disk")
     try:
         run = shutil.copytree(tmp_path / "run", disk / "run")
-        (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - 150_000))  # less than a checkpoint is left
+        # less than a checkpoint is left
+        (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - 150_000))
         before = content(run / "checkpoints")
         process = start(dir=run)
         assert process.wait() == 2
         said = process.said()
-        assert f"warning: step {STEPS - 4} could not be saved (" in said and f"error: step {STEPS} could not be saved (" in said
+        assert (
+            f"warning: step {STEPS - 4} could not be saved (" in said
+            and f"error: step {STEPS} could not be saved (" in said
+        )
         assert "No space left on device" in said and "Traceback" not in said
         assert content(run / "checkpoints") == before and reached(run) == STEPS
         (disk / "ballast").unlink()

@@ -1,4 +1,5 @@
-"""What every gradient rule leaves behind: weights, buffers, random stream, optimiser and its own memory; and what it refuses.
+"""What every gradient rule leaves behind: weights, buffers, random stream, optimiser and its own
+memory; and what it refuses.
 
 The rules are those of conf/optim/*.yaml, whichever they are. Bit for bit where it says so.
 """
@@ -21,11 +22,34 @@ from torch.utils.flop_counter import FlopCounterMode
 from conf.schema import DIRECTIONS, OptimConfig, RuleConfig, ScheduleConfig
 from launch.preemption import Preemption
 from model import GPT, GPTConfig
-from optim import Adapter, Gradient, SharpnessAware, build_optimizer, build_schedule, check_axes, forward_flops, passes
+from optim import (
+    Adapter,
+    Gradient,
+    SharpnessAware,
+    build_optimizer,
+    build_schedule,
+    check_axes,
+    forward_flops,
+    passes,
+)
 from optim.axes import make_axes
 from optim.direction import Direction
 from optim.perturbation import moved
-from tests.problems import T, V, adamw, assert_apart, assert_close, flat, gpt, presets, taken, token_batches, vector_batches, weights_of, whole
+from tests.problems import (
+    T,
+    V,
+    adamw,
+    assert_apart,
+    assert_close,
+    flat,
+    gpt,
+    presets,
+    taken,
+    token_batches,
+    vector_batches,
+    weights_of,
+    whole,
+)
 
 PRESETS = presets()
 RULES = PRESETS | {
@@ -34,7 +58,12 @@ RULES = PRESETS | {
     "angle_rebuild": {"path": "angle", "angle": 30.0, "cotangent": "rebuild"},
     "preconditioned_before": {"path": "full", "metric": "adam", "second_moment": "before"},
     "delta_functional": {"path": "functional", "weights": "delta", "cotangent": "store"},
-    "delta_mixed_functional": {"path": "functional", "weights": "delta", "delta_probe": "mixed", "cotangent": "rebuild"},
+    "delta_mixed_functional": {
+        "path": "functional",
+        "weights": "delta",
+        "delta_probe": "mixed",
+        "cotangent": "rebuild",
+    },
     "delta_reweighted": {"path": "full", "weights": "delta", "delta_descent": "reweighted"},
     "random": {"path": "full", "direction": "random"},
     "momentum_functional": {"path": "functional", "direction": "momentum"},
@@ -54,7 +83,8 @@ def every(rules=RULES):
 
 
 def of(name, **more):
-    """The axes of a rule. For models with names of their own, patterns of a GPT's names become all."""
+    """The axes of a rule. For models with names of their own, patterns of a GPT's names become
+    all."""
     return RULES[name] | more
 
 
@@ -65,7 +95,10 @@ def bits(tensors):
 
 def same_bits(tensors, noted):
     """Whether addresses and bytes are still those that were noted."""
-    return all(t.data_ptr() == at and torch.equal(t.detach().view(torch.uint8), was) for t, (at, was) in zip(tensors, noted, strict=True))
+    return all(
+        t.data_ptr() == at and torch.equal(t.detach().view(torch.uint8), was)
+        for t, (at, was) in zip(tensors, noted, strict=True)
+    )
 
 
 def state_of(optimizer):
@@ -73,7 +106,16 @@ def state_of(optimizer):
     return [tensor.reshape(-1) for state in optimizer.state.values() for tensor in state.values()]
 
 
-def trained(name, steps, model=None, rule=None, optimizer=None, begin=0, autocast=False, batches=token_batches):
+def trained(
+    name,
+    steps,
+    model=None,
+    rule=None,
+    optimizer=None,
+    begin=0,
+    autocast=False,
+    batches=token_batches,
+):
     """A model in fp32 with dropout, its rule and optimiser, so many steps on."""
     model = model or gpt(dropout=0.2, dtype=torch.float32)
     optimizer = optimizer or build_optimizer(model, OptimConfig(lr=0.02))
@@ -93,12 +135,27 @@ def trained(name, steps, model=None, rule=None, optimizer=None, begin=0, autocas
 def test_presets_have_the_papers_numbers():
     """Radii, and what the methods have beside them, as each was published."""
     found = {name: make_axes(axes) for name, axes in PRESETS.items()}
-    assert {name: axes.rho for name, axes in found.items() if axes.rho != 0.05} == {"asam": 0.2, "momentum_sam": 3.0}
+    assert {name: axes.rho for name, axes in found.items() if axes.rho != 0.05} == {
+        "asam": 0.2,
+        "momentum_sam": 3.0,
+    }
     assert (found["look_sam"].period, found["look_sam"].alpha, found["gsam"].alpha) == (5, 0.7, 0.4)
-    assert (found["friendly_sam"].friendly_sigma, found["friendly_sam"].friendly_decay, found["asam"].adaptive_floor) == (1.0, 0.9, 0.01)
-    assert (found["delta_sam"].delta_sigma, found["delta_sam"].delta_power, found["angle_sam"].angle_norm) == (0.15, 1.0, "max")
+    assert (
+        found["friendly_sam"].friendly_sigma,
+        found["friendly_sam"].friendly_decay,
+        found["asam"].adaptive_floor,
+    ) == (1.0, 0.9, 0.01)
+    assert (
+        found["delta_sam"].delta_sigma,
+        found["delta_sam"].delta_power,
+        found["angle_sam"].angle_norm,
+    ) == (0.15, 1.0, "max")
     preconditioned = found["preconditioned_sam"]
-    assert (preconditioned.second_moment, preconditioned.metric_power, preconditioned.metric_norm) == ("with_gradient", 0.5, "l2")
+    assert (
+        preconditioned.second_moment,
+        preconditioned.metric_power,
+        preconditioned.metric_norm,
+    ) == ("with_gradient", 0.5, "l2")
 
 
 @every()
@@ -114,7 +171,9 @@ def test_a_step_costs_the_flops_that_it_counts(name):
         batches = [(micro[:, :-1], micro[:, 1:]) for micro in tokens]
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             result = rule.gradient(batches, logged=False)
-        assert counter.get_total_flops() == 64 * forward_flops(shape, 16).of(result.forwards, result.backwards, result.head_products)
+        assert counter.get_total_flops() == 64 * forward_flops(shape, 16).of(
+            result.forwards, result.backwards, result.head_products
+        )
         optimizer.step()
         optimizer.zero_grad()
 
@@ -125,7 +184,9 @@ def test_a_step_leaves_weights_addresses_and_the_optimiser_bit_for_bit(name):
     torch.manual_seed(0)
     model, rule, optimizer = trained(name, 2)
     weights, state = bits(model.parameters()), bits(state_of(optimizer))
-    groups = copy.deepcopy([{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups])
+    groups = copy.deepcopy(
+        [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    )
     for step in (2, 5):
         rule.step = step
         rule.gradient(token_batches(step))
@@ -133,7 +194,9 @@ def test_a_step_leaves_weights_addresses_and_the_optimiser_bit_for_bit(name):
         assert same_bits(state_of(optimizer), state)
         taken(model)
     assert all(set(kept) == {"step", "exp_avg", "exp_avg_sq"} for kept in optimizer.state.values())
-    assert [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups] == groups
+    assert [
+        {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
+    ] == groups
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     rule.gradient(token_batches(9))
@@ -160,13 +223,24 @@ def raising_at(model, forward, where):
     model.lazy_logits = lazy_logits
 
 
-@pytest.mark.parametrize("axes", [{"path": "full"}, {"path": "functional"}, {"path": "full", "metric": "adam"}], ids=str)
+@pytest.mark.parametrize(
+    "axes", [{"path": "full"}, {"path": "functional"}, {"path": "full", "metric": "adam"}], ids=str
+)
 def test_where_nothing_that_moves_has_a_gradient_the_gradient_is_the_plain_one(axes):
-    module = torch.nn.ModuleDict({"used": torch.nn.Linear(3, 4), "aside": torch.nn.Linear(3, 4)}).double()
-    rule = SharpnessAware(Adapter(module, lambda m, x: m["used"](x)), torch.optim.AdamW(module.parameters()), parameters="aside.*", **axes)
+    module = torch.nn.ModuleDict(
+        {"used": torch.nn.Linear(3, 4), "aside": torch.nn.Linear(3, 4)}
+    ).double()
+    rule = SharpnessAware(
+        Adapter(module, lambda m, x: m["used"](x)),
+        torch.optim.AdamW(module.parameters()),
+        parameters="aside.*",
+        **axes,
+    )
     x, y = torch.randn(5, 3, dtype=torch.float64), torch.randint(0, 4, (5,))
     result = rule.gradient([(x, y)])
-    own = torch.autograd.grad(torch.nn.functional.cross_entropy(module["used"](x), y), module["used"].weight)[0]
+    own = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(module["used"](x), y), module["used"].weight
+    )[0]
     torch.testing.assert_close(module["used"].weight.grad, own, rtol=1e-12, atol=0)
     assert result.finite and module["aside"].weight.grad is None
 
@@ -174,8 +248,11 @@ def test_where_nothing_that_moves_has_a_gradient_the_gradient_is_the_plain_one(a
 @pytest.mark.parametrize("direction", ["random", "momentum", "gradient"])
 @pytest.mark.parametrize("eps", [None, 0.0])
 def test_what_has_no_gradient_stays_under_adams_metric(direction, eps):
-    """A parameter that the loss does not reach has no second moment, and one that it reached earlier keeps its own."""
-    module = torch.nn.ModuleDict({name: torch.nn.Linear(3, 4) for name in ("used", "once", "never")}).double()
+    """A parameter that the loss does not reach has no second moment, and one that it reached
+    earlier keeps its own."""
+    module = torch.nn.ModuleDict(
+        {name: torch.nn.Linear(3, 4) for name in ("used", "once", "never")}
+    ).double()
     reached = ["used", "once"]
     optimizer = torch.optim.AdamW(module.parameters())
     adapter = Adapter(module, lambda m, x: sum(m[name](x) for name in reached))
@@ -184,8 +261,14 @@ def test_what_has_no_gradient_stays_under_adams_metric(direction, eps):
     before = bits(module["never"].parameters())
     for _ in range(3):
         result = rule.gradient([(x, y)])
-        assert result.finite and module["used"].weight.grad.isfinite().all() and module["never"].weight.grad is None
-        assert not result.perturbed or 0 < result.metrics["sharpness/realised_radius"] <= 0.05 * (1 + 1e-6)
+        assert (
+            result.finite
+            and module["used"].weight.grad.isfinite().all()
+            and module["never"].weight.grad is None
+        )
+        assert not result.perturbed or 0 < result.metrics["sharpness/realised_radius"] <= 0.05 * (
+            1 + 1e-6
+        )
         optimizer.step()
         optimizer.zero_grad()
         reached[:] = ["used"]
@@ -202,7 +285,11 @@ def test_the_decomposition_of_a_group_is_that_of_the_group_alone():
     names = [name for name in found[0] if "delta_" in name or "cosine_" in name]
     assert len(names) == 5
     for name in names:
-        assert float(found[0][name]) == pytest.approx(float(found[1][name]), rel=1e-9) == pytest.approx(float(found[2][name]), rel=1e-9), name
+        assert (
+            float(found[0][name])
+            == pytest.approx(float(found[1][name]), rel=1e-9)
+            == pytest.approx(float(found[2][name]), rel=1e-9)
+        ), name
 
 
 def test_batches_and_parameters_that_cannot_be_are_refused():
@@ -212,27 +299,44 @@ def test_batches_and_parameters_that_cannot_be_are_refused():
         with pytest.raises(ValueError, match="batches hold no instance; give at least one"):
             rule.gradient(empty)
     rule.gradient(batches)
-    with pytest.raises(ValueError, match=r"\.grad is not empty, and would be added to; call optimizer\.zero_grad"):
+    with pytest.raises(
+        ValueError, match=r"\.grad is not empty, and would be added to; call optimizer\.zero_grad"
+    ):
         rule.gradient(batches)
     taken(model)
     model.norm.weight.requires_grad = False
     frozen = SharpnessAware(model, adamw(model))
     model.norm.weight.requires_grad = True
-    with pytest.raises(ValueError, match=r"norm\.weight was frozen when the rule was made; make another one"):
+    with pytest.raises(
+        ValueError, match=r"norm\.weight was frozen when the rule was made; make another one"
+    ):
         frozen.gradient(batches)
 
 
 PLACES = [
-    ("sam", 4, "forward"), ("sam", 5, "backward"), ("functional_sam", 6, "backward"), ("functional_rebuild", 4, "backward"), ("msam", 4, "backward"),
-    ("functional_msam", 6, "forward"), ("delta_sam", 2, "forward"), ("delta_sam", 5, "forward"), ("delta_sam", 11, "backward"),
-    ("logit_sam", 5, "forward"), ("logit_sam", 8, "backward"), ("angle_sam", 5, "backward"), ("stale_sam", 2, "backward"),
-    ("momentum_sam", 3, "forward"), ("look_sam", 4, "backward"), ("sam", 2, "backward"),
-]  # fmt: skip
+    ("sam", 4, "forward"),
+    ("sam", 5, "backward"),
+    ("functional_sam", 6, "backward"),
+    ("functional_rebuild", 4, "backward"),
+    ("msam", 4, "backward"),
+    ("functional_msam", 6, "forward"),
+    ("delta_sam", 2, "forward"),
+    ("delta_sam", 5, "forward"),
+    ("delta_sam", 11, "backward"),
+    ("logit_sam", 5, "forward"),
+    ("logit_sam", 8, "backward"),
+    ("angle_sam", 5, "backward"),
+    ("stale_sam", 2, "backward"),
+    ("momentum_sam", 3, "forward"),
+    ("look_sam", 4, "backward"),
+    ("sam", 2, "backward"),
+]
 
 
 @pytest.mark.parametrize("name, forward, where", PLACES)
 def test_weights_survive_a_pass_that_raises(name, forward, where):
-    """In the clean pass, in a probe, at the moved point, and after it; the next step is then what it would have been."""
+    """In the clean pass, in a probe, at the moved point, and after it; the next step is then what
+    it would have been."""
     model, rule, optimizer = trained(name, 1, gpt(dtype=torch.float32))
     if name == "look_sam":
         rule.step = 0  # so that the next step moves
@@ -285,7 +389,10 @@ def test_restoring_is_exact_where_adding_and_subtracting_is_not():
         assert not any(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
         assert all(torch.equal(copy, w) for copy, w in zip(copies, weights, strict=True))
     assert same_bits(model.parameters(), noted)
-    assert any(not torch.equal((w + 0.05 * d) - 0.05 * d, w) for w, d in zip(weights, directions, strict=True))
+    assert any(
+        not torch.equal((w + 0.05 * d) - 0.05 * d, w)
+        for w, d in zip(weights, directions, strict=True)
+    )
 
 
 class Branches(nn.Module):
@@ -298,23 +405,41 @@ class Branches(nn.Module):
 
     def forward(self, x):
         self.forwards += 1
-        return self.head(torch.tanh(self.first(x) + (self.second(x) if self.forwards in self.used else 0)))
+        return self.head(
+            torch.tanh(self.first(x) + (self.second(x) if self.forwards in self.used else 0))
+        )
 
 
 @pytest.mark.parametrize(
-    "axes", [{}, {"path": "functional"}, {"metric": "adam"}, {"combine": "orthogonal"}, {"combine": "reuse"}, {"direction": "friendly"}], ids=str
+    "axes",
+    [
+        {},
+        {"path": "functional"},
+        {"metric": "adam"},
+        {"combine": "orthogonal"},
+        {"combine": "reuse"},
+        {"direction": "friendly"},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("used", [{1}, {2}, set()], ids=["clean_pass", "moved_pass", "never"])
 def test_a_gradient_that_is_missing_in_one_pass(used, axes):
     """A layer that the moved pass does not use was moved all the same, and is restored."""
     model = Branches(used).double()
-    rule, noted = SharpnessAware(Adapter(model), adamw(model), rho=0.5, **axes), bits(model.parameters())
+    rule, noted = (
+        SharpnessAware(Adapter(model), adamw(model), rho=0.5, **axes),
+        bits(model.parameters()),
+    )
     at = []
-    model.register_forward_pre_hook(lambda module, _: at.append(module.second.weight.detach().clone()))
+    model.register_forward_pre_hook(
+        lambda module, _: at.append(module.second.weight.detach().clone())
+    )
     result = rule.gradient([whole(vector_batches())])
     assert result.finite and same_bits(model.parameters(), noted)
     assert torch.equal(at[0], at[1]) == (used != {1})
-    assert (model.second.weight.grad is not None and model.second.weight.grad.any().item()) == (used == {2}) or "combine" in axes
+    assert (model.second.weight.grad is not None and model.second.weight.grad.any().item()) == (
+        used == {2}
+    ) or "combine" in axes
     optimizer = rule.optimizer
     optimizer.step()
     assert all(p.isfinite().all() for p in model.parameters())
@@ -334,7 +459,9 @@ def normed_mlp():
     """A classifier with running statistics."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(7, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, V)).double()
+        return nn.Sequential(
+            nn.Linear(7, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, V)
+        ).double()
 
 
 ADAPTED = {name: axes for name, axes in RULES.items() if axes.get("parameters") is None}
@@ -352,15 +479,24 @@ def memory_of(rule):
 
 def adapted(name):
     """A rule on a plain classifier, three steps on."""
-    model = nn.Sequential(nn.Linear(7, 9), nn.ReLU(), nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, V)).double()
+    model = nn.Sequential(
+        nn.Linear(7, 9), nn.ReLU(), nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, V)
+    ).double()
     optimizer = adamw(model)
-    return trained(name, 3, model, SharpnessAware(Adapter(model), optimizer, **of(name)), optimizer, batches=pairs)
+    return trained(
+        name,
+        3,
+        model,
+        SharpnessAware(Adapter(model), optimizer, **of(name)),
+        optimizer,
+        batches=pairs,
+    )
 
 
 @every(ADAPTED)
 def test_an_ascent_that_is_not_finite_changes_nothing(name):
-    """Every p.grad is None where the move would not have been finite, and no memory hears of such a gradient: the next steps are those
-    of a rule that never saw the batch."""
+    """Every p.grad is None where the move would not have been finite, and no memory hears of such a
+    gradient: the next steps are those of a rule that never saw the batch."""
     torch.manual_seed(0)
     model, rule, optimizer = adapted(name)
     if name in ("look_sam", "look_started", "few_steps"):
@@ -375,10 +511,14 @@ def test_an_ascent_that_is_not_finite_changes_nothing(name):
     without = name in (*NO_CLEAN_PASS, "momentum_functional", "stale_logit")
     assert result.finite == without  # those see it in the gradient only, as AdamW would
     gradients = [p.grad for p in model.parameters()]
-    assert all(g is None for g in gradients) if not without else not flat(gradients).isfinite().all()
+    assert (
+        all(g is None for g in gradients) if not without else not flat(gradients).isfinite().all()
+    )
     assert same_bits(model.parameters(), weights) and same_bits(state_of(optimizer), state)
     after = memory_of(rule)
-    assert after.keys() == memory.keys() and all(torch.equal(after[key], memory[key]) for key in memory)
+    assert after.keys() == memory.keys() and all(
+        torch.equal(after[key], memory[key]) for key in memory
+    )
     optimizer.zero_grad()
     its_rule.step += 1
     for step in (4, 5, 6):
@@ -426,7 +566,9 @@ def test_a_direction_that_is_not_finite_moves_nothing():
 def test_a_batch_of_which_nothing_counts_moves_nothing():
     model, (tokens, targets) = gpt(), whole(token_batches())
     for name in ("sam", "functional_sam", "logit_sam", "delta_sam", "msam"):
-        result = SharpnessAware(model, adamw(model), **of(name)).gradient([(tokens, torch.full_like(targets, -100))])
+        result = SharpnessAware(model, adamw(model), **of(name)).gradient(
+            [(tokens, torch.full_like(targets, -100))]
+        )
         assert result.tokens == 0 and not result.perturbed and not taken(model).any()
 
 
@@ -435,7 +577,8 @@ def test_a_batch_of_which_nothing_counts_moves_nothing():
 
 @every(ADAPTED)
 def test_only_the_clean_pass_updates_buffers(name):
-    """Running statistics are afterwards those of a plain step, bit for bit; of rules whose only pass is at the moved point, those of one."""
+    """Running statistics are afterwards those of a plain step, bit for bit; of rules whose only
+    pass is at the moved point, those of one."""
     torch.manual_seed(0)
     model, twin = normed_mlp(), normed_mlp()
     rule = SharpnessAware(Adapter(model), adamw(model), **of(name, rho=0.5))
@@ -446,7 +589,9 @@ def test_only_the_clean_pass_updates_buffers(name):
         taken(twin)
         assert model[1].num_batches_tracked == twin[1].num_batches_tracked == 3 * (step + 1)
         if name not in NO_CLEAN_PASS:
-            assert torch.equal(model[1].running_mean, twin[1].running_mean) and torch.equal(model[1].running_var, twin[1].running_var)
+            assert torch.equal(model[1].running_mean, twin[1].running_mean) and torch.equal(
+                model[1].running_var, twin[1].running_var
+            )
 
 
 def test_buffers_survive_a_moved_pass_that_raises():
@@ -462,7 +607,9 @@ def test_buffers_survive_a_moved_pass_that_raises():
     with pytest.raises(RuntimeError, match="out of memory"):
         SharpnessAware(Adapter(model, losses=losses), adamw(model)).gradient(pairs(0))
     Gradient(Adapter(twin)).gradient(pairs(0))
-    assert all(torch.equal(one, other) for one, other in zip(model.buffers(), twin.buffers(), strict=True))
+    assert all(
+        torch.equal(one, other) for one, other in zip(model.buffers(), twin.buffers(), strict=True)
+    )
 
 
 def masks_of(model):
@@ -498,9 +645,13 @@ def test_every_pass_sees_the_same_dropout_masks(name):
     per_group = len(masks) // layers // 2  # passes over the batch
     for group in groups:
         for _ in range(per_group):
-            expected += [mask for micro in group for mask in plain[micro * layers : (micro + 1) * layers]]
+            expected += [
+                mask for micro in group for mask in plain[micro * layers : (micro + 1) * layers]
+            ]
     assert per_group == (1 if name in NO_CLEAN_PASS else passes(rule.axes, True, 4).forwards)
-    assert len(masks) == len(expected) and all(torch.equal(mask, other) for mask, other in zip(masks, expected, strict=True))
+    assert len(masks) == len(expected) and all(
+        torch.equal(mask, other) for mask, other in zip(masks, expected, strict=True)
+    )
     assert not torch.equal(plain[0], plain[layers]) and plain[0].any()
 
 
@@ -523,8 +674,24 @@ def test_the_random_stream_is_left_where_a_plain_step_leaves_it(name):
 
 # Radius 0 as a training run
 
-EXACT = ["sam", "asam", "preconditioned_sam", "preconditioned_before", "msam", "delta_sam", "momentum_sam", "stale_sam", "friendly_sam", "random",
-         "friendly_msam", "few_steps", "mlps_only", "functional_store", "preconditioned_functional_sam", "momentum_functional"]  # fmt: skip
+EXACT = [
+    "sam",
+    "asam",
+    "preconditioned_sam",
+    "preconditioned_before",
+    "msam",
+    "delta_sam",
+    "momentum_sam",
+    "stale_sam",
+    "friendly_sam",
+    "random",
+    "friendly_msam",
+    "few_steps",
+    "mlps_only",
+    "functional_store",
+    "preconditioned_functional_sam",
+    "momentum_functional",
+]
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
@@ -532,7 +699,13 @@ EXACT = ["sam", "asam", "preconditioned_sam", "preconditioned_before", "msam", "
 def test_radius_0_trains_as_the_plain_gradient_bit_for_bit(name, autocast):
     """Through both passes; weights, moments and random stream, with dropout."""
     found = []
-    for rule_class in (Gradient, partial(SharpnessAware, **of(name, rho=0.0) | ({"cotangent": "store"} if "functional" in name else {}))):
+    for rule_class in (
+        Gradient,
+        partial(
+            SharpnessAware,
+            **of(name, rho=0.0) | ({"cotangent": "store"} if "functional" in name else {}),
+        ),
+    ):
         torch.manual_seed(1)
         model = gpt(dropout=0.2, dtype=torch.float32)
         optimizer = build_optimizer(model, OptimConfig(lr=0.02))
@@ -542,7 +715,9 @@ def test_radius_0_trains_as_the_plain_gradient_bit_for_bit(name, autocast):
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-@every([name for name in RULES if name != "delta_reweighted"])  # which weighs the loss at the moved point too
+@every(
+    [name for name in RULES if name != "delta_reweighted"]
+)  # which weighs the loss at the moved point too
 def test_radius_0_gives_the_plain_gradient_up_to_rounding(name):
     model = gpt()
     rule = SharpnessAware(model, adamw(model), **of(name, rho=0.0))
@@ -555,7 +730,8 @@ def test_radius_0_gives_the_plain_gradient_up_to_rounding(name):
 
 @every()
 def test_autocast_sees_the_weights_where_they_are(name):
-    """It keeps casts of weights by their addresses while it lasts; a pass in between two moves must not meet those of another point."""
+    """It keeps casts of weights by their addresses while it lasts; a pass in between two moves must
+    not meet those of another point."""
     found = []
     for cached in (True, False):
         torch.manual_seed(0)
@@ -576,7 +752,11 @@ def test_a_gradient_of_zeros_stays_one(name):
     """Squared errors that are all 0."""
     model = nn.Linear(7, 3)
     rule, inputs = (
-        SharpnessAware(Adapter(model, losses=lambda z, y: (z - y).square()), adamw(model), **of(name, parameters="all", start=0)),
+        SharpnessAware(
+            Adapter(model, losses=lambda z, y: (z - y).square()),
+            adamw(model),
+            **of(name, parameters="all", start=0),
+        ),
         torch.randn(4, 7),
     )
     for _ in range(2):
@@ -608,14 +788,20 @@ def test_rules_that_share_a_model_do_not_hear_of_each_other():
 def saved(model, rule, optimizer):
     """All that a checkpoint keeps, through a file."""
     file = io.BytesIO()
-    torch.save((model.state_dict(), optimizer.state_dict(), rule.state_dict(), torch.get_rng_state()), file)
+    torch.save(
+        (model.state_dict(), optimizer.state_dict(), rule.state_dict(), torch.get_rng_state()), file
+    )
     return file.getvalue()
 
 
 SAVED = [(name, False) for name in RULES] + [(name, True) for name in PRESETS]
 
 
-@pytest.mark.parametrize("name, autocast", SAVED, ids=lambda value: value if isinstance(value, str) else "bf16" if value else "fp32")
+@pytest.mark.parametrize(
+    "name, autocast",
+    SAVED,
+    ids=lambda value: value if isinstance(value, str) else "bf16" if value else "fp32",
+)
 def test_a_run_that_was_saved_goes_on_bit_for_bit(name, autocast):
     """Saved and loaded into new objects, its next three steps are those of the run that went on."""
     torch.manual_seed(0)
@@ -639,7 +825,8 @@ def test_a_run_that_was_saved_goes_on_bit_for_bit(name, autocast):
 
 @pytest.mark.parametrize("name", ["random", "delta_sam"])
 def test_noise_is_that_of_the_seed_that_the_rule_was_made_under(name):
-    """Saved with it, whatever torch is seeded with by then; a state without a seed leaves the rule its own."""
+    """Saved with it, whatever torch is seeded with by then; a state without a seed leaves the rule
+    its own."""
     model, states = gpt(dtype=torch.float32), []
 
     def gradient(seed, state=None):
@@ -670,7 +857,12 @@ def test_what_was_saved_is_not_changed_by_what_comes_after():
 def test_a_signal_at_the_moved_point_waits_for_the_weights_to_be_back():
     """Nothing is saved between the move and the restoration: the handler only takes a note."""
     model = gpt(dtype=torch.float32)
-    rule, noted, original, count = SharpnessAware(model, adamw(model)), bits(model.parameters()), model.lazy_logits, []
+    rule, noted, original, count = (
+        SharpnessAware(model, adamw(model)),
+        bits(model.parameters()),
+        model.lazy_logits,
+        [],
+    )
 
     def lazy_logits(inputs):
         count.append(same_bits(model.parameters(), noted))
@@ -682,7 +874,11 @@ def test_a_signal_at_the_moved_point_waits_for_the_weights_to_be_back():
     with Preemption() as preemption:
         result = rule.gradient(token_batches())
         assert preemption.requested == "SIGTERM"
-    assert count == [True] * 3 + [False] * 3 and result.perturbed and same_bits(model.parameters(), noted)
+    assert (
+        count == [True] * 3 + [False] * 3
+        and result.perturbed
+        and same_bits(model.parameters(), noted)
+    )
 
 
 # Any module
@@ -697,7 +893,13 @@ def test_a_classifier_with_batch_statistics():
         for step in range(4):
             inputs, targets = whole(pairs(step))
             rule.gradient([(inputs, targets)])
-            by_hand(twin, lambda z, targets=targets: F.cross_entropy(z, targets), lambda inputs=inputs, twin=twin: twin(inputs), 0.3, path)
+            by_hand(
+                twin,
+                lambda z, targets=targets: F.cross_entropy(z, targets),
+                lambda inputs=inputs, twin=twin: twin(inputs),
+                0.3,
+                path,
+            )
             for o in (optimizer, its_optimizer):
                 o.step()
                 o.zero_grad()
@@ -706,12 +908,16 @@ def test_a_classifier_with_batch_statistics():
 
 
 def by_hand(model, loss, logits, rho, path):
-    """Leaves the gradient of SAM or Functional-SAM in p.grad, in two passes that anybody would write down."""
+    """Leaves the gradient of SAM or Functional-SAM in p.grad, in two passes that anybody would
+    write down."""
     parameters = list(model.parameters())
     z = logits()
     (r,) = torch.autograd.grad(loss(z), z, retain_graph=True)
     g = torch.autograd.grad(z, parameters, r)
-    buffers, weights = [buffer.clone() for buffer in model.buffers()], [p.detach().clone() for p in parameters]
+    buffers, weights = (
+        [buffer.clone() for buffer in model.buffers()],
+        [p.detach().clone() for p in parameters],
+    )
     length = sum(x.square().sum() for x in g).sqrt()
     with torch.no_grad():
         for p, x in zip(parameters, g, strict=True):
@@ -726,11 +932,27 @@ def by_hand(model, loss, logits, rho, path):
 
 
 @pytest.mark.parametrize("outputs", [1, 3])
-@pytest.mark.parametrize("name", ["sam", "functional_sam", "logit_sam", "angle_sam", "msam", "delta_sam", "preconditioned_functional_sam"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sam",
+        "functional_sam",
+        "logit_sam",
+        "angle_sam",
+        "msam",
+        "delta_sam",
+        "preconditioned_functional_sam",
+    ],
+)
 def test_a_regression(name, outputs):
     """Squared errors of one number, without a dimension of its own, or of several."""
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, outputs), *([nn.Flatten(0)] if outputs == 1 else []))
+    module = nn.Sequential(
+        nn.Linear(7, 9),
+        nn.Tanh(),
+        nn.Linear(9, outputs),
+        *([nn.Flatten(0)] if outputs == 1 else []),
+    )
     teacher = torch.randn(7, outputs)
     model = Adapter(module, losses=lambda z, y: (z - y).square())
     optimizer = adamw(module, lr=0.02)
@@ -749,22 +971,46 @@ def test_a_regression(name, outputs):
 
 @pytest.mark.parametrize("path", ["full", "functional"])
 def test_a_hugging_face_classifier(path):
-    """Inputs are a dict, cut into micro-batches or not; SAM and Functional-SAM against two passes by hand."""
+    """Inputs are a dict, cut into micro-batches or not; SAM and Functional-SAM against two passes
+    by hand."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(vocab_size=V, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-                                     max_position_embeddings=T, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
+    config = transformers.BertConfig(
+        vocab_size=V,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=T,
+        num_labels=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     torch.manual_seed(0)
     module = transformers.BertForSequenceClassification(config).double().train()
     twin = copy.deepcopy(module)
     optimizer, its_optimizer = adamw(module), adamw(twin)
-    rule = SharpnessAware(Adapter(module, logits=lambda m, inputs: m(**inputs).logits), optimizer, rho=0.3, path=path)
+    rule = SharpnessAware(
+        Adapter(module, logits=lambda m, inputs: m(**inputs).logits), optimizer, rho=0.3, path=path
+    )
     losses = []
     for _ in range(6):
         tokens = torch.randint(0, V, (6, T), generator=torch.Generator().manual_seed(1))
-        inputs, labels = {"input_ids": tokens, "attention_mask": (tokens > 2).long()}, tokens[:, 0] % 3
-        cut = [({key: value[rows] for key, value in inputs.items()}, labels[rows]) for rows in (slice(0, 2), slice(2, 6))]
+        inputs, labels = (
+            {"input_ids": tokens, "attention_mask": (tokens > 2).long()},
+            tokens[:, 0] % 3,
+        )
+        cut = [
+            ({key: value[rows] for key, value in inputs.items()}, labels[rows])
+            for rows in (slice(0, 2), slice(2, 6))
+        ]
         losses.append(float(rule.gradient(cut).loss))
-        by_hand(twin, lambda z, labels=labels: F.cross_entropy(z, labels), lambda inputs=inputs: twin(**inputs).logits, 0.3, path)
+        by_hand(
+            twin,
+            lambda z, labels=labels: F.cross_entropy(z, labels),
+            lambda inputs=inputs: twin(**inputs).logits,
+            0.3,
+            path,
+        )
         for p, q in zip(module.parameters(), twin.parameters(), strict=True):
             if q.grad is not None:
                 torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-13)
@@ -790,17 +1036,25 @@ def test_a_step_costs_what_the_plan_says(name, store):
     trained(name, 1, model, rule, rule.optimizer)
     result = rule.gradient(token_batches(1), logged=False)
     assert result.perturbed
-    assert (result.forwards, result.backwards, result.head_products) == pytest.approx(passes(rule.axes, store, 4))
+    assert (result.forwards, result.backwards, result.head_products) == pytest.approx(
+        passes(rule.axes, store, 4)
+    )
 
 
 def test_an_ascent_on_a_part_costs_a_part():
     model, batches = gpt(), token_batches(0, (2, 1, 1))
     for path in ("full", "functional", "logit"):
-        rule = SharpnessAware(model, adamw(model), path=path, ascent_fraction=0.5, cotangent="rebuild")
+        rule = SharpnessAware(
+            model, adamw(model), path=path, ascent_fraction=0.5, cotangent="rebuild"
+        )
         result = rule.gradient(batches, logged=False)
         taken(model)
-        assert (result.forwards, result.backwards, result.head_products) == pytest.approx(passes(rule.axes, False, 4))
-        assert result.backwards == pytest.approx(passes(replace(rule.axes, ascent_fraction=1.0), False, 4).backwards - 0.5)
+        assert (result.forwards, result.backwards, result.head_products) == pytest.approx(
+            passes(rule.axes, False, 4)
+        )
+        assert result.backwards == pytest.approx(
+            passes(replace(rule.axes, ascent_fraction=1.0), False, 4).backwards - 0.5
+        )
 
 
 # What is refused
@@ -810,25 +1064,52 @@ REFUSED = [
     ({"direction": "stale", "scope": "micro_batch"}, "direction=stale", "use scope=batch"),
     ({"direction": "random", "scope": "micro_batch"}, "direction=random", "use scope=batch"),
     ({"direction": "momentum", "weights": "delta"}, "weights=delta", "use direction=gradient"),
-    ({"direction": "stale", "ascent_fraction": 0.5}, "ascent_fraction=0.5", "use direction=gradient"),
+    (
+        {"direction": "stale", "ascent_fraction": 0.5},
+        "ascent_fraction=0.5",
+        "use direction=gradient",
+    ),
     ({"path": "angle", "weights": "delta"}, "path=angle", "use weights=uniform"),
-    ({"path": "angle", "angle": 30.0, "ascent_fraction": 0.5}, "ascent_fraction=0.5", "ascent_fraction=1"),
+    (
+        {"path": "angle", "angle": 30.0, "ascent_fraction": 0.5},
+        "ascent_fraction=0.5",
+        "ascent_fraction=1",
+    ),
     ({"combine": "orthogonal", "weights": "delta"}, "combine=orthogonal", "use weights=uniform"),
     ({"combine": "reuse", "ascent_fraction": 0.25}, "combine=reuse", "ascent_fraction=1"),
-    ({"path": "logit", "weights": "delta", "delta_descent": "reweighted"}, "delta_descent=reweighted", "use path=full"),
-    ({"weights": "delta", "delta_descent": "reweighted", "ascent_fraction": 0.5}, "ascent_fraction=0.5", "use ascent_fraction=1"),
+    (
+        {"path": "logit", "weights": "delta", "delta_descent": "reweighted"},
+        "delta_descent=reweighted",
+        "use path=full",
+    ),
+    (
+        {"weights": "delta", "delta_descent": "reweighted", "ascent_fraction": 0.5},
+        "ascent_fraction=0.5",
+        "use ascent_fraction=1",
+    ),
 ]
 OUT_OF_RANGE = [
     ({"scope": "replica"}, "scope=replica", "use scope="),
-    ({"rho": -0.1}, "rho=-0.1", "at least"), ({"period": 0}, "period=0", "at least 1"), ({"angle": 91.0}, "angle=91.0", "at most 90"),
-    ({"ascent_fraction": 0.0}, "ascent_fraction=0.0", "above 0"), ({"direction": "uphill"}, "direction=uphill", "choose one of gradient"),
-    ({"path": "sideways"}, "path=sideways", "choose one of none, full"), ({"radius": 1}, "radius=1", "choose among path"),
-    ({"start": 0.5}, "start=0.5", "give steps"), ({"stop": 0.5}, "stop=0.5", "give steps"), ({"start": 2.5}, "start=2.5", "give steps"),
-    ({"rho": float("nan")}, "rho=nan", "give a number"), ({"rho": "0.1"}, "rho='0.1'", "it must be float"), ({"rho": None}, "rho=None", "float"),
-    ({"period": 1.5}, "period=1.5", "it must be int"), ({"parameters": None}, "parameters=None", "it must be str"),
-    ({"path": "none"}, "path=none", "optim.Gradient"), ({"start": 3, "stop": 2}, "stop=2", "stop later"), ({"stop": 0}, "stop=0", "stop later"),
+    ({"rho": -0.1}, "rho=-0.1", "at least"),
+    ({"period": 0}, "period=0", "at least 1"),
+    ({"angle": 91.0}, "angle=91.0", "at most 90"),
+    ({"ascent_fraction": 0.0}, "ascent_fraction=0.0", "above 0"),
+    ({"direction": "uphill"}, "direction=uphill", "choose one of gradient"),
+    ({"path": "sideways"}, "path=sideways", "choose one of none, full"),
+    ({"radius": 1}, "radius=1", "choose among path"),
+    ({"start": 0.5}, "start=0.5", "give steps"),
+    ({"stop": 0.5}, "stop=0.5", "give steps"),
+    ({"start": 2.5}, "start=2.5", "give steps"),
+    ({"rho": float("nan")}, "rho=nan", "give a number"),
+    ({"rho": "0.1"}, "rho='0.1'", "it must be float"),
+    ({"rho": None}, "rho=None", "float"),
+    ({"period": 1.5}, "period=1.5", "it must be int"),
+    ({"parameters": None}, "parameters=None", "it must be str"),
+    ({"path": "none"}, "path=none", "optim.Gradient"),
+    ({"start": 3, "stop": 2}, "stop=2", "stop later"),
+    ({"stop": 0}, "stop=0", "stop later"),
     ({"parameters": "*.lora.*"}, "parameters=*.lora.*", "matches no parameter"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("axes, what, remedy", REFUSED + OUT_OF_RANGE, ids=str)
@@ -849,12 +1130,28 @@ def test_a_configuration_is_refused_alike(axes, what, remedy):
 def test_what_the_optimiser_must_hold():
     model = gpt()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"metric=adam needs Adam's second moment of embedding.weight.*use AdamW or metric=euclidean"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"metric=adam needs Adam's second moment of embedding.weight.*use AdamW or"
+            r" metric=euclidean"
+        ),
+    ):
         SharpnessAware(model, sgd, metric="adam")
-    with pytest.raises(ValueError, match=r"direction=momentum needs a momentum of embedding.weight.*use AdamW or SGD with momentum"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"direction=momentum needs a momentum of embedding.weight.*use AdamW or SGD with"
+            r" momentum"
+        ),
+    ):
         SharpnessAware(model, sgd, direction="momentum")
-    SharpnessAware(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), direction="momentum")
-    with pytest.raises(ValueError, match=r"embedding.weight is torch.bfloat16.*keep weights in fp32"):
+    SharpnessAware(
+        model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), direction="momentum"
+    )
+    with pytest.raises(
+        ValueError, match=r"embedding.weight is torch.bfloat16.*keep weights in fp32"
+    ):
         SharpnessAware(model.bfloat16(), adamw(model))
 
 
@@ -886,20 +1183,32 @@ def test_a_run_cuts_its_batch_into_so_many_groups(tiny, tmp_path, monkeypatch, c
         return original(self, batches, *rest)
 
     monkeypatch.setattr(SharpnessAware, "gradient", gradient)
-    overrides = ["optim=msam", "batch.sequences=8", "batch.micro=1", "schedule.steps=1", "schedule.warmup_steps=0", f"dir={tmp_path}/run"]
+    overrides = [
+        "optim=msam",
+        "batch.sequences=8",
+        "batch.micro=1",
+        "schedule.steps=1",
+        "schedule.warmup_steps=0",
+        f"dir={tmp_path}/run",
+    ]
     assert train.main(compose([*tiny, *overrides, "optim.num_groups=2"])) == 0
     assert seen == [[[1, 1, 1, 1], [1, 1, 1, 1]]]
 
 
 def test_a_rule_that_would_never_act_is_refused():
     optim = OptimConfig(path="full", start=10)
-    with pytest.raises(ValueError, match=r"optim.start=10 lies beyond the horizon of 10 steps.*start earlier"):
+    with pytest.raises(
+        ValueError, match=r"optim.start=10 lies beyond the horizon of 10 steps.*start earlier"
+    ):
         build_schedule(ScheduleConfig(steps=10), optim, 1, 1)
 
 
 def test_making_a_rule_computes_no_weight():
-    """Of a layer under spectral_norm, whose weight is a step of a power iteration each time that it is asked for; its bias is an operand still."""
-    model = torch.nn.Sequential(torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(4, 4)), torch.nn.Linear(4, 3))
+    """Of a layer under spectral_norm, whose weight is a step of a power iteration each time that it
+    is asked for; its bias is an operand still."""
+    model = torch.nn.Sequential(
+        torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(4, 4)), torch.nn.Linear(4, 3)
+    )
     before = [buffer.clone() for buffer in model.buffers()]
     rule = SharpnessAware(model, torch.optim.AdamW(model.parameters()))
     assert before and all(map(torch.equal, before, model.buffers()))

@@ -1,4 +1,5 @@
-"""Every rule against `plain_rules`, the same equations written a second time; and those held against closed forms first."""
+"""Every rule against `plain_rules`, the same equations written a second time; and those held
+against closed forms first."""
 
 from dataclasses import replace
 from functools import partial
@@ -15,35 +16,47 @@ from optim import SharpnessAware, build_optimizer
 from optim.direction import noise
 from tests.plain_rules import AdamW, Axes, Loss, MicroBatch, PlainModel, PlainRule
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, where it differentiates twice
+# torch's own, where it differentiates twice
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 V, T = 40, 6
 LAYERNORM = GPTConfig(V, T, 1, 2, 16)
-RMSNORM = GPTConfig(V, T, 1, 2, 16, norm="rmsnorm", positions="rope", activation="swiglu", mlp_width=24, tied=False)
+RMSNORM = GPTConfig(
+    V, T, 1, 2, 16, norm="rmsnorm", positions="rope", activation="swiglu", mlp_width=24, tied=False
+)
 CAPPED = GPTConfig(V, T, 2, 2, 16, logit_softcap=1.5, z_loss=0.02, bias=True)
-OPTIM = OptimConfig(lr=0.01, weight_decay=0.2, beta1=0.8, beta2=0.9, eps=1e-6)  # none of them a default
+# none of them a default
+OPTIM = OptimConfig(lr=0.01, weight_decay=0.2, beta1=0.8, beta2=0.9, eps=1e-6)
 
 
 @pytest.fixture(autouse=True)
 def one_kernel_and_seed():
-    """Attention by matrix products: it can be differentiated twice, and draws dropout masks in one way only."""
+    """Attention by matrix products: it can be differentiated twice, and draws dropout masks in one
+    way only."""
     torch.manual_seed(0)
     with sdpa_kernel(SDPBackend.MATH):
         yield
 
 
-def micro_batches(seed: int, sizes: tuple[int, ...] = (2, 1, 1), empty: int = 3) -> list[MicroBatch]:
-    """Micro-batches of so many sequences each, which count unequal numbers of tokens; sequence `empty` counts none."""
+def micro_batches(
+    seed: int, sizes: tuple[int, ...] = (2, 1, 1), empty: int = 3
+) -> list[MicroBatch]:
+    """Micro-batches of so many sequences each, which count unequal numbers of tokens; sequence
+    `empty` counts none."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, V, (sum(sizes), T + 1), generator=generator)
     targets = tokens[:, 1:].clone()
     targets[torch.rand(targets.shape, generator=generator) < 0.3] = -100
     targets[empty : empty + 1] = -100
-    return [MicroBatch(*pair) for pair in zip(tokens[:, :-1].split(sizes), targets.split(sizes), strict=True)]
+    return [
+        MicroBatch(*pair)
+        for pair in zip(tokens[:, :-1].split(sizes), targets.split(sizes), strict=True)
+    ]
 
 
 def model_of(shape: GPTConfig) -> GPT:
-    """A model in float64 whose norms and biases are not what they are at first, or half of the gradients would be special."""
+    """A model in float64 whose norms and biases are not what they are at first, or half of the
+    gradients would be special."""
     model, generator = GPT(shape, seed=1).double(), torch.Generator().manual_seed(2)
     with torch.no_grad():
         for p in model.parameters():
@@ -70,14 +83,18 @@ def slope(f, t, u, h=1e-5):
     return (f(t + h * u) - f(t - h * u)) / (2 * h)
 
 
-@pytest.mark.parametrize("shape", [LAYERNORM, RMSNORM, CAPPED], ids=["layernorm", "rmsnorm", "capped"])
+@pytest.mark.parametrize(
+    "shape", [LAYERNORM, RMSNORM, CAPPED], ids=["layernorm", "rmsnorm", "capped"]
+)
 def test_the_loss_is_what_torch_says(shape):
     model = model_of(shape)
     loss = Loss(PlainModel(model), micro_batches(0))
     z, targets = model(loss.tokens_BxT).flatten(0, 1), loss.targets_BxT.flatten()  # soft-capped
     z_loss = shape.z_loss * z.logsumexp(1)[targets != -100].square().mean()
     expected = torch.nn.functional.cross_entropy(z, targets) + z_loss
-    assert loss.at(loss.plain.flat(dict(model.named_parameters()))) == pytest.approx(expected.item(), rel=1e-14)
+    assert loss.at(loss.plain.flat(dict(model.named_parameters()))) == pytest.approx(
+        expected.item(), rel=1e-14
+    )
     assert loss.tokens == (targets != -100).sum() > 0
 
 
@@ -85,18 +102,28 @@ def test_pull_is_the_transposed_jacobian(problem):
     _, t, loss, u = problem
     assert (loss.g(t) @ u).item() == pytest.approx(slope(loss.at, t, u), rel=1e-7)
     r = torch.randn(loss.F(t).shape, dtype=t.dtype)
-    assert (loss.pull(t, r) @ u).item() == pytest.approx(slope(lambda t: (r * loss.F(t)).sum().item(), t, u), rel=1e-7)
+    assert (loss.pull(t, r) @ u).item() == pytest.approx(
+        slope(lambda t: (r * loss.F(t)).sum().item(), t, u), rel=1e-7
+    )
     r = loss.r(t + u)
-    assert (loss.pull(t, r) @ u).item() == pytest.approx(slope(lambda t: (r * loss.F(t)).sum().item(), t, u), rel=1e-7)
+    assert (loss.pull(t, r) @ u).item() == pytest.approx(
+        slope(lambda t: (r * loss.F(t)).sum().item(), t, u), rel=1e-7
+    )
 
 
-@pytest.mark.parametrize("problem", [LAYERNORM, RMSNORM], ids=["layernorm", "rmsnorm"], indirect=True)
+@pytest.mark.parametrize(
+    "problem", [LAYERNORM, RMSNORM], ids=["layernorm", "rmsnorm"], indirect=True
+)
 def test_sam_less_functional_sam_is_the_softmax_that_moved(problem):
     """At any radius: the labels cancel."""
     plain, t, loss, u = problem
     e = 0.7 * u
     difference = moved(plain, t, e, loss, path="full") - moved(plain, t, e, loss, path="functional")
-    r = (loss.F(t + e).softmax(-1) - loss.F(t).softmax(-1)) * loss.counted_BxT[..., None] / loss.tokens
+    r = (
+        (loss.F(t + e).softmax(-1) - loss.F(t).softmax(-1))
+        * loss.counted_BxT[..., None]
+        / loss.tokens
+    )
     torch.testing.assert_close(difference, loss.pull(t + e, r), rtol=1e-10, atol=1e-14)
 
 
@@ -105,14 +132,17 @@ def moved(plain, t, e, loss, **axes):
 
 
 def test_each_path_sees_its_part_of_the_hessian(problem):
-    """H = G + H_F: full sees H, functional H_F, logit G, and 45 degrees H; each to second order in the radius by central differences."""
+    """H = G + H_F: full sees H, functional H_F, logit G, and 45 degrees H; each to second order in
+    the radius by central differences."""
     plain, t, loss, u = problem
     Hu = jvp(grad(lambda t: loss.of_logits(loss.F(t))), (t,), (u,))[1]
     z, Ju = jvp(loss.F, (t,), (u,))
     Gu = loss.pull(t, jvp(grad(loss.of_logits), (z,), (Ju,))[1])
     expected = {"full": Hu, "logit": Gu, "functional": Hu - Gu, "angle": Hu}
     for path, product in expected.items():
-        found = slope(lambda t_moved, path=path: moved(plain, t, t_moved - t, loss, path=path), t, u, h=1e-4)
+        found = slope(
+            lambda t_moved, path=path: moved(plain, t, t_moved - t, loss, path=path), t, u, h=1e-4
+        )
         torch.testing.assert_close(found, product, rtol=1e-4, atol=1e-6 * product.norm().item())
         assert product.norm() > 0.05
 
@@ -120,12 +150,18 @@ def test_each_path_sees_its_part_of_the_hessian(problem):
 def test_angles(problem):
     plain, t, loss, u = problem
     path = partial(moved, plain, t, u, loss)
-    torch.testing.assert_close(path(path="angle", angle=0.0), path(path="logit"), rtol=1e-12, atol=1e-15)
-    torch.testing.assert_close(path(path="angle", angle=90.0), path(path="functional"), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(
+        path(path="angle", angle=0.0), path(path="logit"), rtol=1e-12, atol=1e-15
+    )
+    torch.testing.assert_close(
+        path(path="angle", angle=90.0), path(path="functional"), rtol=1e-12, atol=1e-15
+    )
     g, logit, functional = loss.g(t), path(path="logit"), path(path="functional")
     torch.testing.assert_close(path(path="angle"), functional + logit - g, rtol=1e-12, atol=1e-15)
     paper = g + 2**0.5 * (3**0.5 / 2 * (logit - g) + 0.5 * (functional - g))
-    torch.testing.assert_close(path(path="angle", angle=30.0, angle_norm="paper"), paper, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(
+        path(path="angle", angle=30.0, angle_norm="paper"), paper, rtol=1e-12, atol=1e-15
+    )
 
 
 def test_metrics(problem):
@@ -149,10 +185,17 @@ def test_metrics(problem):
         e = preconditioned(metric_norm="dual")
         torch.testing.assert_close(e @ (root * e), torch.tensor(0.09, dtype=t.dtype))
         e = preconditioned(metric_power=0.25, metric_eps=0.1)
-        torch.testing.assert_close(e, 0.3 * (g / (g.abs().sqrt() + 0.1)) / (g / (g.abs().sqrt() + 0.1)).norm())
+        torch.testing.assert_close(
+            e, 0.3 * (g / (g.abs().sqrt() + 0.1)) / (g / (g.abs().sqrt() + 0.1)).norm()
+        )
     fresh = AdamW(0.01, adam.decay)
-    torch.testing.assert_close(PlainRule(plain, Axes(rho=0.3, metric="adam")).perturbation(t, g, fresh), perturbation(metric="adam"))
-    first = PlainRule(plain, Axes(rho=0.3, metric="adam", second_moment="before")).perturbation(t, g, fresh)
+    torch.testing.assert_close(
+        PlainRule(plain, Axes(rho=0.3, metric="adam")).perturbation(t, g, fresh),
+        perturbation(metric="adam"),
+    )
+    first = PlainRule(plain, Axes(rho=0.3, metric="adam", second_moment="before")).perturbation(
+        t, g, fresh
+    )
     torch.testing.assert_close(first, perturbation())
     matrix = plain.where(lambda name, p: p.ndim == 2).bool()
     T = torch.where(matrix, later.abs() + 0.01, 1.0)
@@ -161,10 +204,14 @@ def test_metrics(problem):
 
 
 def test_directions(problem):
-    """Those that remember: nothing at first, then the average, the last gradient of the rule, and minus Adam's m."""
+    """Those that remember: nothing at first, then the average, the last gradient of the rule, and
+    minus Adam's m."""
     plain, t, loss, _ = problem
     adam, groups = AdamW(0.01, plain.where(lambda name, p: p.ndim >= 2)), [[m] for m in loss.micro]
-    rules = {name: PlainRule(plain, Axes(rho=1.0, direction=name)) for name in ("friendly", "stale", "momentum")}
+    rules = {
+        name: PlainRule(plain, Axes(rho=1.0, direction=name))
+        for name in ("friendly", "stale", "momentum")
+    }
     u = torch.randn_like(t)
     torch.testing.assert_close(rules["friendly"].perturbation(t, u, adam), u / u.norm())
     assert not any(rules[name].perturbation(t, u, adam).any() for name in ("stale", "momentum"))
@@ -179,16 +226,37 @@ def test_directions(problem):
     torch.testing.assert_close(rules["momentum"].perturbation(t, loss.g(t), adam), -u / u.norm())
 
 
-@pytest.mark.parametrize("parameters, names", [
-    ("all", ["embedding.weight", "positions.weight", "blocks.0.attention_norm.weight", "blocks.0.mlp.up.weight", "norm.weight"]),
-    ("no_embeddings", ["blocks.0.attention_norm.weight", "blocks.0.mlp.up.weight", "norm.weight"]),
-    ("no_norms", ["embedding.weight", "positions.weight", "blocks.0.mlp.up.weight"]),
-    ("head", ["embedding.weight"]),
-    ("*.mlp.*", ["blocks.0.mlp.up.weight"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "parameters, names",
+    [
+        (
+            "all",
+            [
+                "embedding.weight",
+                "positions.weight",
+                "blocks.0.attention_norm.weight",
+                "blocks.0.mlp.up.weight",
+                "norm.weight",
+            ],
+        ),
+        (
+            "no_embeddings",
+            ["blocks.0.attention_norm.weight", "blocks.0.mlp.up.weight", "norm.weight"],
+        ),
+        ("no_norms", ["embedding.weight", "positions.weight", "blocks.0.mlp.up.weight"]),
+        ("head", ["embedding.weight"]),
+        ("*.mlp.*", ["blocks.0.mlp.up.weight"]),
+    ],
+)
 def test_which_parameters_move(parameters, names):
     plain = PlainModel(model_of(LAYERNORM))
-    looked_at = ["embedding.weight", "positions.weight", "blocks.0.attention_norm.weight", "blocks.0.mlp.up.weight", "norm.weight"]
+    looked_at = [
+        "embedding.weight",
+        "positions.weight",
+        "blocks.0.attention_norm.weight",
+        "blocks.0.mlp.up.weight",
+        "norm.weight",
+    ]
     mask = plain.split(plain.perturbed(parameters))
     assert [name for name in looked_at if mask[name].all()] == names
     assert not any(mask[name].any() for name in looked_at if name not in names)
@@ -207,7 +275,8 @@ def test_combinations(problem):
 
 
 def test_groups(problem):
-    """One group is SAM, and so are equal groups; the order of groups and empty ones do not matter, their sizes do."""
+    """One group is SAM, and so are equal groups; the order of groups and empty ones do not matter,
+    their sizes do."""
     plain, t, _, _ = problem
     adam, one, other = AdamW(0.01, t), micro_batches(4, (2,)), micro_batches(5, (1,))
 
@@ -227,15 +296,22 @@ def test_groups(problem):
 
 
 def test_delta_weights(problem):
-    """The second difference is z H_i z for a small probe, and mixed ones z H_i z'; weights sum to the counted tokens."""
+    """The second difference is z H_i z for a small probe, and mixed ones z H_i z'; weights sum to
+    the counted tokens."""
     plain, t, _, u = problem
     loss = Loss(plain, micro_batches(6, (2, 2, 1)))
     n = loss.counted_BxT.sum(1)
     v = torch.randn_like(u) / len(u) ** 0.5
     Hu = [jvp(grad(lambda t, i=i: loss.sequence_losses(t)[i]), (t,), (u,))[1] for i in range(5)]
     curvature, mixed = (torch.stack([(H_iu @ z).abs() for H_iu in Hu]) for z in (u, v))
-    for axes, probes, c in (({}, (u,), curvature), ({"delta_probe": "mixed"}, (u, v), mixed), ({"delta_power": 2.0}, (u,), curvature**2)):
-        w = PlainRule(plain, Axes(weights="delta", delta_sigma=2e-3, **axes)).delta_weights(t, loss, *probes)
+    for axes, probes, c in (
+        ({}, (u,), curvature),
+        ({"delta_probe": "mixed"}, (u, v), mixed),
+        ({"delta_power": 2.0}, (u,), curvature**2),
+    ):
+        w = PlainRule(plain, Axes(weights="delta", delta_sigma=2e-3, **axes)).delta_weights(
+            t, loss, *probes
+        )
         torch.testing.assert_close(w, c * loss.tokens / (n * c).sum(), rtol=5e-3, atol=1e-6)
         assert (n * w).sum().item() == pytest.approx(loss.tokens)
         assert w[3] == 0 and n[3] == 0
@@ -255,9 +331,19 @@ def test_adamw_is_torchs():
 
 # The rules against the plain rules
 
-CUTS = {1: (4,), 2: (2, 2), 4: (1, 1, 1, 1)}  # into so many micro-batches; the last of four counts nothing
+# into so many micro-batches; the last of four counts nothing
+CUTS = {
+    1: (4,),
+    2: (2, 2),
+    4: (1, 1, 1, 1),
+}
 SHAPES = {1: LAYERNORM, 2: RMSNORM, 4: CAPPED}  # for each cut another
-GROUPS = {"3": ((2,), (2,), (1,)), "2_of_several": ((1, 2), (1, 1)), "one_empty": ((1, 1), (1,), (1,), (2,))}  # sizes of the micro-batches of each
+# sizes of the micro-batches of each
+GROUPS = {
+    "3": ((2,), (2,), (1,)),
+    "2_of_several": ((1, 2), (1, 1)),
+    "one_empty": ((1, 1), (1,), (1,), (2,)),
+}
 PATHS = {
     "sam": {},
     "functional": {"path": "functional"},
@@ -270,43 +356,80 @@ PATHS = {
 def cut_into(groups: list[list[MicroBatch]], scope: str) -> list:
     """What the rule is given: micro-batches, or groups of them, a group of one as it is."""
     pairs = [[(m.tokens_BxT, m.targets_BxT) for m in group] for group in groups]
-    return [pair for group in pairs for pair in group] if scope == "batch" else [group if len(group) > 1 else group[0] for group in pairs]
+    return (
+        [pair for group in pairs for pair in group]
+        if scope == "batch"
+        else [group if len(group) > 1 else group[0] for group in pairs]
+    )
 
 
-def assert_agree(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], what: str, tolerance: float = 1e-10) -> None:
+def assert_agree(
+    ours: dict[str, torch.Tensor],
+    expected: dict[str, torch.Tensor],
+    what: str,
+    tolerance: float = 1e-10,
+) -> None:
     for name, tensor in expected.items():
         error = (ours[name] - tensor).norm() / tensor.norm().clamp_min(1e-300)
-        assert error <= tolerance, f"{what} of {name}: relative error {error:.1e}, norm {ours[name].norm():.3e} instead of {tensor.norm():.3e}"
+        assert error <= tolerance, (
+            f"{what} of {name}: relative error {error:.1e}, norm {ours[name].norm():.3e} instead of"
+            f" {tensor.norm():.3e}"
+        )
 
 
-def hold_against_plain(shape=LAYERNORM, sizes=((1, 2, 1),), steps=3, kinds=(), empty=3, moves=True, **axes) -> None:
-    """Trains by the rule and by its plain counterpart, each with its own AdamW, and compares after every step.
+def hold_against_plain(
+    shape=LAYERNORM, sizes=((1, 2, 1),), steps=3, kinds=(), empty=3, moves=True, **axes
+) -> None:
+    """Trains by the rule and by its plain counterpart, each with its own AdamW, and compares after
+    every step.
 
-    sizes    of the micro-batches of each group, in sequences; the sequence numbered `empty` counts nothing
+    sizes    of the micro-batches of each group, in sequences; the sequence numbered `empty` counts
+             nothing
     kinds    of noise that the rule draws
-    moves    whether the rule differs from the plain gradient; without, the comparison shows little"""
+    moves    whether the rule differs from the plain gradient; without, the comparison shows
+             little"""
     axes = {"rho": 0.4} | axes
     model = model_of(shape)
     optimizer, plain = build_optimizer(model, OPTIM), PlainModel(model)
-    rule, plain_rule = SharpnessAware(model, optimizer, **axes), PlainRule(plain, Axes(**{k: v for k, v in axes.items() if hasattr(Axes, k)}))
+    rule, plain_rule = (
+        SharpnessAware(model, optimizer, **axes),
+        PlainRule(plain, Axes(**{k: v for k, v in axes.items() if hasattr(Axes, k)})),
+    )
     matrix = plain.where(lambda name, p: p.ndim >= 2)
     adam = AdamW(OPTIM.lr, OPTIM.weight_decay * matrix, OPTIM.beta1, OPTIM.beta2, OPTIM.eps)
     t, differs = plain.flat(dict(model.named_parameters())), False
     for step in range(steps):
         torch.manual_seed(step)
         groups, state = batches_of_step(step, sizes, empty, model)
-        numbers = [plain.flat({name: noise(p, rule.direction.seed, step, kind + name) for name, p in model.named_parameters()}) for kind in kinds]
+        numbers = [
+            plain.flat(
+                {
+                    name: noise(p, rule.direction.seed, step, kind + name)
+                    for name, p in model.named_parameters()
+                }
+            )
+            for kind in kinds
+        ]
         expected = plain_rule.gradient(t, groups, adam, *numbers)
         result = rule.gradient(cut_into(groups, axes.get("scope", "batch")))
-        assert torch.equal(torch.get_rng_state(), state), "the generator is not where a plain step would leave it"
-        assert_agree({name: p.grad for name, p in model.named_parameters()}, plain.split(expected.gradient), f"step {step}, gradient")
-        assert result.tokens == sum((m.targets_BxT != -100).sum() for group in groups for m in group)
+        assert torch.equal(torch.get_rng_state(), state), (
+            "the generator is not where a plain step would leave it"
+        )
+        assert_agree(
+            {name: p.grad for name, p in model.named_parameters()},
+            plain.split(expected.gradient),
+            f"step {step}, gradient",
+        )
+        assert result.tokens == sum(
+            (m.targets_BxT != -100).sum() for group in groups for m in group
+        )
         if result.loss is not None:
             assert float(result.loss) == pytest.approx(expected.loss, rel=1e-10)
         if result.perturbed_loss is not None and expected.perturbed_loss is not None:
             assert float(result.perturbed_loss) == pytest.approx(expected.perturbed_loss, rel=1e-10)
         for p in model.parameters():
-            p.grad.clamp_(-0.03, 0.03)  # a rule that remembers its gradient remembers the unclipped one
+            # a rule that remembers its gradient remembers the unclipped one
+            p.grad.clamp_(-0.03, 0.03)
         optimizer.step()
         optimizer.zero_grad()
         t = adam.step(t, expected.gradient.clamp(-0.03, 0.03))
@@ -315,8 +438,11 @@ def hold_against_plain(shape=LAYERNORM, sizes=((1, 2, 1),), steps=3, kinds=(), e
     assert differs == moves
 
 
-def batches_of_step(step: int, sizes: tuple[tuple[int, ...], ...], empty: int, model: GPT) -> tuple[list[list[MicroBatch]], torch.Tensor]:
-    """The groups of a step, and the generator's state after a plain step; with dropout each micro-batch has the state that it begins with."""
+def batches_of_step(
+    step: int, sizes: tuple[tuple[int, ...], ...], empty: int, model: GPT
+) -> tuple[list[list[MicroBatch]], torch.Tensor]:
+    """The groups of a step, and the generator's state after a plain step; with dropout each
+    micro-batch has the state that it begins with."""
     micro = micro_batches(step, tuple(size for group in sizes for size in group), empty)
     if model.config.dropout:
         with torch.random.fork_rng(), torch.no_grad():
@@ -336,7 +462,9 @@ def test_paths(path, cut):
     hold_against_plain(SHAPES[cut], [CUTS[cut]], **PATHS[path])
 
 
-@pytest.mark.parametrize("shape", [LAYERNORM, RMSNORM, CAPPED], ids=["layernorm", "rmsnorm", "capped"])
+@pytest.mark.parametrize(
+    "shape", [LAYERNORM, RMSNORM, CAPPED], ids=["layernorm", "rmsnorm", "capped"]
+)
 @pytest.mark.parametrize("cotangent", ["store", "rebuild"])
 @pytest.mark.parametrize("path", ["functional", "angle"])
 def test_cotangents(path, cotangent, shape):
@@ -354,7 +482,12 @@ RULES = {
     "preconditioned_raw": {"metric": "adam", "metric_norm": "raw", "metric_eps": 1.0},
     "preconditioned_dual": {"metric": "adam", "metric_norm": "dual"},
     "preconditioned_functional": FUNCTIONAL | {"metric": "adam"},
-    "preconditioned_logit": {"path": "logit", "metric": "adam", "second_moment": "before", "metric_norm": "dual"},
+    "preconditioned_logit": {
+        "path": "logit",
+        "metric": "adam",
+        "second_moment": "before",
+        "metric_norm": "dual",
+    },
     "asam": {"metric": "adaptive"},
     "asam_functional": FUNCTIONAL | {"metric": "adaptive", "adaptive_floor": 0.1},
     "momentum": {"direction": "momentum"},
@@ -403,7 +536,9 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("name, shape", list(zip(RULES, cycle((LAYERNORM, RMSNORM)), strict=False)), ids=RULES)
+@pytest.mark.parametrize(
+    "name, shape", list(zip(RULES, cycle((LAYERNORM, RMSNORM)), strict=False)), ids=RULES
+)
 def test_rules(name, shape):
     hold_against_plain(**{"shape": shape} | RULES[name])
 
@@ -426,7 +561,12 @@ GROUPED = {
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("name", GROUPED)
 def test_groups_of_micro_batches(name, groups):
-    hold_against_plain(RMSNORM if groups == "3" else LAYERNORM, GROUPS[groups], scope="micro_batch", **GROUPED[name])
+    hold_against_plain(
+        RMSNORM if groups == "3" else LAYERNORM,
+        GROUPS[groups],
+        scope="micro_batch",
+        **GROUPED[name],
+    )
 
 
 DELTA = {
@@ -448,7 +588,12 @@ DELTA = {
 def test_delta_sam(name, cut):
     axes = {"weights": "delta"} | DELTA[name]
     kinds = ("z/", "other/") if name == "mixed" else ("z/",)
-    hold_against_plain(SHAPES[cut], [(size,) for size in CUTS[cut]] if name == "groups" else [CUTS[cut]], kinds=kinds, **axes)
+    hold_against_plain(
+        SHAPES[cut],
+        [(size,) for size in CUTS[cut]] if name == "groups" else [CUTS[cut]],
+        kinds=kinds,
+        **axes,
+    )
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -471,7 +616,12 @@ WITH_DROPOUT = PATHS | {
 @pytest.mark.parametrize("name", WITH_DROPOUT)
 def test_dropout_masks_are_those_of_the_clean_pass(name):
     sizes = ((2, 1), (1, 1)) if "msam" in name else ((2, 1, 1),)
-    hold_against_plain(replace(LAYERNORM, dropout=0.3), sizes, kinds=("z/",) if name == "delta" else (), **WITH_DROPOUT[name])
+    hold_against_plain(
+        replace(LAYERNORM, dropout=0.3),
+        sizes,
+        kinds=("z/",) if name == "delta" else (),
+        **WITH_DROPOUT[name],
+    )
 
 
 @pytest.mark.parametrize("path", ["full", "functional"])
@@ -485,14 +635,17 @@ def test_defaults():
     assert {name: getattr(theirs, name) for name in vars(Axes())} == vars(Axes())
 
 
-@pytest.mark.parametrize("axes, looks_here, looks_there", [
-    ({}, True, True),
-    (FUNCTIONAL, True, False),
-    ({"path": "logit"}, True, True),
-    ({"direction": "momentum"}, False, True),
-    ({"direction": "stale"}, False, True),
-    (FUNCTIONAL | {"direction": "momentum"}, True, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "axes, looks_here, looks_there",
+    [
+        ({}, True, True),
+        (FUNCTIONAL, True, False),
+        ({"path": "logit"}, True, True),
+        ({"direction": "momentum"}, False, True),
+        ({"direction": "stale"}, False, True),
+        (FUNCTIONAL | {"direction": "momentum"}, True, False),
+    ],
+)
 def test_losses_are_reported_where_the_rule_looks(axes, looks_here, looks_there):
     model = model_of(LAYERNORM)
     optimizer = build_optimizer(model, OPTIM)

@@ -42,7 +42,11 @@ def test_beyond_the_context_the_last_half_of_it_is_read_anew():
 
 def test_of_a_prompt_longer_than_the_context_its_end_is_read():
     prompt = torch.randint(0, 50, (40,), generator=torch.Generator().manual_seed(0)).tolist()
-    assert list(generate(MODEL, prompt, 20)) == list(generate(MODEL, prompt[-16:], 20)) != list(generate(MODEL, prompt[-15:], 20))
+    assert (
+        list(generate(MODEL, prompt, 20))
+        == list(generate(MODEL, prompt[-16:], 20))
+        != list(generate(MODEL, prompt[-15:], 20))
+    )
 
 
 @pytest.mark.parametrize("num_tokens", [12, 60])  # within the context, and far beyond it
@@ -100,7 +104,9 @@ def test_draws_follow_the_softmax_at_the_temperature():
     logits = torch.tensor([2.0, 0.0, 1.0, -1.0])
     for temperature in (0.5, 1.0, 2.0):
         expected = (logits / temperature).softmax(0)
-        assert (draws(logits, temperature=temperature) - expected).abs().max() < 4 * (0.25 / 4000) ** 0.5
+        assert (draws(logits, temperature=temperature) - expected).abs().max() < 4 * (
+            0.25 / 4000
+        ) ** 0.5
 
 
 def test_top_k_and_top_p_keep_the_likeliest():
@@ -136,14 +142,27 @@ def test_a_character_waits_for_its_last_byte():
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
     """A model of bytes that was never trained: it writes any of them."""
-    model, folder = GPT(GPTConfig(257, 8, 1, 2, 16, tied=False), seed=1), tmp_path_factory.mktemp("sampled") / "export"
+    model, folder = (
+        GPT(GPTConfig(257, 8, 1, 2, 16, tied=False), seed=1),
+        tmp_path_factory.mktemp("sampled") / "export",
+    )
     to_hf(model, bytes_tokenizer(), folder, "plain")
     return folder
 
 
 def command(export, *options: str, **keys) -> subprocess.Popen:
-    arguments = [sys.executable, "-m", "model.sample", f"run={export}", "device=cpu", "precision=fp32", *options]
-    return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **keys)
+    arguments = [
+        sys.executable,
+        "-m",
+        "model.sample",
+        f"run={export}",
+        "device=cpu",
+        "precision=fp32",
+        *options,
+    ]
+    return subprocess.Popen(
+        arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **keys
+    )
 
 
 def test_a_closed_pipe_ends_it_quietly(export):
@@ -155,13 +174,22 @@ def test_a_closed_pipe_ends_it_quietly(export):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 def test_a_terminal_that_is_not_utf_8_sees_other_characters(encoding, export):
-    process = command(export, "tokens=40", "prompt=naïve €\U0001f600: ", env=os.environ | {"PYTHONIOENCODING": encoding})
+    process = command(
+        export,
+        "tokens=40",
+        "prompt=naïve €\U0001f600: ",
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+    )
     out, err = process.communicate()
     assert (process.returncode, err) == (0, b"")
-    assert out.decode(encoding).startswith("naïve €\U0001f600: ".encode(encoding, "backslashreplace").decode(encoding))
+    assert out.decode(encoding).startswith(
+        "naïve €\U0001f600: ".encode(encoding, "backslashreplace").decode(encoding)
+    )
 
 
-@pytest.mark.parametrize("prompt", ["echo ${HOME}/bin", "${oc.env:HOME}", "a=b, [c] {d} 'e' \"f\"", "null", "1e5", ""])
+@pytest.mark.parametrize(
+    "prompt", ["echo ${HOME}/bin", "${oc.env:HOME}", "a=b, [c] {d} 'e' \"f\"", "null", "1e5", ""]
+)
 def test_a_prompt_is_text(prompt, export, capsys):
     sample.main([f"run={export}", f"prompt={prompt}", "tokens=1", "device=cpu"])
     assert capsys.readouterr().out.startswith(prompt)

@@ -10,7 +10,9 @@ V, T = 57, 12
 
 
 def model_and_batch() -> tuple[GPT, torch.Tensor, torch.Tensor]:
-    model = GPT(GPTConfig(V, T, 2, 2, 16, activation="swiglu", positions="rope", norm="rmsnorm")).double()
+    model = GPT(
+        GPTConfig(V, T, 2, 2, 16, activation="swiglu", positions="rope", norm="rmsnorm")
+    ).double()
     tokens = torch.randint(0, V, (4, T + 1), generator=torch.Generator().manual_seed(0))
     targets = tokens[:, 1:].clone()
     targets[0, :9] = targets[2, 1] = -100
@@ -30,7 +32,9 @@ def test_micro_batching_changes_nothing(micro):
     total, count = model.loss(tokens, targets)
     (total / count).backward()
     expected = gradients(model)
-    result = Gradient(model).gradient(list(zip(tokens.split(micro), targets.split(micro), strict=True)))
+    result = Gradient(model).gradient(
+        list(zip(tokens.split(micro), targets.split(micro), strict=True))
+    )
     assert result.tokens == count
     torch.testing.assert_close(result.loss.item(), (total / count).item(), rtol=1e-14, atol=0)
     for ours, theirs in zip(gradients(model), expected, strict=True):

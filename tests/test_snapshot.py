@@ -1,4 +1,5 @@
-"""The snapshot in a run folder is enough to rebuild the code that ran, holds no secrets, and never stops a run."""
+"""The snapshot in a run folder is enough to rebuild the code that ran, holds no secrets, and never
+stops a run."""
 
 import json
 import os
@@ -12,7 +13,9 @@ from launch.snapshot import PACKAGES, ROOT, snapshot_code
 
 def git(root: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
-    return subprocess.run(["git", "-C", root, *identity, *arguments], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        ["git", "-C", root, *identity, *arguments], check=True, capture_output=True, text=True
+    ).stdout
 
 
 @pytest.fixture
@@ -35,7 +38,8 @@ def test_revision_and_patch_rebuild_the_code(checkout, tmp_path):
     (checkout / "conf" / "new method.yaml").write_text("b: 2\n")
     (checkout / "ignored.py").write_text("secret = 1\n")
     (checkout / "notes.txt").write_text("not code\n")
-    git(checkout, "config", "diff.noprefix", "true")  # a setting of the user's that `git apply` does not expect
+    # a setting of the user's that `git apply` does not expect
+    git(checkout, "config", "diff.noprefix", "true")
     before = git(checkout, "status", "--porcelain")
     snapshot_code(tmp_path / "run", checkout)
     assert git(checkout, "status", "--porcelain") == before  # the index is as it was
@@ -54,21 +58,32 @@ def test_revision_and_patch_rebuild_the_code(checkout, tmp_path):
 def test_clean_checkout_has_an_empty_patch(checkout, tmp_path):
     snapshot_code(tmp_path / "run", checkout)
     assert (tmp_path / "run/code/start_1/diff.patch").read_bytes() == b""
-    assert (tmp_path / "run/code/start_1/revision.txt").read_text() == git(checkout, "rev-parse", "HEAD")
+    assert (tmp_path / "run/code/start_1/revision.txt").read_text() == git(
+        checkout, "rev-parse", "HEAD"
+    )
 
 
 @pytest.mark.parametrize("checked_out", [True, False])
 def test_each_start_keeps_the_code_that_it_ran(checked_out, checkout, tmp_path):
-    """The second start finds the first one's code, the third other code, the fourth the first one's again."""
+    """The second start finds the first one's code, the third other code, the fourth the first one's
+    again."""
     code = tmp_path / "run" / "code"
     if not checked_out:
         (checkout / ".git").rename(tmp_path / "git")
     for text in ("print(1)\n", "print(1)\n", "print(3)\n", "print(1)\n"):
         (checkout / "train.py").write_text(text)
         snapshot_code(tmp_path / "run", checkout)
-    assert [start["code"] for start in json.loads((code / "environment.json").read_text())] == ["start_1", "start_1", "start_3", "start_1"]
+    assert [start["code"] for start in json.loads((code / "environment.json").read_text())] == [
+        "start_1",
+        "start_1",
+        "start_3",
+        "start_1",
+    ]
     assert {path.name for path in code.iterdir()} == {"environment.json", "start_1", "start_3"}
-    kept = [(code / f"start_{number}" / ("diff.patch" if checked_out else "train.py")).read_text() for number in (1, 3)]
+    kept = [
+        (code / f"start_{number}" / ("diff.patch" if checked_out else "train.py")).read_text()
+        for number in (1, 3)
+    ]
     assert ("print(3)" in kept[0], "print(3)" in kept[1]) == (False, True)
 
 

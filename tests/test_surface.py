@@ -14,7 +14,16 @@ transformers = pytest.importorskip("transformers")
 
 
 def causal_lm() -> nn.Module:
-    shape = {"vocab_size": V, "n_positions": 8, "n_layer": 1, "n_head": 2, "n_embd": 8, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+    shape = {
+        "vocab_size": V,
+        "n_positions": 8,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_embd": 8,
+        "resid_pdrop": 0,
+        "embd_pdrop": 0,
+        "attn_pdrop": 0,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).double()
@@ -29,10 +38,18 @@ def test_a_pair_outside_a_list_is_the_batch():
     pair = whole(token_batches())
     pair[1][:, -1] = -100  # for which the labels of transformers have no place
     expected = gradient(gpt(), [pair])
-    for given in (pair, [*pair], [[*pair]], iter([pair]), {"input_ids": pair[0], "labels": shift_back(*pair)}):
+    for given in (
+        pair,
+        [*pair],
+        [[*pair]],
+        iter([pair]),
+        {"input_ids": pair[0], "labels": shift_back(*pair)},
+    ):
         assert torch.equal(gradient(gpt(), given), expected)
     # What a DataLoader gives is a list of two tensors.
-    assert torch.equal(gradient(gpt(), list(DataLoader(TensorDataset(*pair), batch_size=len(pair[0])))), expected)
+    assert torch.equal(
+        gradient(gpt(), list(DataLoader(TensorDataset(*pair), batch_size=len(pair[0])))), expected
+    )
 
 
 def shift_back(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -46,25 +63,41 @@ def test_a_model_of_transformers_and_its_batches_need_no_adapter(path):
     mask = torch.ones_like(tokens)
     mask[1, 4:] = 0
     labels = tokens.masked_fill(mask == 0, -100)
-    batch = transformers.BatchEncoding({"input_ids": tokens, "attention_mask": mask, "labels": labels})
+    batch = transformers.BatchEncoding(
+        {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+    )
     model, twin = causal_lm(), causal_lm()
     theirs = twin(**batch).loss
     theirs.backward()
     result = Gradient(model).gradient(batch)
-    assert result.loss.item() == pytest.approx(theirs.item(), rel=1e-6) and result.tokens == int((labels[:, 1:] != -100).sum())
-    torch.testing.assert_close(taken(model), taken(twin), rtol=1e-4, atol=1e-7)  # their loss is taken in fp32
+    assert result.loss.item() == pytest.approx(theirs.item(), rel=1e-6) and result.tokens == int(
+        (labels[:, 1:] != -100).sum()
+    )
+    # their loss is taken in fp32
+    torch.testing.assert_close(taken(model), taken(twin), rtol=1e-4, atol=1e-7)
     with_adapter = Adapter(twin, logits=lambda m, inputs: m(**inputs).logits)
     targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-    SharpnessAware(with_adapter, adamw(twin), path=path, rho=0.3).gradient([({"input_ids": tokens, "attention_mask": mask}, targets)])
+    SharpnessAware(with_adapter, adamw(twin), path=path, rho=0.3).gradient(
+        [({"input_ids": tokens, "attention_mask": mask}, targets)]
+    )
     SharpnessAware(model, adamw(model), path=path, rho=0.3).gradient([batch])
     assert torch.equal(taken(model), taken(twin))
 
 
 def test_labels_of_a_classifier_stay_where_they_are():
-    shape = {"vocab_size": V, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "num_labels": 3}
+    shape = {
+        "vocab_size": V,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "num_labels": 3,
+    }
     model = transformers.BertForSequenceClassification(transformers.BertConfig(**shape)).eval()
     batch = {"input_ids": torch.randint(0, V, (4, 5)), "labels": torch.tensor([0, 2, 1, 1])}
-    assert Gradient(model).gradient(batch).loss.item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+    assert Gradient(model).gradient(batch).loss.item() == pytest.approx(
+        model(**batch).loss.item(), rel=1e-5
+    )
 
 
 class Within(nn.Module):
@@ -87,7 +120,9 @@ def test_a_language_model_in_the_wrapper_of_devices_shifts_its_labels():
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
 def test_targets_may_be_of_any_whole_numbers(dtype):
     (inputs, targets), *_ = vector_batches()
-    assert torch.equal(gradient(mlp(), (inputs, targets.to(dtype))), gradient(mlp(), (inputs, targets)))
+    assert torch.equal(
+        gradient(mlp(), (inputs, targets.to(dtype))), gradient(mlp(), (inputs, targets))
+    )
 
 
 class Two(nn.Module):
@@ -109,7 +144,9 @@ class Scalar(Two):
 
 
 def test_what_makes_no_rule_is_refused_in_a_line():
-    with pytest.raises(ValueError, match="optimizer=None is no optimiser of torch; give the one that steps"):
+    with pytest.raises(
+        ValueError, match="optimizer=None is no optimiser of torch; give the one that steps"
+    ):
         SharpnessAware(mlp(), None)
     model = mlp().requires_grad_(False)
     with pytest.raises(ValueError, match=r"no weight of .* is trained; set requires_grad of some"):
@@ -121,22 +158,76 @@ def test_what_makes_no_rule_is_refused_in_a_line():
     [
         (gpt, lambda: None, "batches=None is no list; give one of pairs (inputs, targets)"),
         (Scalar, lambda: vector_batches(), "Scalar gives a Tensor, and a rule needs logits"),
-        (gpt, lambda: [torch.zeros(2, 5, dtype=torch.int64)], "a Tensor is no micro-batch; give pairs (inputs, targets), or dicts with labels"),
+        (
+            gpt,
+            lambda: [torch.zeros(2, 5, dtype=torch.int64)],
+            "a Tensor is no micro-batch; give pairs (inputs, targets), or dicts with labels",
+        ),
         (gpt, lambda: [(1, 2, 3)], "a tuple is no micro-batch"),
         (gpt, lambda: [[3]], "a int is no micro-batch"),
-        (gpt, lambda: {"input_ids": torch.zeros(2, 5, dtype=torch.int64)}, "a dict of input_ids has no labels; add them"),
-        (gpt, lambda: {"input_ids": 0, "attention_mask": 0, "labels": torch.zeros(2, 5)}, "a GPT reads tokens, and no attention_mask"),
-        (gpt, lambda: (torch.arange(10).view(2, 5), torch.arange(8).view(2, 4)), "targets (2, 4) of torch.int64 do not fit tokens (2, 5)"),
-        (gpt, lambda: (torch.arange(10).view(2, 5), torch.arange(10).view(2, 5)), "targets are the inputs themselves, which a language model would"),
-        (causal_lm, lambda: ({"input_ids": torch.arange(10).view(2, 5)}, torch.arange(10).view(2, 5)), "targets are the inputs themselves"),
-        (Within, lambda: {"input_ids": torch.arange(10).view(2, 5), "labels": torch.arange(10).view(2, 5)}, "targets are the inputs themselves"),
-        (mlp, lambda: (torch.zeros(3, 7).double(), torch.zeros(3) > 0), "targets (3,) of torch.bool do not fit logits (3, 23)"),
-        (mlp, lambda: (torch.zeros(3, 7).double(), torch.zeros(3)), "targets (3,) of torch.float32 do not fit logits (3, 23)"),
-        (mlp, lambda: (torch.zeros(3, 7).double(), torch.zeros(3, 2, dtype=torch.int64)), "targets (3, 2) of torch.int64 do not fit logits (3, 23)"),
-        (mlp, lambda: (torch.zeros(3, 7).double(), torch.tensor(3)), "targets have no dimension of instances"),
-        (Two, lambda: vector_batches(), "Two gives a tuple, and a rule needs logits; say how to get them: optim.Adapter(model, logits="),
+        (
+            gpt,
+            lambda: {"input_ids": torch.zeros(2, 5, dtype=torch.int64)},
+            "a dict of input_ids has no labels; add them",
+        ),
+        (
+            gpt,
+            lambda: {"input_ids": 0, "attention_mask": 0, "labels": torch.zeros(2, 5)},
+            "a GPT reads tokens, and no attention_mask",
+        ),
+        (
+            gpt,
+            lambda: (torch.arange(10).view(2, 5), torch.arange(8).view(2, 4)),
+            "targets (2, 4) of torch.int64 do not fit tokens (2, 5)",
+        ),
+        (
+            gpt,
+            lambda: (torch.arange(10).view(2, 5), torch.arange(10).view(2, 5)),
+            "targets are the inputs themselves, which a language model would",
+        ),
+        (
+            causal_lm,
+            lambda: ({"input_ids": torch.arange(10).view(2, 5)}, torch.arange(10).view(2, 5)),
+            "targets are the inputs themselves",
+        ),
+        (
+            Within,
+            lambda: {
+                "input_ids": torch.arange(10).view(2, 5),
+                "labels": torch.arange(10).view(2, 5),
+            },
+            "targets are the inputs themselves",
+        ),
+        (
+            mlp,
+            lambda: (torch.zeros(3, 7).double(), torch.zeros(3) > 0),
+            "targets (3,) of torch.bool do not fit logits (3, 23)",
+        ),
+        (
+            mlp,
+            lambda: (torch.zeros(3, 7).double(), torch.zeros(3)),
+            "targets (3,) of torch.float32 do not fit logits (3, 23)",
+        ),
+        (
+            mlp,
+            lambda: (torch.zeros(3, 7).double(), torch.zeros(3, 2, dtype=torch.int64)),
+            "targets (3, 2) of torch.int64 do not fit logits (3, 23)",
+        ),
+        (
+            mlp,
+            lambda: (torch.zeros(3, 7).double(), torch.tensor(3)),
+            "targets have no dimension of instances",
+        ),
+        (
+            Two,
+            lambda: vector_batches(),
+            (
+                "Two gives a tuple, and a rule needs logits; say how to get them:"
+                " optim.Adapter(model, logits="
+            ),
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_batch_is_refused_in_a_line(make, given, said):
     model = make()
     for rule in (Gradient(model), SharpnessAware(model, adamw(model))):
@@ -157,9 +248,16 @@ def test_sparse_gradients_are_refused_by_name(axes):
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     for p in model.parameters():
         optimizer.state[p]["momentum_buffer"] = torch.ones_like(p)
-    with pytest.raises(ValueError, match=r"0\.weight has a sparse gradient, .* make its embedding with sparse=False"):
-        SharpnessAware(model, optimizer, rho=0.1, **axes).gradient((torch.arange(6), torch.arange(6)))
-    assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
+    with pytest.raises(
+        ValueError,
+        match=r"0\.weight has a sparse gradient, .* make its embedding with sparse=False",
+    ):
+        SharpnessAware(model, optimizer, rho=0.1, **axes).gradient(
+            (torch.arange(6), torch.arange(6))
+        )
+    assert all(
+        torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("layer", [0, 1])

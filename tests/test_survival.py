@@ -1,8 +1,8 @@
-"""Runs of several processes that survive: killed, stopped, mistaken or diverging ones end together, with one line, and go on bit for bit.
+"""Runs of several processes that survive: killed, stopped, mistaken or diverging ones end together,
+with one line, and go on bit for bit.
 
-Two processes are started as srun would, by Slurm's variables alone, with nobody beside them who would end the one when the other dies;
-and once by torchrun, which starts them again.
-"""
+Two processes are started as srun would, by Slurm's variables alone, with nobody beside them who
+would end the one when the other dies; and once by torchrun, which starts them again."""
 
 import itertools
 import json
@@ -39,21 +39,34 @@ def overrides(tiny):
     return [*tiny, "parallel=fsdp", "batch.micro=1"]
 
 
-def start(nodes: list[Server], folder: Path, *overrides: str, second: tuple[str, ...] = ()) -> list[Started]:
+def start(
+    nodes: list[Server], folder: Path, *overrides: str, second: tuple[str, ...] = ()
+) -> list[Started]:
     """Both processes of a step of Slurm's; the second may be given more."""
-    job = {"SLURM_JOB_ID": str(next(JOBS)), "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_NODELIST": "localhost"}
+    job = {
+        "SLURM_JOB_ID": str(next(JOBS)),
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_JOB_NODELIST": "localhost",
+    }
     ranks = ("0", "1")
     return [
-        node.start(*overrides, f"dir={folder}", *(second if rank == "1" else ()), output=folder.with_name(f"{folder.name}.{rank}.txt"),
-                   variables={**job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank})
+        node.start(
+            *overrides,
+            f"dir={folder}",
+            *(second if rank == "1" else ()),
+            output=folder.with_name(f"{folder.name}.{rank}.txt"),
+            variables={**job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank},
+        )
         for node, rank in zip(nodes, ranks, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def ends(processes: list[Started]) -> list[int]:
     """The exit codes; nothing ended by an exception that nobody caught."""
     codes = [process.wait() for process in processes]
-    assert not any("Traceback" in process.said() for process in processes), [process.said() for process in processes]
+    assert not any("Traceback" in process.said() for process in processes), [
+        process.said() for process in processes
+    ]
     return codes
 
 
@@ -76,7 +89,9 @@ def undisturbed(tmp_path_factory, nodes, overrides):
     return folder
 
 
-def test_killed_processes_are_named_and_the_run_goes_on_bit_for_bit(tmp_path, nodes, overrides, undisturbed):
+def test_killed_processes_are_named_and_the_run_goes_on_bit_for_bit(
+    tmp_path, nodes, overrides, undisturbed
+):
     """One mid-step, the main one during an evaluation, both at once."""
     folder = tmp_path / "run"
 
@@ -85,20 +100,29 @@ def test_killed_processes_are_named_and_the_run_goes_on_bit_for_bit(tmp_path, no
     processes[1].kill()
     assert ends(processes) == [LOST, -signal.SIGKILL]
     (said,) = errors(processes[0])
-    assert f"rank 1 ({os.uname().nodename}, process {processes[1].pid}, " in said and "ended without a word" in said
+    assert (
+        f"rank 1 ({os.uname().nodename}, process {processes[1].pid}, " in said
+        and "ended without a word" in said
+    )
 
-    processes = start(nodes, folder, *overrides, "evaluation.every=1", "evaluation.tokens=null")  # it does little else
+    # it does little else
+    processes = start(nodes, folder, *overrides, "evaluation.every=1", "evaluation.tokens=null")
 
     def evaluating() -> bool:
         beat = folder / "heartbeat/rank_0.json"
         seen = json.loads(beat.read_text()) if beat.exists() else {"phase": "", "step": 0, "pid": 0}
-        return seen["phase"] == "evaluating" and seen["step"] > 8 and seen["pid"] == processes[0].pid
+        return (
+            seen["phase"] == "evaluating" and seen["step"] > 8 and seen["pid"] == processes[0].pid
+        )
 
     assert processes[0].until(evaluating)
     processes[0].kill()
     assert ends(processes) == [-signal.SIGKILL, LOST]
     (said,) = errors(processes[1])
-    assert f"rank 0 ({os.uname().nodename}, process {processes[0].pid}, evaluating at step " in said and "ended without a word" in said
+    assert (
+        f"rank 0 ({os.uname().nodename}, process {processes[0].pid}, evaluating at step " in said
+        and "ended without a word" in said
+    )
 
     processes = start(nodes, folder, *overrides)
     assert processes[0].until(saved(folder, 24))
@@ -108,21 +132,28 @@ def test_killed_processes_are_named_and_the_run_goes_on_bit_for_bit(tmp_path, no
 
     processes = start(nodes, folder, *overrides)
     assert ends(processes) == [0, 0] and "resumed from" in processes[0].said()
-    assert "taking over from process" in processes[0].said() and "watching" not in processes[0].said()
+    assert (
+        "taking over from process" in processes[0].said() and "watching" not in processes[0].said()
+    )
     assert_same_run(folder, undisturbed)
 
 
 def test_killed_in_the_middle_of_a_save(tmp_path, nodes, overrides, undisturbed):
-    """By the kernel, with half of a file written: first one process, then both. Nothing but that checkpoint is lost."""
+    """By the kernel, with half of a file written: first one process, then both. Nothing but that
+    checkpoint is lost."""
     folder = tmp_path / "run"
     weights = undisturbed / "checkpoints/step_00000032/model-00002-of-00002.safetensors"
     for killed, step in (((1,), 4), ((0, 1), 12)):
         processes = start(nodes, folder, *overrides)
         assert processes[0].until(saved(folder, step))
         for rank in killed:  # files of optimiser state are twice as large
-            resource.prlimit(processes[rank].pid, resource.RLIMIT_FSIZE, (weights.stat().st_size + 100,) * 2)
+            resource.prlimit(
+                processes[rank].pid, resource.RLIMIT_FSIZE, (weights.stat().st_size + 100,) * 2
+            )
         codes = [process.wait() for process in processes]
-        assert codes == [-signal.SIGXFSZ if rank in killed else LOST for rank in (0, 1)], [process.said() for process in processes]
+        assert codes == [-signal.SIGXFSZ if rank in killed else LOST for rank in (0, 1)], [
+            process.said() for process in processes
+        ]
         assert not saved(folder, step + 8)()
         newest = max(folder.glob("checkpoints/step_*"))
     assert list(folder.glob("checkpoints/.step_*.partial"))
@@ -134,17 +165,26 @@ def test_killed_in_the_middle_of_a_save(tmp_path, nodes, overrides, undisturbed)
 
 def test_a_process_that_nobody_joins_says_so(tmp_path, nodes, overrides):
     job = {"SLURM_JOB_ID": str(next(JOBS)), "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}
-    alone = nodes[0].start(*overrides, f"dir={tmp_path}/run", "parallel.timeout=0.02", output=tmp_path / "out.txt", variables=job)
+    alone = nodes[0].start(
+        *overrides,
+        f"dir={tmp_path}/run",
+        "parallel.timeout=0.02",
+        output=tmp_path / "out.txt",
+        variables=job,
+    )
     assert ends([alone]) == [LOST]
     assert "rank 0 of 2 has been meeting the other processes for 0.02 minutes" in errors(alone)[0]
 
 
 def test_a_process_that_dies_before_they_have_met_is_named(tmp_path, nodes, overrides):
-    """Killed, or by a mistake that the others did not make: seconds later, not after parallel.timeout."""
+    """Killed, or by a mistake that the others did not make: seconds later, not after
+    parallel.timeout."""
     processes = start(nodes, tmp_path / "run", *overrides, second=("device=cuda",))
     assert ends(processes) == [MISTAKE, MISTAKE]
     (said,) = errors(processes[1])
-    assert errors(processes[0]) == [] and said.startswith("error: rank 1: device=cuda, but torch sees no CUDA device")
+    assert errors(processes[0]) == [] and said.startswith(
+        "error: rank 1: device=cuda, but torch sees no CUDA device"
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"run.0.txt", "run.1.txt"}
 
     three = [*overrides, "batch.sequences=3", f"dir={tmp_path}/runs/run"]
@@ -157,9 +197,17 @@ def test_a_process_that_dies_before_they_have_met_is_named(tmp_path, nodes, over
     lost.kill()
     assert ends([alone, lost]) == [LOST, -signal.SIGKILL]
     (said,) = errors(alone)
-    named = rf"rank 1 \({os.uname().nodename}, process {lost.pid}, (starting|meeting the other processes) at step 0\) ended without a word"
+    named = (
+        rf"rank 1 \({os.uname().nodename}, process {lost.pid}, (starting|meeting the other"
+        r" processes) at step 0\) ended without a word"
+    )
     assert re.search(named, said), said
-    assert {path.name for path in tmp_path.iterdir()} == {"run.0.txt", "run.1.txt", "0.txt", "1.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "run.0.txt",
+        "run.1.txt",
+        "0.txt",
+        "1.txt",
+    }
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
@@ -173,7 +221,10 @@ def test_a_stopped_process_is_named(tmp_path, nodes, overrides, stopped):
     try:
         assert other.wait() == LOST
         (said,) = errors(other)
-        assert f"rank {stopped} ({os.uname().nodename}, process {hung.pid}, " in said and "shows no sign of life" in said
+        assert (
+            f"rank {stopped} ({os.uname().nodename}, process {hung.pid}, " in said
+            and "shows no sign of life" in said
+        )
         stacks = (folder / f"logs/stacks_rank{1 - stopped}.txt").read_text()
         assert "train.py" in stacks and "watchdog.py" in stacks  # of all threads
     finally:
@@ -182,15 +233,23 @@ def test_a_stopped_process_is_named(tmp_path, nodes, overrides, stopped):
 
 
 def test_torchrun_starts_a_killed_worker_again(tmp_path, nodes, overrides, undisturbed):
-    """From the last checkpoint. Then a signal reaches agent and workers alike, as from a scheduler: the run is saved all the same."""
+    """From the last checkpoint. Then a signal reaches agent and workers alike, as from a scheduler:
+    the run is saved all the same."""
     folder = tmp_path / "run"
     agent = torchrun(2, "--max-restarts=1", str(ROOT / "train.py"), *overrides, f"dir={folder}")
     for step, number in ((8, signal.SIGKILL), (20, signal.SIGTERM)):
         end = time.monotonic() + 90
         while not saved(folder, step)():
-            assert agent.poll() is None and time.monotonic() < end, agent.communicate(timeout=20)[0][-6000:]
+            assert agent.poll() is None and time.monotonic() < end, agent.communicate(timeout=20)[
+                0
+            ][-6000:]
             time.sleep(0.001)
-        workers = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()]
+        workers = [
+            int(pid)
+            for pid in subprocess.run(
+                ["pgrep", "-P", str(agent.pid)], capture_output=True, text=True
+            ).stdout.split()
+        ]
         for pid in [workers[1]] if number == signal.SIGKILL else [agent.pid, *workers]:
             os.kill(pid, number)
     said, _ = agent.communicate(timeout=60)
@@ -212,7 +271,10 @@ def test_a_mistake_of_one_process_ends_both_with_one_line(tmp_path, nodes, overr
 
 def test_a_mistake_of_all_is_said_once(tmp_path, nodes, overrides, undisturbed):
     """Found by the main process alone, or by each of them."""
-    for folder, key in ((undisturbed, "seed=1"), (tmp_path / "run", f"init.run={undisturbed}/nowhere")):
+    for folder, key in (
+        (undisturbed, "seed=1"),
+        (tmp_path / "run", f"init.run={undisturbed}/nowhere"),
+    ):
         processes = start(nodes, folder, *overrides, key)
         assert ends(processes) == [MISTAKE, MISTAKE]
         assert len(errors(processes[0])) == 1 and errors(processes[1]) == [], processes[1].said()
@@ -221,7 +283,9 @@ def test_a_mistake_of_all_is_said_once(tmp_path, nodes, overrides, undisturbed):
 def test_processes_that_do_not_hold_the_same_stop(tmp_path, nodes, overrides):
     """Both values, with their ranks; the weights of replicas among them."""
     keys = ("parallel=hsdp", "parallel.replicas=2")
-    processes = start(nodes, tmp_path / "run", *overrides, *keys, second=("seed=1", "optim.lr=3e-3"))
+    processes = start(
+        nodes, tmp_path / "run", *overrides, *keys, second=("seed=1", "optim.lr=3e-3")
+    )
     assert ends(processes) == [MISTAKE, MISTAKE]
     (said,) = errors(processes[0])
     assert errors(processes[1]) == []
@@ -253,13 +317,22 @@ with Watchdog(Path(sys.argv[2]), layout, minutes=0.02) as watchdog:  # 1.2 s
 def test_a_process_that_lives_but_does_not_get_on_is_named(tmp_path):
     """The one that the other has overtaken; and what may take long is let be."""
     processes = [
-        subprocess.Popen([sys.executable, "-c", textwrap.dedent(HANG), rank, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(HANG), rank, str(tmp_path)],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank in ("0", "1")
     ]
     said = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [LOST, LOST], said
-    (line,) = [line for text in said for line in text.splitlines()]  # of the one that found it first
-    assert f"rank 1 ({os.uname().nodename}, process {processes[1].pid}, training at step 7) has not got on" in line
+    # of the one that found it first
+    (line,) = [line for text in said for line in text.splitlines()]
+    assert (
+        f"rank 1 ({os.uname().nodename}, process {processes[1].pid}, training at step 7) has not"
+        " got on" in line
+    )
     assert len(list((tmp_path / "logs").iterdir())) == 2
 
 
@@ -295,9 +368,11 @@ def run(kind, folder, rank):
                 time.sleep(0.01)
             Path(folder, f"ready{rank}").touch()
             if kind in ("here", "elsewhere"):
-                libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)  # zeros: nobody holds it
+                libc = ctypes.CDLL(None)
+                mutex = ctypes.create_string_buffer(64)  # zeros: nobody holds it
                 libc.pthread_mutex_lock(mutex)
-                libc.pthread_mutex_lock(mutex)  # in the kernel for ever, whatever the signal, as where a CUDA stream is waited for
+                # In the kernel for ever, whatever the signal, as a wait for a CUDA stream is.
+                libc.pthread_mutex_lock(mutex)
             if kind == "full disk":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
             while not Path(folder, "go").exists():
@@ -328,14 +403,19 @@ while ranks:
 
 @pytest.fixture
 def pairs(tmp_path):
-    """Starts two processes of each kind in a folder of its own, which do not meet in a collective that would fail; one program forks all."""
+    """Starts two processes of each kind in a folder of its own, which do not meet in a collective
+    that would fail; one program forks all."""
     programs = []
 
     def start(*kinds: str) -> dict[str, Path]:
         folders = {kind: tmp_path / kind for kind in kinds}
         for folder in folders.values():
             folder.mkdir()
-        programs.append(subprocess.Popen([sys.executable, "-c", PAIRS, *folders.values()], cwd=ROOT, start_new_session=True))
+        programs.append(
+            subprocess.Popen(
+                [sys.executable, "-c", PAIRS, *folders.values()], cwd=ROOT, start_new_session=True
+            )
+        )
         for folder, rank in itertools.product(folders.values(), (0, 1)):
             read(folder / f"ready{rank}")
         return folders
@@ -350,22 +430,32 @@ def read(file: Path) -> str:
     """What is in a file, once there is one."""
     end = time.monotonic() + 60
     while not file.exists():
-        assert time.monotonic() < end, {said: said.read_text() for said in file.parent.glob("said*")}
+        assert time.monotonic() < end, {
+            said: said.read_text() for said in file.parent.glob("said*")
+        }
         time.sleep(0.05)
     return file.read_text()
 
 
 def test_a_killed_process_is_named_though_nothing_fails_and_no_signal_is_heard(pairs):
-    """As under NCCL, whose collectives wait on: of this host and of another, long before parallel.timeout."""
+    """As under NCCL, whose collectives wait on: of this host and of another, long before
+    parallel.timeout."""
     folders = pairs("here", "elsewhere")
     for folder in folders.values():
         os.kill(int(read(folder / "pid1")), signal.SIGKILL)
         os.kill(int(read(folder / "pid0")), signal.SIGTERM)  # as torchrun does at once
-    for folder, host, ending in ((folders["here"], os.uname().nodename, "ended without a word"),
-                                 (folders["elsewhere"], "host1", "has shown no sign of life for 2 seconds")):  # fmt: skip
+    for folder, host, ending in (
+        (folders["here"], os.uname().nodename, "ended without a word"),
+        (folders["elsewhere"], "host1", "has shown no sign of life for 2 seconds"),
+    ):
         assert read(folder / "code0") == str(LOST)
-        (line,) = [line for line in read(folder / "said0").splitlines() if line.startswith("error: ")]
-        assert line.startswith(f"error: rank 1 ({host}, process {read(folder / 'pid1')}, training at step 7) {ending}; "), line
+        (line,) = [
+            line for line in read(folder / "said0").splitlines() if line.startswith("error: ")
+        ]
+        assert line.startswith(
+            f"error: rank 1 ({host}, process {read(folder / 'pid1')}, training at step 7)"
+            f" {ending}; "
+        ), line
         failure = json.loads(read(folder / "heartbeat/failure.json"))
         assert failure == {"by": 0, "code": LOST, "line": line.removeprefix("error: ")}
         assert "watchdog.py" in read(folder / "logs/stacks_rank0.txt")
@@ -376,7 +466,11 @@ def test_a_process_of_another_host_that_dies_before_they_have_met_is_named(pairs
     os.kill(int(read(folder / "pid1")), signal.SIGKILL)
     assert read(folder / "code0") == str(LOST)
     (line,) = [line for line in read(folder / "said0").splitlines() if line.startswith("error: ")]
-    assert re.search(r"rank 1 \(host1, process \d+, meeting the other processes at step 0\) has shown no sign of life for 1.5 seconds", line), line
+    assert re.search(
+        r"rank 1 \(host1, process \d+, meeting the other processes at step 0\) has shown no sign of"
+        r" life for 1.5 seconds",
+        line,
+    ), line
     assert not list(folder.glob(".run*")) and not (folder / "run").exists()
 
 
@@ -398,18 +492,28 @@ with watchdog.Watchdog(Path(sys.argv[1]), layout, minutes=10) as watching:
 
 
 def test_a_task_that_dies_while_it_loads_is_named(tmp_path):
-    """It cannot have shown itself. While its process is there, whatever it does, and in a container of its own, it is waited for."""
+    """It cannot have shown itself. While its process is there, whatever it does, and in a container
+    of its own, it is waited for."""
     step = {"SLURM_JOB_ID": str(next(JOBS)), "SLURM_STEP_ID": "3", "SLURM_STEP_NODELIST": "node7"}
     loading = subprocess.Popen(["sleep", "1000"], env={**os.environ, **step, "SLURM_PROCID": "1"})
     command = [sys.executable, "-c", ALONE]
     environment = {**os.environ, **step, "SLURM_PROCID": "0"}
-    alone = subprocess.Popen([*command, tmp_path / "run"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    contained = subprocess.Popen([*command, tmp_path / "other"], cwd=ROOT, env={**environment, "SLURM_TASK_PID": str(2**22 + 1)})
+    alone = subprocess.Popen(
+        [*command, tmp_path / "run"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    contained = subprocess.Popen(
+        [*command, tmp_path / "other"],
+        cwd=ROOT,
+        env={**environment, "SLURM_TASK_PID": str(2**22 + 1)},
+    )
     read(tmp_path / "run.waited")
     loading.kill()
     loading.wait()
     assert alone.wait(timeout=60) == LOST
-    assert re.fullmatch("error: rank 1 has no process on .*: it ended before it had loaded; .*\n", alone.stderr.read())
+    assert re.fullmatch(
+        "error: rank 1 has no process on .*: it ended before it had loaded; .*\n",
+        alone.stderr.read(),
+    )
     read(tmp_path / "other.waited")
     assert contained.poll() is None
     contained.kill()
@@ -417,7 +521,8 @@ def test_a_task_that_dies_while_it_loads_is_named(tmp_path):
 
 
 def test_a_process_that_is_slow_but_alive_is_let_be(pairs):
-    """One at work whose number nobody here knows, one suspended for a while, and ones of two hosts whose disk is full."""
+    """One at work whose number nobody here knows, one suspended for a while, and ones of two hosts
+    whose disk is full."""
     folders = pairs("container", "suspended", "full disk")
     suspended = int(read(folders["suspended"] / "pid1"))
     os.kill(suspended, signal.SIGSTOP)

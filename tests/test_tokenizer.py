@@ -17,13 +17,28 @@ from tokenizers import models, pre_tokenizers
 
 import data.tokenizer
 from data import tokenizer as module
-from data.tokenizer import GPT2_HASH, GPT2_PATTERN, Tokenizer, bytes_tokenizer, gpt2_tokenizer, head, train_bpe
+from data.tokenizer import (
+    GPT2_HASH,
+    GPT2_PATTERN,
+    Tokenizer,
+    bytes_tokenizer,
+    gpt2_tokenizer,
+    head,
+    train_bpe,
+)
 from launch.config import compose
 from launch.plan import make_plan
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 GPT2 = Path(__file__).parents[2] / "shared" / "data" / "gpt2-bpe"
-SAMPLES = ["", "a", "Grüße, 日本語 🙂\u3000\r\n\t x  \n\n y", "<|endoftext|>", "'s 're 123  4\n   ", "\x00\x7f\u2028\ufeff"]
+SAMPLES = [
+    "",
+    "a",
+    "Grüße, 日本語 🙂\u3000\r\n\t x  \n\n y",
+    "<|endoftext|>",
+    "'s 're 123  4\n   ",
+    "\x00\x7f\u2028\ufeff",
+]
 
 
 def stdlib_texts() -> list[str]:
@@ -51,7 +66,9 @@ def test_round_trips(bpe):
         assert bpe.byte_lengths()[ids].sum() == len(text.encode())
         assert len(ids) == 0 or ids.max() < bpe.eot
     assert bpe.vocab_size == 1024 and bpe.eot == 1023
-    assert bpe.decode([bpe.eot]) == "<|endoftext|>" and bpe.encode("<|endoftext|>").tolist() != [bpe.eot]
+    assert bpe.decode([bpe.eot]) == "<|endoftext|>" and bpe.encode("<|endoftext|>").tolist() != [
+        bpe.eot
+    ]
 
 
 def test_single_tokens_decode_to_bytes(bpe):
@@ -63,13 +80,19 @@ def test_single_tokens_decode_to_bytes(bpe):
 
 
 def test_ids_are_those_of_hugging_face():
-    """The same training, and the vocabulary put back into tokenizers' own model: ids must agree on all of these files."""
+    """The same training, and the vocabulary put back into tokenizers' own model: ids must agree on
+    all of these files."""
     texts = stdlib_texts()
     tokenizer = train_bpe(texts, 2048)
     model = tokenizers.Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    model.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(vocab_size=2047, min_frequency=2, initial_alphabet=alphabet, show_progress=False))
+    model.train_from_iterator(
+        texts,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=2047, min_frequency=2, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
     assert len(texts) > 100
     encoded = model.encode_batch([*texts, *SAMPLES], add_special_tokens=False)
     for text, expected in zip([*texts, *SAMPLES], encoded, strict=True):
@@ -81,12 +104,20 @@ def test_training_twice_gives_the_same_bytes(bpe, tmp_path):
     for name, tokenizer in (("a", bpe), ("b", again)):
         (tmp_path / name).mkdir()
         tokenizer.save(tmp_path / name)
-    assert (tmp_path / "a/tokenizer.json").read_bytes() == (tmp_path / "b/tokenizer.json").read_bytes()
+    assert (tmp_path / "a/tokenizer.json").read_bytes() == (
+        tmp_path / "b/tokenizer.json"
+    ).read_bytes()
     assert again.hash == bpe.hash != train_bpe(stdlib_texts()[:60], 1023).hash
 
 
 def test_too_little_text_is_refused():
-    with pytest.raises(ValueError, match=r"tokenizer.vocab_size=4096 is too large for this text, which gives \d+; choose that or less"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"tokenizer.vocab_size=4096 is too large for this text, which gives \d+; choose that or"
+            r" less"
+        ),
+    ):
         train_bpe(["hello hello hello world"], 4096)
 
 
@@ -101,9 +132,16 @@ def test_saved_and_loaded(bpe, tmp_path):
     loaded = Tokenizer.load(tmp_path)
     assert loaded == bpe and loaded.hash == bpe.hash
     content = json.loads((tmp_path / "tokenizer.json").read_text())
-    for damage in ({"ranks": content["ranks"][:-1]}, {"ranks": ["!"]}, {"special_tokens": {}}, {"ranks": [*content["ranks"][:-1], "YQ=="]}):
+    for damage in (
+        {"ranks": content["ranks"][:-1]},
+        {"ranks": ["!"]},
+        {"special_tokens": {}},
+        {"ranks": [*content["ranks"][:-1], "YQ=="]},
+    ):
         (tmp_path / "tokenizer.json").write_text(json.dumps(content | damage))
-        with pytest.raises(ValueError, match=r"tokenizer.json is damaged.*; delete it, it is rebuilt"):
+        with pytest.raises(
+            ValueError, match=r"tokenizer.json is damaged.*; delete it, it is rebuilt"
+        ):
             Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer.json is damaged.*; delete it, it is rebuilt"):
@@ -166,7 +204,9 @@ def test_gpt2s_ranks_are_fetched_once(ranks, tmp_path, monkeypatch):
     with http.server.HTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
-        monkeypatch.setattr(data.tokenizer, "GPT2_URL", f"http://127.0.0.1:{server.server_port}/vocab.bpe")
+        monkeypatch.setattr(
+            data.tokenizer, "GPT2_URL", f"http://127.0.0.1:{server.server_port}/vocab.bpe"
+        )
         fetched = gpt2_tokenizer(None, tmp_path / "cache")
         server.shutdown()
     assert gpt2_tokenizer(None, tmp_path / "cache") == fetched
@@ -174,11 +214,23 @@ def test_gpt2s_ranks_are_fetched_once(ranks, tmp_path, monkeypatch):
 
 
 def test_ranks_that_are_missing_or_others_are_named(ranks, tmp_path, no_network):
-    with pytest.raises(ValueError, match=rf"tokenizer=gpt2: its ranks are not in {tmp_path}/gpt2 and cannot be fetched .*; put vocab.bpe or .*"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            rf"tokenizer=gpt2: its ranks are not in {tmp_path}/gpt2 and cannot be fetched .*; put"
+            r" vocab.bpe or .*"
+        ),
+    ):
         gpt2_tokenizer(None, tmp_path)
     (tmp_path / "empty").mkdir()
     for path in ("none", "empty"):
-        with pytest.raises(ValueError, match=rf"tokenizer.path=.*{path} holds no ranks of GPT-2; name a gpt2.tiktoken or vocab.bpe"):
+        with pytest.raises(
+            ValueError,
+            match=(
+                rf"tokenizer.path=.*{path} holds no ranks of GPT-2; name a gpt2.tiktoken or"
+                r" vocab.bpe"
+            ),
+        ):
             gpt2_tokenizer(str(tmp_path / path), tmp_path)
     lines = (ranks / "gpt2.tiktoken").read_bytes().splitlines(keepends=True)
     damages = {
@@ -189,16 +241,34 @@ def test_ranks_that_are_missing_or_others_are_named(ranks, tmp_path, no_network)
     }
     for name, content in damages.items():
         (ranks / "gpt2.tiktoken").write_bytes(b"".join(content))
-        with pytest.raises(ValueError, match=name if "no file" in name else "gpt2.tiktoken does not hold GPT-2's 50256 ranks"):
+        with pytest.raises(
+            ValueError,
+            match=name if "no file" in name else "gpt2.tiktoken does not hold GPT-2's 50256 ranks",
+        ):
             gpt2_tokenizer(str(ranks), tmp_path)
-    with pytest.raises(ValueError, match=r"encoder.json is no file of GPT-2's ranks; give gpt2.tiktoken or vocab.bpe"):
+    with pytest.raises(
+        ValueError,
+        match=r"encoder.json is no file of GPT-2's ranks; give gpt2.tiktoken or vocab.bpe",
+    ):
         gpt2_tokenizer(str(ranks / "encoder.json"), tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["[1]", "3", '"ranks"', '{"huggingface": 3}', "[" * 200_000, '{"name": "x", "pattern": "(", "ranks": []}'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "[1]",
+        "3",
+        '"ranks"',
+        '{"huggingface": 3}',
+        "[" * 200_000,
+        '{"name": "x", "pattern": "(", "ranks": []}',
+    ],
+)
 def test_a_tokenizer_that_is_something_else_is_named(tmp_path, damage):
     (tmp_path / "tokenizer.json").write_text(damage)
-    with pytest.raises(ValueError, match=r"tokenizer.json is damaged.*; delete it, it is rebuilt") as caught:
+    with pytest.raises(
+        ValueError, match=r"tokenizer.json is damaged.*; delete it, it is rebuilt"
+    ) as caught:
         Tokenizer.load(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -214,26 +284,46 @@ def test_around_long_white_space_ids_are_those_of_the_whole_text(bpe, monkeypatc
     space = module.WHITE_SPACE
     monkeypatch.setattr(module, "LONG_SPACE", re.compile(f"(?<![{space}])[{space}]{{3,}}"))
     generator = random.Random(0)
-    kinds = [" ", "\n", "\t", "\r\n", "\u3000", "\x85", "\xa0", "\u2028", "\x1c"] * 3 + ["a", "é", "12", "!", "'s", "日本", "_"]
+    kinds = [" ", "\n", "\t", "\r\n", "\u3000", "\x85", "\xa0", "\u2028", "\x1c"] * 3 + [
+        "a",
+        "é",
+        "12",
+        "!",
+        "'s",
+        "日本",
+        "_",
+    ]
     for _ in range(1000):
         text = "".join(generator.choices(kinds, k=generator.randint(1, 40)))
         assert bpe._encode_long_spaces(text).tolist() == bpe.encode(text).tolist(), text
 
 
-@pytest.mark.parametrize("text", ["s" + " " * 1_000_010 + "e", "\n" * 1_200_000, " " * 1_000_100 + "a" + "\t" * 1_000_100])
+@pytest.mark.parametrize(
+    "text",
+    ["s" + " " * 1_000_010 + "e", "\n" * 1_200_000, " " * 1_000_100 + "a" + "\t" * 1_000_100],
+)
 def test_a_million_white_space_characters_are_encoded(bpe, text):
     assert bpe.decode(bpe.encode(text)) == text
 
 
-@pytest.mark.parametrize("word", [" " * 400_000, "\n \t" * 100_000, "a1" * 200_000, "-_" * 200_000, "ก" * 300_000])
+@pytest.mark.parametrize(
+    "word", [" " * 400_000, "\n \t" * 100_000, "a1" * 200_000, "-_" * 200_000, "ก" * 300_000]
+)
 def test_training_is_quick_on_words_without_end(word):
     """Beside it, one word of a tenth of that length took minutes."""
     bpe = train_bpe(["word and word " * 50, f"x{word}y"], 262)
     assert max(map(len, bpe.ranks)) <= 4 * module.LONGEST_WORD
     parts = [*module.part_long_words(f"some x{word}y words")]
-    assert "".join(parts) == f"some x{word}y words" and max(map(len, parts)) < module.LONGEST_WORD + 10
+    assert (
+        "".join(parts) == f"some x{word}y words" and max(map(len, parts)) < module.LONGEST_WORD + 10
+    )
 
 
 def test_words_of_languages_are_not_parted():
-    texts = ["one two\n" * 1000, "{};=" * 60 + "a" * 250, "日本語。" * 1000, "-" * 256 + "\n" + " " * 255 + "x"]
+    texts = [
+        "one two\n" * 1000,
+        "{};=" * 60 + "a" * 250,
+        "日本語。" * 1000,
+        "-" * 256 + "\n" + " " * 255 + "x",
+    ]
     assert [[*module.part_long_words(text)] for text in texts] == [[text] for text in texts]

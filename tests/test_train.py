@@ -1,4 +1,5 @@
-"""What a run does between its first step and its last: it repeats itself, resumes, branches, skips what is not finite, and keeps its word."""
+"""What a run does between its first step and its last: it repeats itself, resumes, branches, skips
+what is not finite, and keeps its word."""
 
 import json
 import os
@@ -95,7 +96,11 @@ def error_line(capsys, call: Callable[[], object]) -> str:
     with pytest.raises(SystemExit) as end, config.user_errors():
         call()
     assert end.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("training tokenizer=bpe")]
+    (line,) = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if not line.startswith("training tokenizer=bpe")
+    ]
     assert line.startswith("error: ")
     return line
 
@@ -123,10 +128,21 @@ def test_deterministic_kernels(start, run, tmp_path, monkeypatch):
 def test_micro_batches_change_no_loss(start, tmp_path):
     losses = []
     for micro in (1, 2, 4):
-        assert start("schedule.steps=8", "precision=fp32", "model.dropout=0", f"batch.micro={micro}", dir=tmp_path / f"{micro}") == 0
+        assert (
+            start(
+                "schedule.steps=8",
+                "precision=fp32",
+                "model.dropout=0",
+                f"batch.micro={micro}",
+                dir=tmp_path / f"{micro}",
+            )
+            == 0
+        )
         losses.append([row["train/loss"] for row in rows(tmp_path / f"{micro}")[1:]])
     assert len(losses[0]) == 8 and losses[0][-1] < losses[0][0]
-    assert losses[0] == pytest.approx(losses[2], abs=1e-5) and losses[1] == pytest.approx(losses[2], abs=1e-5)
+    assert losses[0] == pytest.approx(losses[2], abs=1e-5) and losses[1] == pytest.approx(
+        losses[2], abs=1e-5
+    )
 
 
 def test_profile_is_a_trace(start, run):
@@ -139,7 +155,9 @@ def test_profile_is_a_trace(start, run):
 
 def test_rows_after_the_checkpoint_are_cut(start, stopped, reference):
     with (stopped / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 14, "train/loss": 1.0}\n{"step": 15, "train/loss": 2.0}\n{"step": 16, "tra')
+        file.write(
+            '{"step": 14, "train/loss": 1.0}\n{"step": 15, "train/loss": 2.0}\n{"step": 16, "tra'
+        )
     assert start() == 0
     assert_same_run(stopped, reference)
 
@@ -163,13 +181,17 @@ def interrupt_evaluation(monkeypatch, at: int) -> None:
 
 
 @pytest.mark.parametrize("at", [0, 12, STEPS])
-def test_signal_during_an_evaluation_leaves_its_row_to_the_next_start(start, run, reference, monkeypatch, at):
+def test_signal_during_an_evaluation_leaves_its_row_to_the_next_start(
+    start, run, reference, monkeypatch, at
+):
     with monkeypatch.context() as patch:
         interrupt_evaluation(patch, at)
         assert start() == EXIT_PREEMPTED
     assert kept(run)[-1] == at and not (run / "summary.json").exists()
     assert [row["step"] for row in rows(run)] == list(range(at))
-    with monkeypatch.context() as patch:  # once more: killed after the row is logged, before the next checkpoint
+    with (
+        monkeypatch.context() as patch
+    ):  # once more: killed after the row is logged, before the next checkpoint
         after_step(patch, at + 2, crash)
         patch.setattr(training.Run, "finish", lambda self: crash())
         with pytest.raises(Crash):
@@ -180,8 +202,16 @@ def test_signal_during_an_evaluation_leaves_its_row_to_the_next_start(start, run
 
 
 def test_keys_that_may_change_on_resume_change_no_weight(start, stopped, reference):
-    changed = ["evaluation.every=13", "evaluation.tokens=256", "checkpoint.every=3", "checkpoint.keep=3", "tracking.every=5", "minutes=60",
-               "checkpoint.milestones=[13,29]", "max_skipped=2"]  # fmt: skip
+    changed = [
+        "evaluation.every=13",
+        "evaluation.tokens=256",
+        "checkpoint.every=3",
+        "checkpoint.keep=3",
+        "tracking.every=5",
+        "minutes=60",
+        "checkpoint.milestones=[13,29]",
+        "max_skipped=2",
+    ]
     assert start(*changed) == 0
     assert_same_tensors(tensors(stopped), tensors(reference))
     assert [row["step"] for row in rows(stopped)] == [*range(14), 15, 20, 25, 26, 30, 32]
@@ -198,12 +228,17 @@ def test_keys_that_may_change_on_resume_change_no_weight(start, stopped, referen
         ("state.json", "flipped in the head"),
     ],
 )
-def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(start, stopped, reference, capsys, name, damage):
+def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
+    start, stopped, reference, capsys, name, damage
+):
     newest = step_folder(stopped, 13)
     DAMAGES[damage](newest / name)
     assert start() == 0
     said = capsys.readouterr().out
-    assert f"checkpoint {newest} is damaged" in said and f"resumed from {step_folder(stopped, 12)}\n" in said
+    assert (
+        f"checkpoint {newest} is damaged" in said
+        and f"resumed from {step_folder(stopped, 12)}\n" in said
+    )
     assert_same_run(stopped, reference)
 
 
@@ -212,23 +247,38 @@ def test_all_damaged_is_one_error_and_removes_nothing(start, stopped, capsys):
         (step_folder(stopped, step) / "state.json").write_text("{")
     before = content(stopped)
     line = error_line(capsys, start)
-    assert line == f"error: dir={stopped}: all 2 checkpoints are damaged; move the folder away to start again"
+    assert (
+        line
+        == f"error: dir={stopped}: all 2 checkpoints are damaged; move the folder away to start"
+        " again"
+    )
     after = content(stopped)
     assert after.keys() == before.keys()
-    assert all(after[name] == before[name] for name in before if name.startswith(("checkpoints", "metrics")))
+    assert all(
+        after[name] == before[name]
+        for name in before
+        if name.startswith(("checkpoints", "metrics"))
+    )
 
 
 def test_leftovers_of_killed_saves_go_with_the_next_start(start, stopped, reference):
     shutil.copytree(step_folder(stopped, 13), stopped / "checkpoints/.step_00000016.partial")
     shutil.copytree(step_folder(stopped, 13), stopped / "checkpoints/.step_00000099.partial")
     assert start() == 0
-    assert [path.name for path in (stopped / "checkpoints").iterdir() if path.name.startswith(".")] == []
+    assert [
+        path.name for path in (stopped / "checkpoints").iterdir() if path.name.startswith(".")
+    ] == []
     assert_same_run(stopped, reference)
 
 
-def test_changed_data_are_refused_until_they_are_back(start, run, tiny, tmp_path, reference, monkeypatch, capsys):
+def test_changed_data_are_refused_until_they_are_back(
+    start, run, tiny, tmp_path, reference, monkeypatch, capsys
+):
     corpus = tmp_path / "corpus.txt"
-    shutil.copy(next(entry for entry in tiny if entry.startswith("data.path=")).removeprefix("data.path="), corpus)
+    shutil.copy(
+        next(entry for entry in tiny if entry.startswith("data.path=")).removeprefix("data.path="),
+        corpus,
+    )
     text = corpus.read_text()
     with monkeypatch.context() as patch:
         after_step(patch, 5, terminate)
@@ -236,7 +286,9 @@ def test_changed_data_are_refused_until_they_are_back(start, run, tiny, tmp_path
     corpus.write_text(text.replace("return", "retern", 1))
     before = content(run / "checkpoints")
     line = error_line(capsys, lambda: start(f"data.path={corpus}"))
-    assert line.startswith(f"error: the data have changed since {step_folder(run, 5)} was made; bring them back")
+    assert line.startswith(
+        f"error: the data have changed since {step_folder(run, 5)} was made; bring them back"
+    )
     assert content(run / "checkpoints") == before
     corpus.write_text(text)  # at another time, but the same
     assert start(f"data.path={corpus}") == 0
@@ -244,16 +296,24 @@ def test_changed_data_are_refused_until_they_are_back(start, run, tiny, tmp_path
     assert rows(run) == rows(reference)
 
 
-def test_text_may_be_gone_once_it_is_prepared(start, run, tiny, tmp_path, reference, monkeypatch, capsys):
+def test_text_may_be_gone_once_it_is_prepared(
+    start, run, tiny, tmp_path, reference, monkeypatch, capsys
+):
     corpus = tmp_path / "corpus.txt"
-    shutil.copy(next(entry for entry in tiny if entry.startswith("data.path=")).removeprefix("data.path="), corpus)
+    shutil.copy(
+        next(entry for entry in tiny if entry.startswith("data.path=")).removeprefix("data.path="),
+        corpus,
+    )
     with monkeypatch.context() as patch:
         after_step(patch, 5, terminate)
         assert start(f"data.path={corpus}") == EXIT_PREEMPTED
     corpus.unlink()
     capsys.readouterr()
     assert start(f"data.path={corpus}") == 0
-    assert f"note: data.path={corpus} matches no file; what was prepared from it is used: " in capsys.readouterr().err
+    assert (
+        f"note: data.path={corpus} matches no file; what was prepared from it is used: "
+        in capsys.readouterr().err
+    )
     assert_same_tensors(tensors(run), tensors(reference))
 
 
@@ -269,7 +329,9 @@ def test_newest_and_milestones_are_kept(start, run, reference):
 
 def test_time_limit_saves_and_exits_with_75(start, run, reference, capsys):
     assert start("minutes=1e-6") == EXIT_PREEMPTED
-    assert "time limit: saved step 0; the same command goes on from there" in capsys.readouterr().out
+    assert (
+        "time limit: saved step 0; the same command goes on from there" in capsys.readouterr().out
+    )
     assert kept(run) == [0] and rows(run) == []
     before = content(run / "checkpoints")
     assert start("minutes=1e-6") == EXIT_PREEMPTED
@@ -290,11 +352,16 @@ def test_finished_run_says_so_and_touches_nothing(start, run, reference, capsys)
 
 
 @pytest.mark.parametrize("end", ["finished", "stopped"])
-def test_folder_of_another_run_is_refused_with_the_difference(start, run, reference, halfway, capsys, end):
+def test_folder_of_another_run_is_refused_with_the_difference(
+    start, run, reference, halfway, capsys, end
+):
     shutil.copytree(reference if end == "finished" else halfway, run)
     before = content(run)
     line = error_line(capsys, lambda: start("seed=5", "optim.lr=0.002", "evaluation.every=3"))
-    assert f"dir={run} holds another run (seed 0 -> 5, optim.lr 0.001 -> 0.002); choose another dir" in line
+    assert (
+        f"dir={run} holds another run (seed 0 -> 5, optim.lr 0.001 -> 0.002); choose another dir"
+        in line
+    )
     assert content(run) == before
 
 
@@ -320,39 +387,76 @@ def test_branch_with_the_same_settings_is_the_parent(branch, run, reference, mon
     assert branch("init.optimizer=true") == 0
     assert_same_tensors(tensors(run), tensors(reference))
     first, *others = rows(run)
-    assert (first["step"], first["tokens"]) == (10, rows(reference)[10]["tokens"]) and "train/loss" not in first
+    assert (first["step"], first["tokens"]) == (
+        10,
+        rows(reference)[10]["tokens"],
+    ) and "train/loss" not in first
     assert others == rows(reference)[11:]
 
 
 def test_branch_with_another_schedule_sees_the_same_data(branch, run, reference):
-    assert branch("init.optimizer=true", "optim.lr=0.01", "schedule.shape=linear", "schedule.steps=14") == 0
+    assert (
+        branch("init.optimizer=true", "optim.lr=0.01", "schedule.shape=linear", "schedule.steps=14")
+        == 0
+    )
     ours, theirs = rows(run)[1:3], rows(reference)[11:13]
-    assert ours[0]["train/loss"] == theirs[0]["train/loss"]  # the same weights on the same batch under the same dropout
-    assert ours[0]["optim/lr"] != theirs[0]["optim/lr"] and ours[1]["train/loss"] != theirs[1]["train/loss"]
+    # the same weights on the same batch under the same dropout
+    assert ours[0]["train/loss"] == theirs[0]["train/loss"]
+    assert (
+        ours[0]["optim/lr"] != theirs[0]["optim/lr"]
+        and ours[1]["train/loss"] != theirs[1]["train/loss"]
+    )
     assert rows(run)[-1]["step"] == 14
 
 
 def test_branch_without_the_optimiser_starts_anew_with_its_weights(branch, run, reference):
     assert branch("seed=3", "batch.sequences=2", "optim.lr=0.01", "minutes=1e-6") == EXIT_PREEMPTED
-    saved, parent = open_checkpoint(step_folder(run, 0)), open_checkpoint(step_folder(reference, 10))
-    ours, theirs = ({name: stored[...] for name, stored in found.tensors["model"].items()} for found in (saved, parent))
+    saved, parent = (
+        open_checkpoint(step_folder(run, 0)),
+        open_checkpoint(step_folder(reference, 10)),
+    )
+    ours, theirs = (
+        {name: stored[...] for name, stored in found.tensors["model"].items()}
+        for found in (saved, parent)
+    )
     assert_same_tensors(ours, theirs)
-    assert saved.tensors["optimizer"] == {} and saved.state["progress"]["tokens"] == saved.state["progress"]["step"] == 0
+    assert (
+        saved.tensors["optimizer"] == {}
+        and saved.state["progress"]["tokens"] == saved.state["progress"]["step"] == 0
+    )
 
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["init.optimizer=true", "seed=1"], "seed=1 differs from 0 in init.run; to go on in its data order, keep it"),
+        (
+            ["init.optimizer=true", "seed=1"],
+            "seed=1 differs from 0 in init.run; to go on in its data order, keep it",
+        ),
         (["init.optimizer=true", "batch.sequences=8"], "batch.sequences=8 differs from 4"),
         (["init.optimizer=true", "batch.length=16"], "batch.length=16 differs from 32"),
-        (["init.optimizer=true", "data.validation_fraction=0.1"], "data.validation_fraction=0.1 differs from 0.05"),
-        (["init.optimizer=true", "optim.base=sgd"], "optim.base=sgd differs from adamw in init.run, whose state it cannot take over; keep it, or"),
-        (["init.optimizer=true", "schedule.steps=9"], "schedule.steps=9 ends before step 10 of init.run; lengthen the run"),
+        (
+            ["init.optimizer=true", "data.validation_fraction=0.1"],
+            "data.validation_fraction=0.1 differs from 0.05",
+        ),
+        (
+            ["init.optimizer=true", "optim.base=sgd"],
+            (
+                "optim.base=sgd differs from adamw in init.run, whose state it cannot take over;"
+                " keep it, or"
+            ),
+        ),
+        (
+            ["init.optimizer=true", "schedule.steps=9"],
+            "schedule.steps=9 ends before step 10 of init.run; lengthen the run",
+        ),
         (["model.width=64"], "has another shape or tokenizer"),
         (["tokenizer=bpe", "tokenizer.vocab_size=300"], "has another shape or tokenizer"),
         (["init.step=7"], "step=7 is not among the checkpoints of"),
-        (["init.run=nowhere"], "run=nowhere has no checkpoints; name the folder of a run that was trained"),
+        (
+            ["init.run=nowhere"],
+            "run=nowhere has no checkpoints; name the folder of a run that was trained",
+        ),
     ],
 )
 def test_branch_that_cannot_be_is_one_error(branch, run, capsys, overrides, said):
@@ -370,7 +474,8 @@ def test_branch_of_a_damaged_checkpoint_is_one_error(start, stopped, tmp_path, c
 
 
 def poison(monkeypatch, bad: Callable[[int], bool], what: str) -> None:
-    """Makes the loss, or one number of the gradient, not finite at the steps that are bad; asserts that nothing moves there."""
+    """Makes the loss, or one number of the gradient, not finite at the steps that are bad; asserts
+    that nothing moves there."""
     gradient, now = Gradient.gradient, assert_unharmed(monkeypatch, bad)
 
     def poisoned(self, *arguments):
@@ -379,15 +484,17 @@ def poison(monkeypatch, bad: Callable[[int], bool], what: str) -> None:
             if what == "loss":
                 result.loss = torch.full_like(result.loss, float("nan"))
             else:
-                next(self.model.parameters()).grad.view(-1)[3] = float("inf" if what == "infinite gradient" else "nan")
+                next(self.model.parameters()).grad.view(-1)[3] = float(
+                    "inf" if what == "infinite gradient" else "nan"
+                )
         return result
 
     monkeypatch.setattr(Gradient, "gradient", poisoned)
 
 
 def assert_unharmed(monkeypatch, bad: Callable[[int], bool]) -> list[int]:
-    """Asserts of every step from now on that it changes no weight and nothing of the optimiser where it is bad, and something where it is
-    not; returns a list that holds the step under way."""
+    """Asserts of every step from now on that it changes no weight and nothing of the optimiser
+    where it is bad, and something where it is not; returns a list that holds the step under way."""
     step, now = training.Run.step, [0]
 
     def watched(self):
@@ -401,14 +508,19 @@ def assert_unharmed(monkeypatch, bad: Callable[[int], bool]) -> list[int]:
         if bad(now[0]):
             assert_same_tensors(state(), before)
         else:
-            assert any(not torch.equal(before.get(name, torch.zeros(0)), tensor) for name, tensor in state().items())
+            assert any(
+                not torch.equal(before.get(name, torch.zeros(0)), tensor)
+                for name, tensor in state().items()
+            )
 
     monkeypatch.setattr(training.Run, "step", watched)
     return now
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient", "infinite gradient"])
-def test_step_that_is_not_finite_is_skipped_counted_and_named(start, run, tmp_path, monkeypatch, capsys, what):
+def test_step_that_is_not_finite_is_skipped_counted_and_named(
+    start, run, tmp_path, monkeypatch, capsys, what
+):
     poison(monkeypatch, {0: True, 5: True, 6: True, 9: True}.__contains__, what)
     assert start("schedule.steps=12", "max_skipped=3") == 0
     said = capsys.readouterr().out
@@ -426,14 +538,22 @@ def test_step_that_is_not_finite_is_skipped_counted_and_named(start, run, tmp_pa
         assert rows(other) == rows(run)
 
 
-def test_too_many_in_a_row_end_the_run_with_the_last_checkpoint_intact(start, run, reference, monkeypatch, capsys):
+def test_too_many_in_a_row_end_the_run_with_the_last_checkpoint_intact(
+    start, run, reference, monkeypatch, capsys
+):
     with monkeypatch.context() as patch:
         poison(patch, lambda step: step >= 10, "loss")
         assert start("max_skipped=4") == training.EXIT_DIVERGED == 3
         said = capsys.readouterr().out
-        assert "error: 4 steps in a row were not finite (max_skipped), up to batch 13; the last checkpoint is intact" in said
+        assert (
+            "error: 4 steps in a row were not finite (max_skipped), up to batch 13; the last"
+            " checkpoint is intact" in said
+        )
         before = content(run / "checkpoints")
-        assert kept(run) == [8, 12] and open_checkpoint(step_folder(run, 12)).state["progress"]["skipped_in_a_row"] == 2
+        assert (
+            kept(run) == [8, 12]
+            and open_checkpoint(step_folder(run, 12)).state["progress"]["skipped_in_a_row"] == 2
+        )
         assert start("max_skipped=4") == 3  # the count goes on: no endless row of restarts
         assert content(run / "checkpoints") == before
     assert not (run / "summary.json").exists()
@@ -445,31 +565,58 @@ def test_too_many_in_a_row_end_the_run_with_the_last_checkpoint_intact(start, ru
 # No code
 
 
-@pytest.mark.parametrize("dump", [lambda bomb, file: file.write_bytes(pickle.dumps(bomb)), lambda bomb, file: torch.save({"model": bomb}, file)],
-                         ids=["pickle", "torch"])  # fmt: skip
+@pytest.mark.parametrize(
+    "dump",
+    [
+        lambda bomb, file: file.write_bytes(pickle.dumps(bomb)),
+        lambda bomb, file: torch.save({"model": bomb}, file),
+    ],
+    ids=["pickle", "torch"],
+)
 def test_nothing_that_is_loaded_runs_code(start, stopped, tmp_path, capsys, dump):
     marker, newest = tmp_path / "marker", step_folder(stopped, 13)
 
     def tools() -> None:
-        for call in (lambda: load(stopped), lambda: load(stopped, 12), lambda: model.sample.main([f"run={stopped}", "tokens=2"]),
-                     lambda: launch.evaluate.main([f"run={stopped}"]), lambda: start(f"init.run={stopped}", dir=tmp_path / "branch")):  # fmt: skip
+        for call in (
+            lambda: load(stopped),
+            lambda: load(stopped, 12),
+            lambda: model.sample.main([f"run={stopped}", "tokens=2"]),
+            lambda: launch.evaluate.main([f"run={stopped}"]),
+            lambda: start(f"init.run={stopped}", dir=tmp_path / "branch"),
+        ):
             with pytest.raises((ValueError, SystemExit)):
                 call()
             assert not marker.exists()
 
-    for name in ("extra.pt", "model.pt", "model.bin", "pytorch_model.bin", "optimizer.pkl", "rule.safetensors"):  # beside what was saved
+    for name in (
+        "extra.pt",
+        "model.pt",
+        "model.bin",
+        "pytorch_model.bin",
+        "optimizer.pkl",
+        "rule.safetensors",
+    ):  # beside what was saved
         dump(Bomb(marker), newest / name)
         dump(Bomb(marker), stopped / name)
     load(stopped)
     assert start("minutes=1e-6") == EXIT_PREEMPTED
     assert not marker.exists()
-    for name in ("model.safetensors", "optimizer.safetensors", "random.safetensors", "tokenizer.json", "state.json"):  # instead of it
+    for name in (
+        "model.safetensors",
+        "optimizer.safetensors",
+        "random.safetensors",
+        "tokenizer.json",
+        "state.json",
+    ):  # instead of it
         for step in (12, 13):
             dump(Bomb(marker), step_folder(stopped, step) / name)
     tools()
     with pytest.raises(ValueError, match="damaged"):
         start()
-    for text in (f"!!python/object/apply:os.mkdir ['{marker}']", f"seed: !!python/object/apply:os.mkdir ['{marker}']"):
+    for text in (
+        f"!!python/object/apply:os.mkdir ['{marker}']",
+        f"seed: !!python/object/apply:os.mkdir ['{marker}']",
+    ):
         (stopped / "config.yaml").write_text(text + "\n")
         tools()
         with pytest.raises(SystemExit), config.user_errors():

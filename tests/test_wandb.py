@@ -1,4 +1,5 @@
-"""W&B holds every row of a run once, however often the run starts and whatever the network does, and never holds a run up."""
+"""W&B holds every row of a run once, however often the run starts and whatever the network does,
+and never holds a run up."""
 
 import json
 import os
@@ -24,8 +25,14 @@ from tests.runs import ROOT
 from tests.wandb_server import Server
 
 pytestmark = pytest.mark.usefixtures("no_wandb_account")
-CONFIG = {"model": {"name": "tiny"}, "optim": {"name": "sam", "rho": 0.05}, "data": {"name": "stdlib"}, "seed": 3}
-# W&B keeps settings and a service per process, so each test of it has a process of its own, that runs this first.
+CONFIG = {
+    "model": {"name": "tiny"},
+    "optim": {"name": "sam", "rho": 0.05},
+    "data": {"name": "stdlib"},
+    "seed": 3,
+}
+# W&B keeps settings and a service per process, so each test of it has a process of its own, that
+# runs this first.
 PRELUDE = f"""
 import os, signal, subprocess, sys, time
 from pathlib import Path
@@ -40,8 +47,8 @@ def tracker(mode, wandb_id=None, last_logged=-1, **keys):
     config = TrackingConfig(mode=mode, tags=["mine"], **{{"timeout": 30.0, **keys}})
     return Tracker(dir, config, "my-run", {CONFIG!r}, wandb_id, Console(100, 10), last_logged)
 def row(step):
-    return {{"step": step, "tokens": step * 64, "flops": 1e6 * step, "seconds": step / 8, "train/loss": 5 - step / 100,
-            "sharpness/rho": 0.05}}
+    return {{"step": step, "tokens": step * 64, "flops": 1e6 * step, "seconds": step / 8,
+            "train/loss": 5 - step / 100, "sharpness/rho": 0.05}}
 """
 
 
@@ -60,13 +67,21 @@ def new_run(where: Path) -> Path:
 
 def run_script(dir: Path, script: str, **environment: str) -> str:
     command = [sys.executable, "-c", PRELUDE + script, str(dir)]
-    run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
     assert run.returncode == 0, run.stderr
-    assert not [line for line in run.stderr.splitlines() if not line.startswith("wandb: Loading settings from ")]
+    assert not [
+        line
+        for line in run.stderr.splitlines()
+        if not line.startswith("wandb: Loading settings from ")
+    ]
     return run.stdout
 
 
-def start(dir: Path, mode: str, first: int, last: int, code: int, keys: str = "", **environment: str) -> str:
+def start(
+    dir: Path, mode: str, first: int, last: int, code: int, keys: str = "", **environment: str
+) -> str:
     """One start of a run, which logs rows up to `last` and prints its W&B id in the end."""
     script = f"""
 run = tracker({mode!r}, {keys})
@@ -81,7 +96,14 @@ print(run.wandb_id)
 def sync(dir: Path, *options: str, **environment: str) -> str:
     """What `wandb sync DIR/wandb/*run-*` says."""
     command = [Path(sys.executable).parent / "wandb", "sync", *options, *dir.glob("wandb/*run-*")]
-    done = subprocess.run(command, cwd=dir, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command,
+        cwd=dir,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -96,18 +118,39 @@ def read_wandb(dir: Path) -> list[types.SimpleNamespace]:
     """What the starts of a run recorded offline, oldest first."""
     starts = []
     for path in records_of(dir):
-        start = types.SimpleNamespace(rows=[], summary={}, metrics={}, run=None, config={}, files=[], preempting=False, exit_code=None)
+        start = types.SimpleNamespace(
+            rows=[],
+            summary={},
+            metrics={},
+            run=None,
+            config={},
+            files=[],
+            preempting=False,
+            exit_code=None,
+        )
         for record in read_records(path):
             kind = record.WhichOneof("record_type")
             if kind == "run":
                 start.run = record.run
-                start.config = {item.key: json.loads(item.value_json) for item in record.run.config.update}
+                start.config = {
+                    item.key: json.loads(item.value_json) for item in record.run.config.update
+                }
             elif kind == "history":
-                start.rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+                start.rows.append(
+                    {
+                        item.key or ".".join(item.nested_key): json.loads(item.value_json)
+                        for item in record.history.item
+                    }
+                )
             elif kind == "summary":
-                start.summary |= {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.summary.update}
+                start.summary |= {
+                    item.key or ".".join(item.nested_key): json.loads(item.value_json)
+                    for item in record.summary.update
+                }
             elif kind == "metric":
-                start.metrics[record.metric.name or record.metric.glob_name] = record.metric.step_metric
+                start.metrics[record.metric.name or record.metric.glob_name] = (
+                    record.metric.step_metric
+                )
             elif kind == "files":
                 start.files += [file.path for file in record.files.files]
             elif kind == "preempting":
@@ -141,20 +184,41 @@ def test_offline_run_holds_rows_config_axes_code_and_summary(recorded):
     run, wandb_id = recorded
     (start,) = read_wandb(run)
     assert steps(start.rows) == list(range(1, 302))
-    assert start.rows[9] | {"step": 10, "tokens": 640, "flops": 1e7, "seconds": 1.25, "train/loss": 4.9, "sharpness/rho": 0.05} == start.rows[9]
+    assert (
+        start.rows[9]
+        | {
+            "step": 10,
+            "tokens": 640,
+            "flops": 1e7,
+            "seconds": 1.25,
+            "train/loss": 4.9,
+            "sharpness/rho": 0.05,
+        }
+        == start.rows[9]
+    )
     assert "val/loss" not in start.rows[300]
     assert start.config | CONFIG == start.config
     assert start.metrics == {"step": "", "tokens": "", "flops": "", "seconds": "", "*": "step"}
     assert (start.summary["val/loss"], start.summary["val/loss_at_equal_flops"]) == (3.5, 3.75)
     assert "code/revision.txt" in start.files
     assert (next(run.glob("wandb/offline-run-*/files/code/revision.txt"))).read_text() == "abc\n"
-    assert (start.run.run_id, start.run.display_name, start.run.project) == (wandb_id, "my-run", "flatgpt")
-    assert (start.run.run_group, start.run.job_type, list(start.run.tags)) == ("tiny-stdlib", "train", ["sam", "tiny", "mine"])
+    assert (start.run.run_id, start.run.display_name, start.run.project) == (
+        wandb_id,
+        "my-run",
+        "flatgpt",
+    )
+    assert (start.run.run_group, start.run.job_type, list(start.run.tags)) == (
+        "tiny-stdlib",
+        "train",
+        ["sam", "tiny", "mine"],
+    )
     assert start.exit_code == 0
     assert not start.preempting
 
 
-def test_last_step_is_found_from_any_block_and_in_what_is_left_of_a_file(recorded, tmp_path, monkeypatch):
+def test_last_step_is_found_from_any_block_and_in_what_is_left_of_a_file(
+    recorded, tmp_path, monkeypatch
+):
     (path,) = records_of(recorded[0])
     assert path.stat().st_size > 3 * wandb_run.BLOCK
     assert last_step(path) == 301
@@ -174,13 +238,23 @@ def test_last_step_is_found_from_any_block_and_in_what_is_left_of_a_file(recorde
 
 @pytest.fixture(scope="module")
 def thrice(no_wandb_account, tmp_path_factory):
-    """A run of three starts, and its W&B id: the second runs untracked from an older checkpoint, the third finds no checkpoint that knows the
-    id."""
+    """A run of three starts, and its W&B id: the second runs untracked from an older checkpoint,
+    the third finds no checkpoint that knows the id."""
     run = new_run(tmp_path_factory.mktemp("thrice"))
     first = start(run, "offline", 1, 10, 75)
-    untracked = Tracker(run, TrackingConfig(mode="off"), "my-run", CONFIG, first, Console(100, 10), 6)
+    untracked = Tracker(
+        run, TrackingConfig(mode="off"), "my-run", CONFIG, first, Console(100, 10), 6
+    )
     for step in range(7, 15):
-        untracked.log({"step": step, "tokens": step * 64, "flops": 1e6 * step, "seconds": step / 8, "train/loss": 5 - step / 100})
+        untracked.log(
+            {
+                "step": step,
+                "tokens": step * 64,
+                "flops": 1e6 * step,
+                "seconds": step / 8,
+                "train/loss": 5 - step / 100,
+            }
+        )
     untracked.close(75)
     assert start(run, "offline", 13, 16, 0, "last_logged=12") == first
     return run, first
@@ -206,17 +280,28 @@ def test_offline_starts_are_synced_by_one_command(thrice, tmp_path):
         assert steps(stored.rows) == list(range(1, 17))
         assert (stored.exit_code, stored.summary["train/loss"]) == (0, 4.84)
         assert stored.config | CONFIG == stored.config
-        given = {key: stored.fields[key] for key in ("displayName", "groupName", "jobType", "tags", "project")}
-        assert given == {"displayName": "my-run", "groupName": "tiny-stdlib", "jobType": "train", "tags": ["sam", "tiny", "mine"],
-                         "project": "flatgpt"}  # fmt: skip
+        given = {
+            key: stored.fields[key]
+            for key in ("displayName", "groupName", "jobType", "tags", "project")
+        }
+        assert given == {
+            "displayName": "my-run",
+            "groupName": "tiny-stdlib",
+            "jobType": "train",
+            "tags": ["sam", "tiny", "mine"],
+            "project": "flatgpt",
+        }
         assert stored.files["code/revision.txt"] == b"abc\n"
 
 
 def test_online_start_takes_over_from_those_recorded_offline(thrice, tmp_path):
-    """Nothing was uploaded in between, and what the online start has sent is not sent again by a sync."""
+    """Nothing was uploaded in between, and what the online start has sent is not sent again by a
+    sync."""
     run, wandb_id = shutil.copytree(thrice[0], tmp_path / "run", symlinks=True), thrice[1]
     with Server() as server:
-        start(run, "online", 15, 19, 0, f"wandb_id={wandb_id!r}, last_logged=14", **server.environment)
+        start(
+            run, "online", 15, 19, 0, f"wandb_id={wandb_id!r}, last_logged=14", **server.environment
+        )
         assert steps(server.runs[wandb_id].rows) == list(range(1, 20))
         assert "No runs to sync" in sync(run, "--include-online", **server.environment)
         assert steps(server.runs[wandb_id].rows) == list(range(1, 20))
@@ -233,9 +318,16 @@ class Forgetful(Server):
 
 
 def test_run_of_train_py_tells_wandb_what_it_is(tiny, tmp_path):
-    """The first row is of step 0, the last of the end; a sweep gives the group. The same command again asks nobody, unless the server may lack
-    something."""
-    overrides = [f"dir={tmp_path}/run", "optim=sam", "schedule.steps=3", "evaluation.every=2", "tracking.mode=online", "tracking.group=sweep"]
+    """The first row is of step 0, the last of the end; a sweep gives the group. The same command
+    again asks nobody, unless the server may lack something."""
+    overrides = [
+        f"dir={tmp_path}/run",
+        "optim=sam",
+        "schedule.steps=3",
+        "evaluation.every=2",
+        "tracking.mode=online",
+        "tracking.group=sweep",
+    ]
     script = f"""
 import train
 from launch.config import compose
@@ -247,18 +339,29 @@ assert train.main(settings) == 0
 """
     with Forgetful() as server:
         output = run_script(tmp_path / "run", script, OMP_NUM_THREADS="1", **server.environment)
-    assert re.findall("^(?:finished already|W&B: http)", output, re.MULTILINE) == ["W&B: http", "finished already", "finished already", "W&B: http"]
+    assert re.findall("^(?:finished already|W&B: http)", output, re.MULTILINE) == [
+        "W&B: http",
+        "finished already",
+        "finished already",
+        "W&B: http",
+    ]
     (stored,) = server.runs.values()
     logged = read_rows(tmp_path / "run/metrics.jsonl")
     assert steps(stored.rows) == [row["step"] for row in logged] == [0, 1, 2, 3]
     for row, shown in zip(logged, stored.rows, strict=True):
-        assert {name: value for name, value in row.items() if value is not None}.items() <= shown.items()
+        assert {
+            name: value for name, value in row.items() if value is not None
+        }.items() <= shown.items()
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary.items() <= stored.summary.items() and "val/loss_at_equal_flops" in summary
     assert (stored.fields["groupName"], stored.fields["displayName"]) == ("sweep", summary["name"])
     assert list(stored.fields["tags"]) == ["sam", "tiny"]
     assert (stored.config["optim"]["rho"], stored.config["optim"]["num_groups"]) == (0.05, None)
-    assert {"code/start_1/revision.txt", "code/start_1/diff.patch", "code/environment.json"} <= stored.files.keys()
+    assert {
+        "code/start_1/revision.txt",
+        "code/start_1/diff.patch",
+        "code/environment.json",
+    } <= stored.files.keys()
     assert stored.exit_code == 0
 
 
@@ -278,12 +381,26 @@ print("closed")
 
 
 class Online:
-    """A start of a run that W&B's server has heard of, and whose rows are logged when the test says so."""
+    """A start of a run that W&B's server has heard of, and whose rows are logged when the test says
+    so."""
 
-    def __init__(self, dir: Path, environment: dict[str, str], keys: str = "", code: int = 0, finish: float = 30.0) -> None:
+    def __init__(
+        self,
+        dir: Path,
+        environment: dict[str, str],
+        keys: str = "",
+        code: int = 0,
+        finish: float = 30.0,
+    ) -> None:
         script = PRELUDE + ONLINE.format(keys=keys, code=code, finish=finish)
-        self.process = subprocess.Popen([sys.executable, "-c", script, str(dir)], env={**os.environ, **environment}, text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", script, str(dir)],
+            env={**os.environ, **environment},
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         self.said = ""
         self.until("W&B: http")
 
@@ -317,13 +434,19 @@ class Online:
 
 
 def test_network_that_goes_away_costs_neither_the_run_nor_a_row(run):
-    """In the second start it stays away until the run is stopped, in the third it comes back while the run ends."""
+    """In the second start it stays away until the run is stopped, in the third it comes back while
+    the run ends."""
     with Server() as server:
         wandb_id = start(run, "online", 1, 5, 75, **server.environment)
         assert steps(server.runs[wandb_id].rows) == [1, 2, 3, 4, 5]
-        second = Online(run, server.environment, f", wandb_id={wandb_id!r}, last_logged=4", code=75, finish=1.0)
+        second = Online(
+            run, server.environment, f", wandb_id={wandb_id!r}, last_logged=4", code=75, finish=1.0
+        )
     second.log(5, 10)
-    assert re.search(r"W&B: tracking ended, .*; \S+/metrics.jsonl has every row; the run's own .*\nclosed\n", second.close())
+    assert re.search(
+        r"W&B: tracking ended, .*; \S+/metrics.jsonl has every row; the run's own .*\nclosed\n",
+        second.close(),
+    )
     assert steps(server.runs[wandb_id].rows) == [1, 2, 3, 4, 5]
     with Server(server) as again:
         third = Online(run, again.environment, f", wandb_id={wandb_id!r}, last_logged=8")
@@ -340,7 +463,8 @@ def test_network_that_goes_away_costs_neither_the_run_nor_a_row(run):
 
 
 def test_the_same_command_sends_what_the_end_of_a_run_could_not(run):
-    """The network is gone when the run ends, and still when it is started again; then it is back."""
+    """The network is gone when the run ends, and still when it is started again; then it is
+    back."""
     rest = f"""
 for address in ("http://127.0.0.1:9", os.environ["WANDB_BASE_URL"], os.environ["WANDB_BASE_URL"]):
     os.environ["WANDB_BASE_URL"] = address
@@ -348,7 +472,9 @@ for address in ("http://127.0.0.1:9", os.environ["WANDB_BASE_URL"], os.environ["
     print("asked")
 """
     with Server() as server:
-        online = Online(run, server.environment | {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"}, finish=1.0)
+        online = Online(
+            run, server.environment | {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"}, finish=1.0
+        )
         (stored,) = server.runs.values()
         online.log(1, 3)
         end = time.monotonic() + 30
@@ -357,17 +483,28 @@ for address in ("http://127.0.0.1:9", os.environ["WANDB_BASE_URL"], os.environ["
             time.sleep(0.05)
     online.log(4, 6)
     online.end()
-    ending = r"W&B: tracking ended, .*/metrics.jsonl has every row; the run's own command \(in \S+/code/environment.json\) sends W&B what it lacks\n"
+    ending = (
+        r"W&B: tracking ended, .*/metrics.jsonl has every row; the run's own command \(in"
+        r" \S+/code/environment.json\) sends W&B what it lacks\n"
+    )
     assert re.search(ending + "closed\n$", online.close())
     assert (steps(stored.rows), stored.exit_code) == ([1, 2, 3], None)
     with Server(server) as back:
-        assert re.fullmatch(f"{ending}asked\nW&B: {back.url}\\S+\nasked\nasked\n", run_script(run, rest, **back.environment))
-        assert (steps(stored.rows), stored.exit_code, stored.summary["val/loss"]) == ([1, 2, 3, 4, 5, 6], 0, 3.5)
+        assert re.fullmatch(
+            f"{ending}asked\nW&B: {back.url}\\S+\nasked\nasked\n",
+            run_script(run, rest, **back.environment),
+        )
+        assert (steps(stored.rows), stored.exit_code, stored.summary["val/loss"]) == (
+            [1, 2, 3, 4, 5, 6],
+            0,
+            3.5,
+        )
     assert list(back.runs.values()) == [stored] and list(run.glob("wandb/offline-*")) == []
 
 
 def test_unreachable_server_neither_stops_nor_slows_a_run(run):
-    """All rows are in the file before W&B has given up on the server; it then records them offline."""
+    """All rows are in the file before W&B has given up on the server; it then records them
+    offline."""
     script = """
 run = tracker("auto", timeout=1.0)
 for step in range(1, 21):
@@ -377,7 +514,9 @@ run.close(0)
 run.message("closed")
 """
     output = run_script(run, script, WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="a" * 40)
-    assert re.search(r"20 rows\n(.*\n)*W&B: recording offline, CommError.* uploads it\n(.*\n)*closed\n", output)
+    assert re.search(
+        r"20 rows\n(.*\n)*W&B: recording offline, CommError.* uploads it\n(.*\n)*closed\n", output
+    )
     (start,) = [start for start in read_wandb(run) if start.rows]
     assert steps(start.rows) == list(range(1, 21))
     assert start.metrics["*"] == "step"
@@ -434,8 +573,13 @@ def install_wandb(monkeypatch, failing: str = "") -> list:
         summary=types.SimpleNamespace(update=method("summary")),
         url="https://wandb.ai/x",
     )
-    run.settings = types.SimpleNamespace(mode="offline", **dict.fromkeys(("run_name", "project", "entity", "run_group", "run_tags", "run_job_type")))
-    module = types.SimpleNamespace(**{name: method(name) for name in ("init", "setup", "teardown")}, Settings=dict)
+    run.settings = types.SimpleNamespace(
+        mode="offline",
+        **dict.fromkeys(("run_name", "project", "entity", "run_group", "run_tags", "run_job_type")),
+    )
+    module = types.SimpleNamespace(
+        **{name: method(name) for name in ("init", "setup", "teardown")}, Settings=dict
+    )
     monkeypatch.setitem(sys.modules, "wandb", module)
     return calls
 
@@ -443,7 +587,9 @@ def install_wandb(monkeypatch, failing: str = "") -> list:
 @pytest.mark.parametrize("failing", ["init", "define_metric", "log", "summary", "finish"])
 def test_errors_of_wandb_are_told_once_and_go_no_further(tmp_path, monkeypatch, capsys, failing):
     install_wandb(monkeypatch, failing)
-    tracker = Tracker(tmp_path, TrackingConfig(mode="offline"), "my-run", CONFIG, None, Console(100, 10))
+    tracker = Tracker(
+        tmp_path, TrackingConfig(mode="offline"), "my-run", CONFIG, None, Console(100, 10)
+    )
     for step in range(3):
         tracker.log({"step": step, "seconds": 0.5 * step})
     tracker.summary({"x": 1})
@@ -469,9 +615,13 @@ def test_without_a_key_nothing_is_tracked_and_nobody_waits(tmp_path):
 run = tracker("auto")
 run.log(row(1))
 run.close(0)
-print(run.wandb_id, (dir / "wandb").exists(), [thread.name for thread in __import__("threading").enumerate()])
+threads = [thread.name for thread in __import__("threading").enumerate()]
+print(run.wandb_id, (dir / "wandb").exists(), threads)
 """
-    said = "W&B: tracking off, no key found (`wandb login` stores one); tracking.mode=offline records without one\n"
+    said = (
+        "W&B: tracking off, no key found (`wandb login` stores one); tracking.mode=offline records"
+        " without one\n"
+    )
     assert run_script(tmp_path, script).startswith(said)
     assert run_script(tmp_path, script).endswith("None False ['MainThread']\n")
 
@@ -489,31 +639,72 @@ for mode, variables in json.loads(os.environ["ASKED"]):
 
 def ask(dir: Path, *asked: tuple[str, dict[str, str]], **environment: str) -> list[tuple[str, str]]:
     """What W&B makes of each tracking.mode with these variables, and why."""
-    return [tuple(json.loads(line)) for line in run_script(dir, ASK, ASKED=json.dumps(asked), **environment).splitlines()]
+    return [
+        tuple(json.loads(line))
+        for line in run_script(dir, ASK, ASKED=json.dumps(asked), **environment).splitlines()
+    ]
 
 
 def test_wandb_says_which_mode_it_is_in(tmp_path):
     """In all the words of WANDB_MODE, which tracking.mode overrides; a wrong one costs a line."""
     key = {"WANDB_API_KEY": "a" * 40}
-    words = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "off", "ofline": "off"}
+    words = {
+        "online": "online",
+        "run": "online",
+        "offline": "offline",
+        "dryrun": "offline",
+        "disabled": "off",
+        "ofline": "off",
+    }
     found = ask(tmp_path, *(("auto", key | {"WANDB_MODE": word}) for word in words))
     assert [mode for mode, _ in found] == list(words.values())
     assert found[3][1] == "as WANDB_MODE or `wandb offline` asks"
-    assert "'disabled', 'dryrun' or 'run'" in found[5][1] and "\n" not in found[5][1] and "tracking.mode=offline" in found[5][1]
-    asked = [("auto", key), ("online", key | {"WANDB_MODE": "dryrun"}), ("offline", key), ("online", {"WANDB_MODE": "disabled"}),
-             ("auto", {}), ("auto", {"WANDB_API_KEY": "short"}), ("online", {"WANDB_API_KEY": "short"})]  # fmt: skip
+    assert (
+        "'disabled', 'dryrun' or 'run'" in found[5][1]
+        and "\n" not in found[5][1]
+        and "tracking.mode=offline" in found[5][1]
+    )
+    asked = [
+        ("auto", key),
+        ("online", key | {"WANDB_MODE": "dryrun"}),
+        ("offline", key),
+        ("online", {"WANDB_MODE": "disabled"}),
+        ("auto", {}),
+        ("auto", {"WANDB_API_KEY": "short"}),
+        ("online", {"WANDB_API_KEY": "short"}),
+    ]
     found = ask(tmp_path, *asked)
-    assert [mode for mode, _ in found] == ["online", "online", "offline", "offline", "off", "off", "offline"]
+    assert [mode for mode, _ in found] == [
+        "online",
+        "online",
+        "offline",
+        "offline",
+        "off",
+        "off",
+        "offline",
+    ]
     assert "WANDB_API_KEY invalid" in found[5][1] and "WANDB_API_KEY invalid" in found[6][1]
 
 
 def wandb_command(home: Path, *arguments: str) -> None:
     """Calls W&B's own command line."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("NETRC", "WANDB_CONFIG_DIR")} | {"HOME": str(home)}
-    subprocess.run([Path(sys.executable).parent / "wandb", *arguments], cwd=home, env=environment, check=True, capture_output=True)
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("NETRC", "WANDB_CONFIG_DIR")
+    } | {"HOME": str(home)}
+    subprocess.run(
+        [Path(sys.executable).parent / "wandb", *arguments],
+        cwd=home,
+        env=environment,
+        check=True,
+        capture_output=True,
+    )
 
 
-def test_who_logged_in_by_wandbs_own_command_is_online_until_they_say_offline(tmp_path, monkeypatch):
+def test_who_logged_in_by_wandbs_own_command_is_online_until_they_say_offline(
+    tmp_path, monkeypatch
+):
     monkeypatch.delenv("NETRC")
     monkeypatch.delenv("WANDB_CONFIG_DIR")
     monkeypatch.chdir(tmp_path)
@@ -523,29 +714,47 @@ def test_who_logged_in_by_wandbs_own_command_is_online_until_they_say_offline(tm
     wandb_command(tmp_path, "login", "--no-verify", "a" * 40)
     assert (tmp_path / ".netrc").exists()
     elsewhere = {"WANDB_BASE_URL": "https://elsewhere.org"}
-    assert [mode for mode, _ in ask(tmp_path, ("auto", {}), ("online", {}), ("auto", elsewhere))] == ["online", "online", "off"]
+    assert [
+        mode for mode, _ in ask(tmp_path, ("auto", {}), ("online", {}), ("auto", elsewhere))
+    ] == ["online", "online", "off"]
     wandb_command(tmp_path, "offline")
-    assert ask(tmp_path, ("auto", {}), ("online", {})) == [("offline", "as WANDB_MODE or `wandb offline` asks"), ("online", "there is a key")]
+    assert ask(tmp_path, ("auto", {}), ("online", {})) == [
+        ("offline", "as WANDB_MODE or `wandb offline` asks"),
+        ("online", "there is a key"),
+    ]
     (tmp_path / ".netrc").write_text("not a netrc")
     wandb_command(tmp_path, "online")
     assert ask(tmp_path, ("auto", {}))[0][0] == "off"
 
 
 def test_wandbs_own_variables_name_project_group_and_tags_unless_our_keys_do(tmp_path):
-    theirs = {"WANDB_PROJECT": "my-project", "WANDB_ENTITY": "me", "WANDB_NAME": "first", "WANDB_RUN_GROUP": "radii", "WANDB_TAGS": "a,b",
-              "WANDB_JOB_TYPE": "probe", "WANDB_MODE": "dryrun"}  # fmt: skip
+    theirs = {
+        "WANDB_PROJECT": "my-project",
+        "WANDB_ENTITY": "me",
+        "WANDB_NAME": "first",
+        "WANDB_RUN_GROUP": "radii",
+        "WANDB_TAGS": "a,b",
+        "WANDB_JOB_TYPE": "probe",
+        "WANDB_MODE": "dryrun",
+    }
     script = """
 run = Tracker(dir, TrackingConfig(KEYS), "my-run", CONFIG, None, Console(100, 10))
 run.log(row(1))
 run.close(0)
 """.replace("CONFIG", repr(CONFIG))
-    assert "W&B: recording offline, as WANDB_MODE" in run_script(tmp_path / "theirs", script.replace("KEYS", ""), **theirs)
+    assert "W&B: recording offline, as WANDB_MODE" in run_script(
+        tmp_path / "theirs", script.replace("KEYS", ""), **theirs
+    )
     ours = "project='p', entity='e', group='g', tags=['c']"
     run_script(tmp_path / "ours", script.replace("KEYS", ours), **theirs)
     found = []
     for folder in ("theirs", "ours"):
         (start,) = read_wandb(tmp_path / folder)
         run = start.run
-        found.append((run.project, run.entity, run.display_name, run.run_group, run.job_type, list(run.tags)))
-    assert found == [("my-project", "me", "first", "radii", "probe", ["sam", "tiny", "a", "b"]),
-                     ("p", "e", "first", "g", "probe", ["sam", "tiny", "c"])]  # fmt: skip
+        found.append(
+            (run.project, run.entity, run.display_name, run.run_group, run.job_type, list(run.tags))
+        )
+    assert found == [
+        ("my-project", "me", "first", "radii", "probe", ["sam", "tiny", "a", "b"]),
+        ("p", "e", "first", "g", "probe", ["sam", "tiny", "c"]),
+    ]

@@ -1,7 +1,8 @@
-"""As much of a W&B server as a run, `wandb sync` and the dashboard talk to, on a port of this machine: it stores what arrives.
+"""As much of a W&B server as a run, `wandb sync` and the dashboard talk to, on a port of this
+machine: it stores what arrives.
 
-Histories are kept as W&B keeps them: a file stream says at which line its rows begin, and what was there is overwritten.
-"""
+Histories are kept as W&B keeps them: a file stream says at which line its rows begin, and what was
+there is overwritten."""
 
 import contextlib
 import gzip
@@ -17,7 +18,9 @@ class StoredRun:
     """What the server knows of a run."""
 
     def __init__(self) -> None:
-        self.fields: dict[str, Any] = {}  # of the last upsert: displayName, groupName, jobType, tags, config
+        self.fields: dict[
+            str, Any
+        ] = {}  # of the last upsert: displayName, groupName, jobType, tags, config
         self.history: list[str] = []  # a JSON object a line
         self.summary: dict[str, Any] = {}
         self.files: dict[str, bytes] = {}
@@ -33,7 +36,8 @@ class StoredRun:
 
 
 class Server(ThreadingHTTPServer):
-    """Listens while its context is open, where the server `before` it did, and knows the runs of that one.
+    """Listens while its context is open, where the server `before` it did, and knows the runs of
+    that one.
 
     asked    the GraphQL operations with their variables, oldest first
     views    the workspaces and reports that were saved
@@ -55,12 +59,19 @@ class Server(ThreadingHTTPServer):
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process needs to find this server, and to try again every second where it went away."""
-        waits = {f"WANDB__{what}_RETRY_WAIT_{end}_SECONDS": "1" for what in ("FILE_STREAM", "GRAPHQL", "FILE_TRANSFER") for end in ("MIN", "MAX")}
+        """What a process needs to find this server, and to try again every second where it went
+        away."""
+        waits = {
+            f"WANDB__{what}_RETRY_WAIT_{end}_SECONDS": "1"
+            for what in ("FILE_STREAM", "GRAPHQL", "FILE_TRANSFER")
+            for end in ("MIN", "MAX")
+        }
         return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": "a" * 40, **waits}
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
         return self
 
     def handle_error(self, *_: object) -> None:
@@ -80,40 +91,113 @@ class Server(ThreadingHTTPServer):
         return connection, address
 
     def answer(self, operation: str, asked: dict[str, Any]) -> dict[str, Any]:
-        """The data of a GraphQL operation; an operation that nobody needs an answer to gets none."""
+        """The data of a GraphQL operation; an operation that nobody needs an answer to gets
+        none."""
         if operation == "UpsertBucket":
             run = self.runs.setdefault(asked["name"], StoredRun())
             run.fields |= {key: value for key, value in asked.items() if value is not None}
-            project = {"id": "cHJv", "name": asked.get("project") or "p", "entity": {"id": "ZW50", "name": asked.get("entity") or "local"}}
-            bucket = {"id": "cnVu", "name": asked["name"], "displayName": run.fields.get("displayName"), "description": None,
-                      "config": run.fields.get("config"), "sweepName": None, "project": project, "historyLineCount": len(run.history)}  # fmt: skip
+            project = {
+                "id": "cHJv",
+                "name": asked.get("project") or "p",
+                "entity": {"id": "ZW50", "name": asked.get("entity") or "local"},
+            }
+            bucket = {
+                "id": "cnVu",
+                "name": asked["name"],
+                "displayName": run.fields.get("displayName"),
+                "description": None,
+                "config": run.fields.get("config"),
+                "sweepName": None,
+                "project": project,
+                "historyLineCount": len(run.history),
+            }
             return {"upsertBucket": {"bucket": bucket, "inserted": True}}
         if operation == "RunResumeStatus":
             return {
-                "model": {"id": "cHJv", "name": asked["project"], "entity": {"id": "ZW50", "name": "local"}, "bucket": self.resumed(asked["name"])}
+                "model": {
+                    "id": "cHJv",
+                    "name": asked["project"],
+                    "entity": {"id": "ZW50", "name": "local"},
+                    "bucket": self.resumed(asked["name"]),
+                }
             }
         if operation == "CreateRunFiles":
-            files = [{"name": name, "uploadUrl": f"{self.url}/store/{asked['run']}/{name}"} for name in asked["files"]]
+            files = [
+                {"name": name, "uploadUrl": f"{self.url}/store/{asked['run']}/{name}"}
+                for name in asked["files"]
+            ]
             return {"createRunFiles": {"runID": "cnVu", "uploadHeaders": [], "files": files}}
         if operation in ("Viewer", "GetDefaultEntity"):
-            viewer = {"id": "dQ==", "entity": "local", "username": "local", "email": "l@l", "admin": False, "flags": "{}", "teams": {"edges": []}}
+            viewer = {
+                "id": "dQ==",
+                "entity": "local",
+                "username": "local",
+                "email": "l@l",
+                "admin": False,
+                "flags": "{}",
+                "teams": {"edges": []},
+            }
             return {"viewer": viewer}
         if operation in ("ServerInfo", "ServerFeaturesQuery"):
-            return {"serverInfo": {"cliVersionInfo": None, "latestLocalVersionInfo": None, "features": []}, "viewer": {"id": "dQ=="}}
+            return {
+                "serverInfo": {
+                    "cliVersionInfo": None,
+                    "latestLocalVersionInfo": None,
+                    "features": [],
+                },
+                "viewer": {"id": "dQ=="},
+            }
         if operation == "CreateArtifact":
-            return {"createArtifact": {"artifact": {"id": "YXJ0", "state": "COMMITTED", "artifactSequence": {"latestArtifact": {"id": "YXJ0"}}}}}
+            return {
+                "createArtifact": {
+                    "artifact": {
+                        "id": "YXJ0",
+                        "state": "COMMITTED",
+                        "artifactSequence": {"latestArtifact": {"id": "YXJ0"}},
+                    }
+                }
+            }
         if operation == "GetProjects":
-            edges = [{"node": {"id": "cHJv", "name": name, "entityName": asked["entity"], "createdAt": "2026-01-01T00:00:00", "isBenchmark": False},
-                      "cursor": "c"} for name in self.projects]  # fmt: skip
-            return {"models": {"pageInfo": {"endCursor": None, "hasNextPage": False}, "edges": edges}}
+            edges = [
+                {
+                    "node": {
+                        "id": "cHJv",
+                        "name": name,
+                        "entityName": asked["entity"],
+                        "createdAt": "2026-01-01T00:00:00",
+                        "isBenchmark": False,
+                    },
+                    "cursor": "c",
+                }
+                for name in self.projects
+            ]
+            return {
+                "models": {"pageInfo": {"endCursor": None, "hasNextPage": False}, "edges": edges}
+            }
         if operation == "CreateProject":
             self.projects.append(asked["input"]["name"])
             return {"result": {"project": None, "model": None, "inserted": True}}
         if operation in ("UpsertView2", "upsertView"):
             self.views.append(asked)
-            project = {"id": "cHJv", "name": asked["projectName"], "entityName": asked["entityName"]}
-            view = {key: asked[key] for key in ("name", "displayName", "description", "type", "spec")}
-            return {"upsertView": {"view": {"id": "dmll", "project": project, "updatedAt": "2026-01-01T00:00:00", **view}, "inserted": True}}
+            project = {
+                "id": "cHJv",
+                "name": asked["projectName"],
+                "entityName": asked["entityName"],
+            }
+            view = {
+                key: asked[key] for key in ("name", "displayName", "description", "type", "spec")
+            }
+            return {
+                "upsertView": {
+                    "view": {
+                        "id": "dmll",
+                        "project": project,
+                        "updatedAt": "2026-01-01T00:00:00",
+                        **view,
+                    },
+                    "inserted": True,
+                }
+            }
         return {}
 
     def resumed(self, name: str) -> dict[str, Any] | None:
@@ -122,16 +206,30 @@ class Server(ThreadingHTTPServer):
             return None
         run = self.runs[name]
         tail = json.dumps(run.history[-1:])
-        return {"id": "cnVu", "name": name, "summaryMetrics": json.dumps(run.summary), "displayName": run.fields.get("displayName"),
-                "logLineCount": 0, "historyLineCount": len(run.history), "eventsLineCount": 0, "historyTail": tail, "eventsTail": "[]",
-                "config": run.fields.get("config"), "tags": run.fields.get("tags", []), "notes": None, "wandbConfig": '{"t": 1}'}  # fmt: skip
+        return {
+            "id": "cnVu",
+            "name": name,
+            "summaryMetrics": json.dumps(run.summary),
+            "displayName": run.fields.get("displayName"),
+            "logLineCount": 0,
+            "historyLineCount": len(run.history),
+            "eventsLineCount": 0,
+            "historyTail": tail,
+            "eventsTail": "[]",
+            "config": run.fields.get("config"),
+            "tags": run.fields.get("tags", []),
+            "notes": None,
+            "wandbConfig": '{"t": 1}',
+        }
 
     def stream(self, name: str, chunk: dict[str, Any]) -> None:
         """Stores what a run's file stream brings."""
         run = self.runs[name]
         for file, part in (chunk.get("files") or {}).items():
             if file == "wandb-history.jsonl":
-                run.history[part["offset"] : part["offset"] + len(part["content"])] = part["content"]
+                run.history[part["offset"] : part["offset"] + len(part["content"])] = part[
+                    "content"
+                ]
             elif file == "wandb-summary.json":
                 run.summary |= json.loads(part["content"][-1])
         if chunk.get("complete"):
@@ -147,7 +245,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def body(self) -> bytes:
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        return gzip.decompress(content) if self.headers.get("Content-Encoding") == "gzip" else content
+        return (
+            gzip.decompress(content) if self.headers.get("Content-Encoding") == "gzip" else content
+        )
 
     def reply(self, answer: dict[str, Any]) -> None:
         content = json.dumps(answer).encode()

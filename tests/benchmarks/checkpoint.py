@@ -1,12 +1,13 @@
-"""How long a save holds up training, beside a plain copy of the same tensors and beside a save that is waited for.
+"""How long a save holds up training, beside a plain copy of the same tensors and beside a save that
+is waited for.
 
     python tests/benchmarks/checkpoint.py [--layers 8] [--width 512] [--rounds 7]
 
-A model, AdamW's state after a step and a random state. `begin` is all of a save that the loop waits for; the copy is clone() of every
-tensor, and copy_() of every tensor to memory that is there. They take turns, so that the ratios of medians hold while the machine's speed
-drifts. The first round has no memory to copy to yet, and is left out. The second table says what writing costs the steps beside it, which on
-a CPU have to share its cores.
-"""
+A model, AdamW's state after a step and a random state. `begin` is all of a save that the loop waits
+for; the copy is clone() of every tensor, and copy_() of every tensor to memory that is there. They
+take turns, so that the ratios of medians hold while the machine's speed drifts. The first round has
+no memory to copy to yet, and is left out. The second table says what writing costs the steps beside
+it, which on a CPU have to share its cores."""
 
 import argparse
 import statistics
@@ -73,7 +74,11 @@ def main() -> None:
             assert error is None, error
 
         def copied() -> list[torch.Tensor]:
-            return [local(tensor).cpu().clone() for group in state().values() for tensor in group.values()]
+            return [
+                local(tensor).cpu().clone()
+                for group in state().values()
+                for tensor in group.values()
+            ]
 
         places = copied()
         for number in range(options.rounds + 1):
@@ -82,7 +87,16 @@ def main() -> None:
             tensors = [tensor for group in state().values() for tensor in group.values()]
             seconds["clone"].append(measured(copied, device))
             seconds["copy_"].append(
-                measured(partial(list, (place.copy_(local(tensor)) for place, tensor in zip(places, tensors, strict=True))), device)
+                measured(
+                    partial(
+                        list,
+                        (
+                            place.copy_(local(tensor))
+                            for place, tensor in zip(places, tensors, strict=True)
+                        ),
+                    ),
+                    device,
+                )
             )
             seconds["waited for"].append(measured(partial(waited_for, 2 * number), device))
             seconds["step"] += [measured(step, device) for _ in range(5)]
@@ -92,14 +106,33 @@ def main() -> None:
             saver.wait()
         saver.close()
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    lost = (sum(seconds["step beside"]) - len(seconds["step beside"]) * medians["step"]) / options.rounds
+    lost = (
+        sum(seconds["step beside"]) - len(seconds["step beside"]) * medians["step"]
+    ) / options.rounds
     megabytes = sum(place.numel() * place.element_size() for place in places) / 2**20
-    print(f"{megabytes:.0f} MiB on {device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {options.rounds}\n")
-    print("| begin | copy_ | clone | waited for | begin / copy_ | begin / clone | begin / waited for |\n|---|---|---|---|---|---|---|")
-    ratios = " | ".join(f"{medians['begin'] / medians[name]:.3f}" for name in ("copy_", "clone", "waited for"))
-    print("| " + " | ".join(f"{1000 * medians[name]:.0f} ms" for name in ("begin", "copy_", "clone", "waited for")) + f" | {ratios} |\n")
+    print(
+        f"{megabytes:.0f} MiB on {device.type}, torch {torch.__version__},"
+        f" {torch.get_num_threads()} threads, medians of {options.rounds}\n"
+    )
+    print(
+        "| begin | copy_ | clone | waited for | begin / copy_ | begin / clone | begin / waited for"
+        " |\n|---|---|---|---|---|---|---|"
+    )
+    ratios = " | ".join(
+        f"{medians['begin'] / medians[name]:.3f}" for name in ("copy_", "clone", "waited for")
+    )
+    print(
+        "| "
+        + " | ".join(
+            f"{1000 * medians[name]:.0f} ms" for name in ("begin", "copy_", "clone", "waited for")
+        )
+        + f" | {ratios} |\n"
+    )
     print("| step | step beside a save | longer for a save, in all |\n|---|---|---|")
-    print(f"| {1000 * medians['step']:.0f} ms | {1000 * medians['step beside']:.0f} ms | {1000 * lost:.0f} ms |")
+    print(
+        f"| {1000 * medians['step']:.0f} ms | {1000 * medians['step beside']:.0f} ms |"
+        f" {1000 * lost:.0f} ms |"
+    )
 
 
 if __name__ == "__main__":

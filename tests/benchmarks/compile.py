@@ -1,7 +1,8 @@
-"""Eager, block-wise and whole compilation on this CPU: python tests/benchmarks/compile.py [--rounds 9]
+"""Eager, block-wise and whole compilation on this CPU: python tests/benchmarks/compile.py [--rounds
+9]
 
-6 layers x 384, length 256, batch 12, vocabulary 256: steps take turns in one process; the first two of each, which compile, are not counted.
-"""
+6 layers x 384, length 256, batch 12, vocabulary 256: steps take turns in one process; the first two
+of each, which compile, are not counted."""
 
 import argparse
 import statistics
@@ -39,7 +40,9 @@ def build(compile: str) -> Callable[[], Any]:
 
 def main() -> None:
     """Prints a table in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=9)
     rounds = parser.parse_args().rounds
     keep_freed_memory()
@@ -51,10 +54,16 @@ def main() -> None:
             step()
             times[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(found[2:]) for name, found in times.items()}
-    print(f"{date.today()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.cpu.get_capabilities().get('cpu_name', 'CPU')}\n")
+    print(
+        f"{date.today()}, torch {torch.__version__}, {torch.get_num_threads()} threads,"
+        f" {torch.cpu.get_capabilities().get('cpu_name', 'CPU')}\n"
+    )
     print("| compile | first step | step | eager / it |\n|---|---|---|---|")
     for name, median in medians.items():
-        print(f"| {name} | {times[name][0]:.1f} s | {1000 * median:.0f} ms | {medians['none'] / median:.2f} |")
+        print(
+            f"| {name} | {times[name][0]:.1f} s | {1000 * median:.0f} ms |"
+            f" {medians['none'] / median:.2f} |"
+        )
 
 
 if __name__ == "__main__":

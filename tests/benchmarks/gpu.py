@@ -1,14 +1,16 @@
 """Everything that is measured on one GPU, in pieces of minutes.
 
-    python tests/benchmarks/gpu.py gpt2 [--peer DIR_OF_NANOGPT]        GPT-2 124M, length 1024, beside nanoGPT's compiled step
-    python tests/benchmarks/gpu.py large                               the 1208M shape, length 2048
-    python tests/benchmarks/gpu.py rules [--large] [--rules sam ...]   gradient rules beside AdamW, 0.5M tokens a step by accumulation
-    python tests/benchmarks/gpu.py memory [--rules sam ...]            the plan's memory beside what a step allocates; fails beyond a tenth
-    python tests/benchmarks/gpu.py shakespeare --data .../input.txt    shakespeare_char: the best evaluation of 5000 steps
+    gpu.py gpt2 [--peer DIR_OF_NANOGPT]      GPT-2 124M, length 1024, beside nanoGPT's compiled step
+    gpu.py large                             the 1208M shape, length 2048
+    gpu.py rules [--large] [--rules sam ...] gradient rules beside AdamW, 0.5M tokens a step by
+                                             accumulation
+    gpu.py memory [--rules sam ...]          the plan's memory beside what a step allocates; fails
+                                             beyond a tenth
+    gpu.py shakespeare --data .../input.txt  shakespeare_char: the best evaluation of 5000 steps
 
-Needs torch and safetensors; `shakespeare` and `memory` also what train.py imports. Steps are bf16, compiled block by block, with fused AdamW. The
-utilisation counts forward and backward as optim/flops.py does, over the dense bf16 peak. --profile prints the kernels that take longest.
-"""
+Needs torch and safetensors; `shakespeare` and `memory` also what train.py imports. Steps are bf16,
+compiled block by block, with fused AdamW. The utilisation counts forward and backward as
+optim/flops.py does, over the dense bf16 peak. --profile prints the kernels that take longest."""
 
 import argparse
 import contextlib
@@ -42,7 +44,11 @@ RULES: dict[str, dict[str, Any]] = {
     "functional_sam store": {"path": "functional", "cotangent": "store"},
     "functional_sam rebuild": {"path": "functional", "cotangent": "rebuild"},
     "preconditioned_sam": {"path": "full", "metric": "adam"},
-    "preconditioned_functional_sam": {"path": "functional", "metric": "adam", "cotangent": "rebuild"},
+    "preconditioned_functional_sam": {
+        "path": "functional",
+        "metric": "adam",
+        "cotangent": "rebuild",
+    },
     "msam": {"path": "full", "scope": "micro_batch"},
     "delta_sam": {"path": "full", "weights": "delta"},
     "momentum_sam": {"path": "full", "direction": "momentum", "rho": 3.0},
@@ -55,7 +61,12 @@ Step = Callable[[], Any]
 
 def tokens(shape: GPTConfig, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The same random tokens for everyone."""
-    batch = torch.randint(0, shape.vocab_size, (sequences, shape.max_length + 1), generator=torch.Generator().manual_seed(0)).to(CUDA)
+    batch = torch.randint(
+        0,
+        shape.vocab_size,
+        (sequences, shape.max_length + 1),
+        generator=torch.Generator().manual_seed(0),
+    ).to(CUDA)
     return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
 
@@ -64,7 +75,11 @@ def our_step(shape: GPTConfig, sequences: int, checkpoint_activations: bool = Fa
     with CUDA:
         model = GPT(shape)
     parallelize(model, "block", checkpoint_activations, CUDA)
-    optimizer, rule, batches = build_optimizer(model, OptimConfig()), Gradient(model), [tokens(shape, sequences)]
+    optimizer, rule, batches = (
+        build_optimizer(model, OptimConfig()),
+        Gradient(model),
+        [tokens(shape, sequences)],
+    )
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -77,8 +92,8 @@ def our_step(shape: GPTConfig, sequences: int, checkpoint_activations: bool = Fa
 
 
 def rules(shape: GPTConfig, micro: int, names: list[str], rounds: int = 5) -> None:
-    """A table of rules, one model after the other, AdamW's step before and after each; rho and lr change from step to step, and after the
-    first steps a recompilation is an error."""
+    """A table of rules, one model after the other, AdamW's step before and after each; rho and lr
+    change from step to step, and after the first steps a recompilation is an error."""
     micros = 2**19 // shape.max_length // micro
     inputs, targets = tokens(shape, micro * micros)
     batches = list(zip(inputs.split(micro), targets.split(micro), strict=True))
@@ -92,7 +107,10 @@ def rules(shape: GPTConfig, micro: int, names: list[str], rounds: int = 5) -> No
         times: dict[str, list[float]] = {"adamw": [], name: []}
         config = OptimConfig(**RULES[name])
         optimizer = build_optimizer(model, config)
-        contestants = {"adamw": build_rule(model, optimizer, OptimConfig(), SCHEDULE), name: build_rule(model, optimizer, config, SCHEDULE)}
+        contestants = {
+            "adamw": build_rule(model, optimizer, OptimConfig(), SCHEDULE),
+            name: build_rule(model, optimizer, config, SCHEDULE),
+        }
         for round_ in range(rounds + 1):
             for contestant, rule in contestants.items():
                 torch.cuda.synchronize()
@@ -112,23 +130,49 @@ def rules(shape: GPTConfig, micro: int, names: list[str], rounds: int = 5) -> No
         peak = torch.cuda.max_memory_allocated()
         plain_peak = plain_peak or peak
         step, plain = (statistics.median(times[key]) for key in (name, "adamw"))
-        print(f"| {name} | {1000 * step:.0f} ms | {step / plain:.3f} | {peak / 2**30:.2f} GiB | {(peak - plain_peak) / 2**30:.2f} GiB |", flush=True)
+        print(
+            f"| {name} | {1000 * step:.0f} ms | {step / plain:.3f} | {peak / 2**30:.2f} GiB |"
+            f" {(peak - plain_peak) / 2**30:.2f} GiB |",
+            flush=True,
+        )
         del optimizer, contestants, rule
 
 
 def memory(names: list[str]) -> None:
-    """The plan's peak beside torch.cuda.max_memory_allocated for a logged step of GPT-2 124M, in bf16 and fp32, with activations kept and
-    computed again, eager and compiled. Exits with 1 where an eager one differs by more than a tenth; compiled blocks may need less."""
+    """The plan's peak beside torch.cuda.max_memory_allocated for a logged step of GPT-2 124M, in
+    bf16 and fp32, with activations kept and computed again, eager and compiled. Exits with 1 where
+    an eager one differs by more than a tenth; compiled blocks may need less."""
     from launch.config import compose
     from launch.memory import estimate
     from launch.plan import make_plan
 
-    shape = ["model=gpt2_124m", "tokenizer=bpe", "tokenizer.vocab_size=50257", "batch.length=1024", "batch.sequences=16", "device=cuda"]
-    print("| rule | precision | checkpointing | compile | plan | measured | plan / measured |\n|---|---|---|---|---|---|---|")
+    shape = [
+        "model=gpt2_124m",
+        "tokenizer=bpe",
+        "tokenizer.vocab_size=50257",
+        "batch.length=1024",
+        "batch.sequences=16",
+        "device=cuda",
+    ]
+    print(
+        "| rule | precision | checkpointing | compile | plan | measured | plan / measured"
+        " |\n|---|---|---|---|---|---|---|"
+    )
     wrong = []
-    for name, precision, checkpointing, compiled in itertools.product(names, ("bf16", "fp32"), (False, True), ("none", "block")):
-        settings = compose([*shape, f"precision={precision}", f"activation_checkpointing={checkpointing}", f"compile={compiled}", "batch.micro=4",
-                            *(f"optim.{key}={value}" for key, value in RULES[name].items()), *["optim.num_groups=2"] * (name == "msam")])  # fmt: skip
+    for name, precision, checkpointing, compiled in itertools.product(
+        names, ("bf16", "fp32"), (False, True), ("none", "block")
+    ):
+        settings = compose(
+            [
+                *shape,
+                f"precision={precision}",
+                f"activation_checkpointing={checkpointing}",
+                f"compile={compiled}",
+                "batch.micro=4",
+                *(f"optim.{key}={value}" for key, value in RULES[name].items()),
+                *["optim.num_groups=2"] * (name == "msam"),
+            ]
+        )
         plan = make_plan(settings)
         torch._dynamo.reset()
         torch._dynamo.config.error_on_recompile = False
@@ -143,7 +187,10 @@ def memory(names: list[str]) -> None:
         for step in range(3):
             torch.cuda.reset_peak_memory_stats()
             with autocast(CUDA, torch.bfloat16 if precision == "bf16" else torch.float32):
-                rule.gradient([batches[first : first + size] for first in range(0, len(batches), size)], logged=step == 2)
+                rule.gradient(
+                    [batches[first : first + size] for first in range(0, len(batches), size)],
+                    logged=step == 2,
+                )
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -164,7 +211,15 @@ def nanogpt_step(folder: str, sequences: int) -> Step:
     assert spec and spec.loader
     nanogpt = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(nanogpt)
-    shape = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304, "dropout": 0.0, "bias": False}
+    shape = {
+        "n_layer": 12,
+        "n_head": 12,
+        "n_embd": 768,
+        "block_size": 1024,
+        "vocab_size": 50304,
+        "dropout": 0.0,
+        "bias": False,
+    }
     with contextlib.redirect_stdout(None):
         model = nanogpt.GPT(nanogpt.GPTConfig(**shape)).to(CUDA)
         optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cuda")
@@ -202,7 +257,10 @@ def report(name: str, shape: GPTConfig, sequences: int, elapsed: float) -> None:
     flops, peak = 3 * forward_flops(shape, shape.max_length).total * num_tokens, peak_flops(CUDA)
     utilisation = f", {flops / elapsed / peak:.1%} of the dense bf16 peak" if peak else ""
     memory = torch.cuda.max_memory_allocated() / 2**30
-    print(f"{name}: {1000 * elapsed:.1f} ms, {num_tokens / elapsed:,.0f} tokens/s{utilisation}; peak memory so far {memory:.1f} GiB")
+    print(
+        f"{name}: {1000 * elapsed:.1f} ms, {num_tokens / elapsed:,.0f} tokens/s{utilisation}; peak"
+        f" memory so far {memory:.1f} GiB"
+    )
 
 
 def profile(step: Step) -> None:
@@ -210,7 +268,11 @@ def profile(step: Step) -> None:
     with torch.profiler.profile() as found:
         for _ in range(5):
             step()
-    print(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70))
+    print(
+        found.key_averages().table(
+            sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70
+        )
+    )
 
 
 def shakespeare(data: str) -> None:
@@ -218,31 +280,61 @@ def shakespeare(data: str) -> None:
     from launch.folder import read_rows
 
     with tempfile.TemporaryDirectory() as folder:
-        overrides = ["experiment=shakespeare_char", f"data.path={data}", f"data.cache={folder}/cache", f"dir={folder}/run", "tracking=none"]
-        subprocess.run([sys.executable, "train.py", *overrides], cwd=Path(__file__).parents[2], check=True)
-        losses = [row["val/loss"] for row in read_rows(Path(folder, "run", "metrics.jsonl")) if "val/loss" in row]
+        overrides = [
+            "experiment=shakespeare_char",
+            f"data.path={data}",
+            f"data.cache={folder}/cache",
+            f"dir={folder}/run",
+            "tracking=none",
+        ]
+        subprocess.run(
+            [sys.executable, "train.py", *overrides], cwd=Path(__file__).parents[2], check=True
+        )
+        losses = [
+            row["val/loss"]
+            for row in read_rows(Path(folder, "run", "metrics.jsonl"))
+            if "val/loss" in row
+        ]
     print(f"shakespeare_char: best evaluation {min(losses):.4f}, last {losses[-1]:.4f}")
 
 
 def main() -> None:
     """Runs one piece."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("piece", choices=("gpt2", "large", "rules", "memory", "shakespeare"))
     parser.add_argument("--peer", help="a checkout of nanoGPT")
     parser.add_argument("--data", help="tinyshakespeare/input.txt")
     parser.add_argument("--sequences", type=int, help="sequences per step")
-    parser.add_argument("--large", action="store_true", help="rules: the 1208M shape instead of GPT-2's")
+    parser.add_argument(
+        "--large", action="store_true", help="rules: the 1208M shape instead of GPT-2's"
+    )
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES))
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
-    print(f"{date.today()}, torch {torch.__version__}, {torch.cuda.get_device_name()}: {' '.join(sys.argv[1:])}")
+    print(
+        f"{date.today()}, torch {torch.__version__}, {torch.cuda.get_device_name()}:"
+        f" {' '.join(sys.argv[1:])}"
+    )
     if arguments.piece == "shakespeare":
         return shakespeare(arguments.data)
     if arguments.piece == "memory":
         return memory(arguments.rules)
     if arguments.piece == "rules":
-        return rules(*((LARGE, arguments.sequences or 8) if arguments.large else (GPT2, arguments.sequences or 32)), arguments.rules)
-    shape, sequences = (GPT2, arguments.sequences or 32) if arguments.piece == "gpt2" else (LARGE, arguments.sequences or 8)
+        return rules(
+            *(
+                (LARGE, arguments.sequences or 8)
+                if arguments.large
+                else (GPT2, arguments.sequences or 32)
+            ),
+            arguments.rules,
+        )
+    shape, sequences = (
+        (GPT2, arguments.sequences or 32)
+        if arguments.piece == "gpt2"
+        else (LARGE, arguments.sequences or 8)
+    )
     steps = {"ours": our_step(shape, sequences)}
     if arguments.peer and arguments.piece == "gpt2":
         steps["nanoGPT"] = nanogpt_step(arguments.peer, sequences)

@@ -1,8 +1,8 @@
 """Counts what makes code tiring to read: python tests/benchmarks/readability.py [--peer DIR ...]
 
-Prints one column for this project and one for each other checkout. Tests are left out. A decision is an if, a loop, an except, a conditional
-expression, a part of a comprehension, or one more operand of `and` and `or`.
-"""
+Prints one column for this project and one for each other checkout. Tests are left out. A decision
+is an if, a loop, an except, a conditional expression, a part of a comprehension, or one more
+operand of `and` and `or`."""
 
 import argparse
 import ast
@@ -97,13 +97,17 @@ def figures(checkout: Path) -> dict[str, str]:
         "longest file": f"{longest}",
         f"lines wider than {WIDTH}": f"{total['wide']} ({100 * total['wide'] / code:.0f} %)",
         "decisions per 100 lines of code": f"{100 * total['decisions'] / code:.1f}",
-        "conditional expressions (nested) per 1000": f"{1000 * total['ternaries'] / code:.0f} ({total['nested']})",
+        "conditional expressions (nested) per 1000": (
+            f"{1000 * total['ternaries'] / code:.0f} ({total['nested']})"
+        ),
         "comprehensions per 1000": f"{1000 * total['comprehensions'] / code:.0f}",
         "comments per 100": f"{100 * total['comments'] / code:.1f}",
         f"functions / over {LONGEST_FUNCTION} lines": f"{total['functions']} / {total['long']}",
         f"functions over {MOST_DECISIONS} decisions": f"{total['branched']}",
         f"functions over {MOST_PARAMETERS} parameters": f"{total['many']}",
-        "public functions with a docstring": f"{100 * total['documented'] / max(1, total['public']):.0f} %",
+        "public functions with a docstring": (
+            f"{100 * total['documented'] / max(1, total['public']):.0f} %"
+        ),
         "words of README.md": f"{words:,}",
     }
 

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/shakespeare.py --data .../tinyshakespeare/input.txt
 
-The plain loop is torch's unfused AdamW around transformers' GPT-2 with the biases held at zero, in fp32, from the same first weights:
-nothing of ours but the loader. Both losses are over the full validation set.
-"""
+The plain loop is torch's unfused AdamW around transformers' GPT-2 with the biases held at zero, in
+fp32, from the same first weights: nothing of ours but the loader. Both losses are over the full
+validation set."""
 
 import argparse
 import json
@@ -34,13 +34,21 @@ def plain_loop(overrides: list[str]) -> float:
     shape = make_plan(config).model
     model = GPT2LMHeadModel(GPT2Config(**to_config(shape, "gpt2")))
     model.load_state_dict(to_tensors(GPT(shape, config.seed), FORMATS["gpt2"]), strict=False)
-    weights = [parameter.requires_grad_(not name.endswith("bias")) for name, parameter in model.named_parameters()]
-    matrices, vectors = [p for p in weights if p.requires_grad and p.ndim > 1], [p for p in weights if p.requires_grad and p.ndim == 1]
+    weights = [
+        parameter.requires_grad_(not name.endswith("bias"))
+        for name, parameter in model.named_parameters()
+    ]
+    matrices, vectors = (
+        [p for p in weights if p.requires_grad and p.ndim > 1],
+        [p for p in weights if p.requires_grad and p.ndim == 1],
+    )
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), foreach=False, fused=False)
     loader = Loader(corpus.train, None, batch.length, batch.sequences, config.seed)
     for step in range(2000):
-        rate = step / 100 if step < 100 else 0.1 + 0.45 * (1 + math.cos(math.pi * (step - 100) / 1900))
+        rate = (
+            step / 100 if step < 100 else 0.1 + 0.45 * (1 + math.cos(math.pi * (step - 100) / 1900))
+        )
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * rate
         tokens, targets = loader.batch(step)
@@ -50,22 +58,38 @@ def plain_loop(overrides: list[str]) -> float:
         optimizer.zero_grad()
     held_out = Validation(next(iter(corpus.validation.values())), batch.length, corpus.tokenizer)
     with torch.no_grad():
-        total = sum(F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten(), reduction="sum").item() for x, y in held_out.batches(64))
+        total = sum(
+            F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten(), reduction="sum").item()
+            for x, y in held_out.batches(64)
+        )
     return total / held_out.num_tokens
 
 
 def main() -> None:
     """Prints both losses."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", required=True)
     with tempfile.TemporaryDirectory() as folder:
-        overrides = ["experiment=shakespeare_char_cpu", f"data.path={parser.parse_args().data}", f"data.cache={folder}/cache", "tracking=none"]
+        overrides = [
+            "experiment=shakespeare_char_cpu",
+            f"data.path={parser.parse_args().data}",
+            f"data.cache={folder}/cache",
+            "tracking=none",
+        ]
         root = Path(__file__).parents[2]
-        subprocess.run([sys.executable, "train.py", *overrides, f"dir={folder}/run"], cwd=root, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "train.py", *overrides, f"dir={folder}/run"],
+            cwd=root,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         ours = json.loads(Path(folder, "run", "summary.json").read_text())["val/loss"]
         plain = plain_loop(overrides)
     print(
-        f"{date.today()}, torch {torch.__version__}: train.py {ours:.4f}, plain loop {plain:.4f}, difference {ours - plain:+.4f} nats per character"
+        f"{date.today()}, torch {torch.__version__}: train.py {ours:.4f}, plain loop {plain:.4f},"
+        f" difference {ours - plain:+.4f} nats per character"
     )
 
 

@@ -1,14 +1,16 @@
-"""The time and peak memory of a step of every gradient rule, beside AdamW's and, with --peer, beside SAM as davda54/sam has it.
+"""The time and peak memory of a step of every gradient rule, beside AdamW's and, with --peer,
+beside SAM as davda54/sam has it.
 
-    python tests/benchmarks/sharpness.py [--vocab 256 50304] [--length 256] [--micros 1] [--rules sam functional_sam ...]
+    python tests/benchmarks/sharpness.py [--vocab 256 50304] [--length 256] [--micros 1] [--rules
+    sam functional_sam ...]
                                          [--peer DIR_OF_DAVDA54_SAM] [--rounds 7]
 
-6 layers x 384, 6 heads, 3072 tokens a step (12 sequences of 256), cut into micro-batches. Precision as train.py takes it. Each contestant
-is a process of its own, and they take turns step by step, so that the ratio of medians holds while the machine's speed drifts. The
-baseline is optim=adamw, never a rule of radius 0. The ratio of FLOPs, as a run logs them, is what the time can be held against. Memory:
-the largest sum of live tensor bytes of a step, counted tensor by tensor in a further step; its difference from AdamW's is given in
-copies of the parameters, and in MiB.
-"""
+6 layers x 384, 6 heads, 3072 tokens a step (12 sequences of 256), cut into micro-batches. Precision
+as train.py takes it. Each contestant is a process of its own, and they take turns step by step, so
+that the ratio of medians holds while the machine's speed drifts. The baseline is optim=adamw, never
+a rule of radius 0. The ratio of FLOPs, as a run logs them, is what the time can be held against.
+Memory: the largest sum of live tensor bytes of a step, counted tensor by tensor in a further step;
+its difference from AdamW's is given in copies of the parameters, and in MiB."""
 
 import argparse
 import importlib.util
@@ -58,7 +60,8 @@ class Live(TorchDispatchMode):
 
     def __init__(self, known: list[torch.Tensor], counted: list[torch.Tensor]) -> None:
         super().__init__()
-        self.seen = {tensor.untyped_storage()._cdata: 0 for tensor in known}  # what is there for every rule
+        # what is there for every rule
+        self.seen = {tensor.untyped_storage()._cdata: 0 for tensor in known}
         self.now = self.peak = 0
         for tensor in counted:
             self.see(tensor)
@@ -74,7 +77,9 @@ class Live(TorchDispatchMode):
     def forget(self, key: int) -> None:
         self.now -= self.seen.pop(key)
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
@@ -87,7 +92,9 @@ class Step:
 
     def __init__(self, name: str, vocab: int, length: int, micros: int, peer: str | None) -> None:
         keep_freed_memory()
-        tokens = torch.randint(0, vocab, (TOKENS // length, length + 1), generator=torch.Generator().manual_seed(0))
+        tokens = torch.randint(
+            0, vocab, (TOKENS // length, length + 1), generator=torch.Generator().manual_seed(0)
+        )
         size = len(tokens) // micros
         halves = (tokens[:, :-1].contiguous().split(size), tokens[:, 1:].contiguous().split(size))
         self.micros = list(zip(*halves, strict=True))
@@ -101,24 +108,39 @@ class Step:
             assert spec and spec.loader
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-            self.peer = module.SAM(self.model.parameters(), torch.optim.AdamW, rho=0.05, lr=1e-3, weight_decay=0.1, fused=True)
+            self.peer = module.SAM(
+                self.model.parameters(),
+                torch.optim.AdamW,
+                rho=0.05,
+                lr=1e-3,
+                weight_decay=0.1,
+                fused=True,
+            )
             self.optimizer: Any = self.peer.base_optimizer
         else:
             config = compose(RULES[name].split()).optim
             self.optimizer = build_optimizer(self.model, config)
-            schedule = Schedule(10**6, 0, config.lr, stop=10**6, period=config.period, rho=config.rho)
+            schedule = Schedule(
+                10**6, 0, config.lr, stop=10**6, period=config.period, rho=config.rho
+            )
             self.rule = build_rule(self.model, self.optimizer, config, schedule)
             self.rule.rho = config.rho
             if name == "msam" and micros % config.num_groups:
                 size = size // config.num_groups
-                self.micros = [micro for pair in self.micros for micro in zip(*(half.split(size) for half in pair), strict=True)]
+                self.micros = [
+                    micro
+                    for pair in self.micros
+                    for micro in zip(*(half.split(size) for half in pair), strict=True)
+                ]
 
     def __call__(self) -> None:
         """One step."""
         with autocast(self.device, self.dtype):
             if self.peer is None:
                 result = self.rule.gradient(self.micros, logged=False)
-                self.flops.append(self.of_forward.of(result.forwards, result.backwards, result.head_products))
+                self.flops.append(
+                    self.of_forward.of(result.forwards, result.backwards, result.head_products)
+                )
             else:
                 self.passes()
                 self.peer.first_step(zero_grad=True)
@@ -137,12 +159,31 @@ class Step:
             self.model.loss(inputs, targets, 1 / TOKENS)[0].backward()
 
     def memory(self) -> float:
-        """Peak of live bytes in one step, beside weights and optimiser, what the rule keeps between steps among them."""
+        """Peak of live bytes in one step, beside weights and optimiser, what the rule keeps between
+        steps among them."""
         owners = [self.optimizer.state.values(), self.peer.state.values() if self.peer else ()]
-        kept = [tensor for states in owners for state in states for tensor in state.values() if isinstance(tensor, torch.Tensor)]
-        known = [*self.model.parameters(), *kept, *(tensor for micro in self.micros for tensor in micro)]
-        of_rule = [] if self.peer else [tensor for name, tensor in self.rule.state_dict().items() if "/" in name]
-        of_rule += [tensor for tensor in getattr(getattr(self, "rule", None), "room", {}).values() if tensor is not None]
+        kept = [
+            tensor
+            for states in owners
+            for state in states
+            for tensor in state.values()
+            if isinstance(tensor, torch.Tensor)
+        ]
+        known = [
+            *self.model.parameters(),
+            *kept,
+            *(tensor for micro in self.micros for tensor in micro),
+        ]
+        of_rule = (
+            []
+            if self.peer
+            else [tensor for name, tensor in self.rule.state_dict().items() if "/" in name]
+        )
+        of_rule += [
+            tensor
+            for tensor in getattr(getattr(self, "rule", None), "room", {}).values()
+            if tensor is not None
+        ]
         live = Live(known, of_rule)
         del of_rule, kept, known
         with live:
@@ -151,7 +192,8 @@ class Step:
 
 
 def contestant(name: str, vocab: int, length: int, micros: int, peer: str | None) -> None:
-    """A process that answers every line on stdin: a step with its seconds, memory with a step's bytes, flops with their mean so far."""
+    """A process that answers every line on stdin: a step with its seconds, memory with a step's
+    bytes, flops with their mean so far."""
     step = Step(name, vocab, length, micros, peer)
 
     def seconds() -> float:
@@ -172,12 +214,26 @@ def ask(child: subprocess.Popen, what: str) -> float:
 
 
 def compare(names: list[str], arguments: argparse.Namespace, vocab: int) -> list[str]:
-    """The rows of a table: the contestants take turns, one step each, a rule of period k k steps."""
+    """The rows of a table: the contestants take turns, one step each, a rule of period k k
+    steps."""
     children = {}
     for name in names:
-        command = [sys.executable, __file__, "--contestant", name, "--vocab", str(vocab), "--length", str(arguments.length),
-                   "--micros", str(arguments.micros), *(["--peer", arguments.peer] if arguments.peer else [])]  # fmt: skip
-        children[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        command = [
+            sys.executable,
+            __file__,
+            "--contestant",
+            name,
+            "--vocab",
+            str(vocab),
+            "--length",
+            str(arguments.length),
+            "--micros",
+            str(arguments.micros),
+            *(["--peer", arguments.peer] if arguments.peer else []),
+        ]
+        children[name] = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(arguments.rounds + WARM_UP):
         for name, child in children.items():
@@ -187,22 +243,31 @@ def compare(names: list[str], arguments: argparse.Namespace, vocab: int) -> list
     peaks = {name: ask(child, "memory") for name, child in children.items()}
     for child in children.values():
         child.communicate()
-    copy = 4 * sum(p.numel() for p in GPT(GPTConfig(vocab, arguments.length, LAYERS, HEADS, WIDTH)).parameters())
+    copy = 4 * sum(
+        p.numel()
+        for p in GPT(GPTConfig(vocab, arguments.length, LAYERS, HEADS, WIDTH)).parameters()
+    )
     rows = []
     for name in names:
         own, base = (seconds[one][WARM_UP:] for one in (name, "adamw"))
         ratios = sorted(one / other for one, other in zip(own, base, strict=True))
         low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
         above = peaks[name] - peaks["adamw"]
-        rows.append(f"| {name} | {1000 * statistics.median(own):.0f} ms | {statistics.median(ratios):.2f} ({low:.2f}-{high:.2f}) | "
-                    f"{flops[name] / flops['adamw']:.2f} | {above / copy:.2f} copies, {above / 2**20:.0f} MiB |")  # fmt: skip
+        rows.append(
+            f"| {name} | {1000 * statistics.median(own):.0f} ms | {statistics.median(ratios):.2f}"
+            f" ({low:.2f}-{high:.2f}) | {flops[name] / flops['adamw']:.2f} | {above / copy:.2f}"
+            f" copies, {above / 2**20:.0f} MiB |"
+        )
     return rows
 
 
 def perturbation(vocab: int, length: int, rounds: int) -> str:
-    """Norm, perturbation and restore of all weights, beside AdamW's own step with its fused and its foreach kernels."""
+    """Norm, perturbation and restore of all weights, beside AdamW's own step with its fused and its
+    foreach kernels."""
     weights = list(GPT(GPTConfig(vocab, length, LAYERS, HEADS, WIDTH)).parameters())
-    fused, foreach = (torch.optim.AdamW(weights, foreach=not kernel, fused=kernel) for kernel in (True, False))
+    fused, foreach = (
+        torch.optim.AdamW(weights, foreach=not kernel, fused=kernel) for kernel in (True, False)
+    )
     gradients = [torch.randn_like(w) for w in weights]
     for w, gradient in zip(weights, gradients, strict=True):
         w.grad = gradient
@@ -213,17 +278,26 @@ def perturbation(vocab: int, length: int, rounds: int) -> str:
 
     seconds: dict[str, list[float]] = {"perturb": [], "fused": [], "foreach": []}
     for _ in range(rounds + WARM_UP):
-        for name, action in (("perturb", perturb), ("fused", fused.step), ("foreach", foreach.step)):
+        for name, action in (
+            ("perturb", perturb),
+            ("fused", fused.step),
+            ("foreach", foreach.step),
+        ):
             began = time.perf_counter()
             action()
             seconds[name].append(time.perf_counter() - began)
     ours, *theirs = (statistics.median(found[WARM_UP:]) for found in seconds.values())
-    return f"norm, perturbation and restore: {ours / theirs[0]:.2f} of AdamW's fused step, {ours / theirs[1]:.2f} of its foreach step"
+    return (
+        f"norm, perturbation and restore: {ours / theirs[0]:.2f} of AdamW's fused step,"
+        f" {ours / theirs[1]:.2f} of its foreach step"
+    )
 
 
 def main() -> None:
     """Prints a table in Markdown for every vocabulary."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--vocab", type=int, nargs="+", default=[256, 50304])
     parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
     parser.add_argument("--micros", type=int, default=1, help="micro-batches a step")
@@ -233,15 +307,30 @@ def main() -> None:
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.contestant:
-        return contestant(arguments.contestant, arguments.vocab[0], arguments.length, arguments.micros, arguments.peer)
+        return contestant(
+            arguments.contestant,
+            arguments.vocab[0],
+            arguments.length,
+            arguments.micros,
+            arguments.peer,
+        )
     keep_freed_memory()
-    names = ["adamw", *(rule for rule in arguments.rules if rule != "adamw"), *(["davda54 SAM"] if arguments.peer else [])]
+    names = [
+        "adamw",
+        *(rule for rule in arguments.rules if rule != "adamw"),
+        *(["davda54 SAM"] if arguments.peer else []),
+    ]
     precision = str(choose_precision("auto", torch.device("cpu"))).removeprefix("torch.")
-    print(f"{date.today()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
-          f"{torch.cpu.get_capabilities().get('cpu_name', 'CPU')}, {precision}, "
-          f"length {arguments.length}, {arguments.micros} micro-batches")  # fmt: skip
+    print(
+        f"{date.today()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{torch.cpu.get_capabilities().get('cpu_name', 'CPU')}, {precision}, "
+        f"length {arguments.length}, {arguments.micros} micro-batches"
+    )
     for vocab in arguments.vocab:
-        print(f"\n| vocabulary {vocab} | step | ratio to AdamW (quartiles) | of FLOPs | memory above AdamW's peak |\n|---|---|---|---|---|")
+        print(
+            f"\n| vocabulary {vocab} | step | ratio to AdamW (quartiles) | of FLOPs | memory above"
+            " AdamW's peak |\n|---|---|---|---|---|"
+        )
         print("\n".join(compare(names, arguments, vocab)), flush=True)
         print(f"\n{perturbation(vocab, arguments.length, arguments.rounds)}", flush=True)
 
