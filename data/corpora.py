@@ -192,6 +192,7 @@ class TextCorpus:
                 )
         if not self.named and self.split == "documents":
             self._check_whole_files()
+        self._check_separator()
 
     @property
     def files(self) -> list[File]:
@@ -308,6 +309,22 @@ class TextCorpus:
             Piece(part, i, tuple(pack), self.layout, held_out, fraction, sizes[i], bad_rows)
             for i, pack in enumerate(packs)
         ]
+
+    def _check_separator(self) -> None:
+        """Warns of a separator that the text does not seem to hold, as a misspelt one."""
+        files = [file for files in self.sources.values() for file in files]
+        texts = [file.path for file in files if file.path.endswith(".txt")][:16]
+        if self.layout.separator is None or not texts:
+            return
+        line = separator_line(self.layout)
+        for path in texts:
+            with open_regular(path) as stream:
+                if line.search(stream.read(PIECE_BYTES)):
+                    return
+        self.warnings.append(
+            f"data.separator={self.layout.separator!r} is no line of the text, so that each file is"
+            f" one document (seen: the first {PIECE_BYTES >> 20} MB of {len(texts)} files)"
+        )
 
     def _check_whole_files(self) -> None:
         """Holds out the tail where each document is a whole file and chance holds out none of them,

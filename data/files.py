@@ -4,11 +4,13 @@ Whatever is read from a disk may be cut, emptied, of another kind, or made to ha
 `read_json` and `read_yaml` are the only ways in: they take regular files of a bounded size and
 depth, and check the types of what they find."""
 
+import glob
 import io
 import json
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -140,6 +142,29 @@ def remove_temporary(folder: Path, names: Iterable[str] | None = None) -> None:
         name, _, process = path.name.removesuffix(".tmp").rpartition(".")
         if re.fullmatch(r"\d+", process) and (names is None or name in names):
             path.unlink(missing_ok=True)
+
+
+def write_result(path: Path, content: str | bytes) -> None:
+    """Writes a file that no lock guards, as a report, by `write_atomically`, and removes what
+    killed writers of it left."""
+    for leftover in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        process = leftover.suffixes[-2].removeprefix(".")
+        # A process of another host may be at work, for the moment that a file takes.
+        is_old = time.time() - leftover.stat().st_mtime > 5
+        if re.fullmatch(r"\d{1,9}", process) and is_old and not is_alive(int(process)):
+            leftover.unlink(missing_ok=True)
+    write_atomically(path, content)
+
+
+def is_alive(process: int) -> bool:
+    """Returns whether this host has a process of this number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def _read(

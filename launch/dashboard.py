@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import key
-from data.files import write_atomically
+from data.files import write_result
 from launch.wandb_run import PROJECT, wandb_mode, wandb_settings
 
 NAME = "flatgpt: methods compared"
@@ -236,7 +236,7 @@ def main(arguments: list[str]) -> None:
             except Exception as error:  # whatever the network or the server makes of it
                 why = f"{type(error).__name__}: {error}".splitlines()[0]
         try:
-            write_atomically(
+            write_result(
                 out, json.dumps(specification(*build(entity or "", project)), indent=1) + "\n"
             )
         except OSError as error:

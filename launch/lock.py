@@ -15,7 +15,7 @@ from typing import Annotated, Self
 
 import msgspec
 
-from data.files import parse_json, read_bytes
+from data.files import is_alive, parse_json, read_bytes
 
 HEARTBEAT = 10.0  # seconds between touches of a live run's lock file
 WATCH = 25.0  # seconds without a touch after which an owner counts as dead; spans two heartbeats
@@ -242,11 +242,6 @@ def is_in_use(dir: Path) -> bool:
     owner = owner_in(content, file) if content else Owner()
     if not owner.pid:
         return False
-    if owner.host == socket.gethostname():
-        try:
-            os.kill(owner.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:  # another user's
-            pass
+    if owner.host == socket.gethostname() and not is_alive(owner.pid):
+        return False
     return abs(time.time() - touched) < 2 * WATCH  # clocks of two hosts differ by less

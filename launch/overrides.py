@@ -274,10 +274,12 @@ def steps_of(value: RangeSweep, text: str) -> list[Any]:
 
 
 def check_choice(name: str, value: Any, text: str, choices: dict[str, list[str]]) -> None:
-    """Raises ValueError for a value that is empty, for one of a group that names no single choice,
-    and for a number where a key is a bool, which OmegaConf would take."""
+    """Raises ValueError for a value that is empty, for control characters in a key of Hydra's, for
+    a value of a group that names no single choice, and for a number where a key is a bool, which
+    OmegaConf would take."""
     entry = SETTABLE.get(name)
-    if value == "" and not (entry and "empty" in entry.metadata):
+    is_empty = value == "" and not (entry and "empty" in entry.metadata)
+    if is_empty or (name.startswith("hydra.") and isinstance(value, str)):
         check_value(name, value, {})
     if name in choices and not isinstance(value, str):
         raise ValueError(f"{text}: no such choice; choose one of {', '.join(choices[name])}")

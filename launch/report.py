@@ -113,7 +113,7 @@ def write(runs: list[Path], out: Path, options: Options) -> str:
         raise ValueError(
             f"the report needs {error.name}, which is not installed; pip install -e '.[report]'"
         ) from None
-    from data.files import write_atomically
+    from data.files import write_result
     from launch.record import read_run
 
     records = [read_run(run) for run in runs]
@@ -134,7 +134,7 @@ def write(runs: list[Path], out: Path, options: Options) -> str:
         last = f"report of {tables.plural(len(records), 'run')}: {out}"
     try:
         for path, content in files.items():
-            write_atomically(path, content)
+            write_result(path, content)
     except OSError as error:
         raise ValueError(
             f"out={out} cannot be written ({error.strerror}); name another place"

@@ -841,6 +841,12 @@ def test_control_character_never_reaches_sbatch(name):
         check_launcher(LauncherConfig(), Path("a\nb"))
 
 
+@pytest.mark.parametrize("name", ["hydra.job.name", "hydra.sweep.subdir", "hydra.sweep.dir"])
+def test_no_key_of_hydra_takes_a_control_character(name):
+    with pytest.raises(ValueError, match=f"{name}=.* has the control character"):
+        overrides.check_overrides([f'{name}="a\nb"'], sweep=True)
+
+
 # Paths
 
 

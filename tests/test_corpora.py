@@ -2,6 +2,7 @@ import json
 import random
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,17 @@ def test_the_tail_runs_over_files_and_keeps_characters_whole(tmp_path, small_pie
         train, tail = "".join(documents["train/text"]), "".join(documents["validation/validation"])
         assert train + tail == text
         assert 0 <= len(tail.encode()) - fraction * len(text.encode()) <= 5
+
+
+def test_a_separator_that_the_text_does_not_hold_is_told(tmp_path):
+    path = tmp_path / "documents.txt"
+    path.write_text("one\n[SEP]\ntwo\n")
+    config = text_config(str(path), validation={"v": str(path)})
+    assert TextCorpus(replace(config, separator="[SEP]")).warnings == []
+    assert TextCorpus(replace(config, separator="[a,b]")).warnings == [
+        "data.separator='[a,b]' is no line of the text, so that each file is one document"
+        " (seen: the first 16 MB of 1 files)"
+    ]
 
 
 def test_the_tail_parts_no_separator_line(tmp_path):

@@ -2,12 +2,20 @@
 traceback."""
 
 import os
+import subprocess
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from data.files import DamagedFile, parse_json, read_bytes, read_json, read_yaml
+from data.files import (
+    DamagedFile,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_yaml,
+    write_result,
+)
 
 
 @dataclass
@@ -90,3 +98,20 @@ def test_a_file_that_is_not_there_is_absent(tmp_path):
     assert read_json(tmp_path / "none", dict[str, Any], absent={}) == {}
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "none", dict[str, Any])
+
+
+def test_a_result_removes_what_its_killed_writers_left(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    stays = [
+        tmp_path / f"report.html.{os.getppid()}.tmp",  # of a writer that is alive
+        tmp_path / f"other.html.{ended.pid}.tmp",
+        tmp_path / "report.html.old.tmp",
+    ]
+    left = tmp_path / f"report.html.{ended.pid}.tmp"
+    for path in [left, *stays]:
+        path.touch()
+        os.utime(path, (0, 0))
+    write_result(tmp_path / "report.html", "all of it")
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "report.html", *stays])
+    assert (tmp_path / "report.html").read_text() == "all of it"
