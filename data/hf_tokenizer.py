@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict, TypeVar
 
 import msgspec
 import numpy as np
 
 from conf.schema import TokenizerConfig
-from data.files import DamagedFile, NotDownloaded, parse_json, read_bytes, read_json
+from data.files import DamagedFile, NotDownloaded, check, parse_json, read_bytes, read_json
 from data.tokenizer import (
     BYTES_PATTERN,
     END_OF_TEXT,
@@ -80,6 +80,24 @@ class Names(TypedDict, total=False):
     """What is read of tokenizer_config.json and special_tokens_map.json; the rest is handed on."""
 
     eos_token: str | AddedToken | None
+
+
+class Step(TypedDict):
+    """What is read of a step of a normaliser, pre-tokenizer or decoder. The library takes steps of
+    other shapes, and guesses."""
+
+    type: str
+    pattern: NotRequired[dict[str, str]]
+    content: NotRequired[str]
+    replacement: NotRequired[str]
+
+
+class Steps(TypedDict):
+    """The parts of a tokenizer.json that are steps."""
+
+    normalizer: list[Step]
+    pre_tokenizer: list[Step]
+    decoder: list[Step]
 
 
 @dataclass(frozen=True)
@@ -405,6 +423,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         text = read_bytes(path, LARGEST).decode()
         content = parse_json(text, dict[str, Any], path)
         made = build(content)
+        parts = ("normalizer", "pre_tokenizer", "decoder")
+        check({part: [*steps(content.get(part))] for part in parts}, Steps, path)
         with library_errors():
             start = made.encode("a", add_special_tokens=True)
         bos = tuple(start.ids[: [*start.special_tokens_mask, 0].index(0)])
@@ -419,7 +439,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     except DamagedFile as error:
         raise DamagedFile(f"{error}; fetch it again") from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        reason = next(iter(str(error).splitlines()), "")
+        reason = " ".join(next(iter(str(error).splitlines()), "").split())[:200]
         raise ValueError(
             f"{path} is not a tokenizer that this version of tokenizers reads"
             f" ({type(error).__name__}: {reason}); fetch it again, or update tokenizers"

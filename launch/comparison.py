@@ -577,8 +577,8 @@ def notes_on(setting: Setting, section: Section) -> list[str]:
     if len(finished) < section.planned:
         why = f" ({', '.join(ended)})" if ended else ""
         found.append(
-            f"{setting} has {len(finished)} finished seeds, where {section.planned} were planned of"
-            f" a setting{why}."
+            f"{setting} has {len(finished)} finished seed{'s' * (len(finished) != 1)}, where"
+            f" {section.planned} were planned of a setting{why}."
         )
     for key, values in (
         ("lr", {other.lr for other in tried}),

@@ -51,13 +51,21 @@ def _ask(mode: str) -> tuple[str, str]:
         if wandb.login(prompt=False, verify=False):
             return "online", "there is a key"
         why = "no key found (`wandb login` stores one)"
-    except ValueError as error:  # pydantic's, of a setting such as WANDB_MODE; it ends with a link
-        why = " ".join(str(error).partition("For further information")[0].split())
     except Exception as error:  # no error of W&B's is worth a run
-        why = _first_line(error)
+        why = _faults(error) or _first_line(error)
     if mode == "auto":
         return "off", f"{why}; tracking.mode=offline records without one"
     return ("offline" if mode == "online" else "off"), why
+
+
+def _faults(error: Exception) -> str:
+    """Returns the settings of W&B that pydantic finds wrong: variable, value and reason."""
+    list_faults = getattr(error, "errors", None)
+    return "; ".join(
+        f"WANDB_{fault['loc'][0].upper()}={fault['input']}: {fault['msg']}"
+        for fault in (list_faults() if list_faults else [])
+        if fault["loc"]
+    )
 
 
 def wandb_settings(mode: str | None = None) -> Any:

@@ -4,6 +4,7 @@ for, and folders that say little."""
 import json
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -527,3 +528,23 @@ def test_folder_that_is_none_is_named(tmp_path, monkeypatch):
         ) as error:
             read_tokenizer(tmp_path)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "part, value, said",
+    [
+        ("decoder", {"pattern": {"String": "x"}, "content": ""}, r"decoder\[0\]: .* field type"),
+        ("continuing_subword_prefix", "##", "does not begin the second part of every merge"),
+    ],
+)
+def test_damage_that_the_library_would_take_or_die_of_is_named(
+    folders, tmp_path, part, value, said
+):
+    """It guesses the step that has no type, and aborts the process at a prefix that merges lack."""
+    shutil.copytree(folders["llama3"], tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    (content if part in content else content["model"])[part] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"tokenizer.json is .*{said}.*fetch it again"):
+        read_tokenizer(tmp_path)

@@ -660,7 +660,8 @@ def test_wandb_says_which_mode_it_is_in(tmp_path):
     assert [mode for mode, _ in found] == list(words.values())
     assert found[3][1] == "as WANDB_MODE or `wandb offline` asks"
     assert (
-        "'disabled', 'dryrun' or 'run'" in found[5][1]
+        found[5][1].startswith("WANDB_MODE=ofline: ")
+        and "'disabled', 'dryrun' or 'run'" in found[5][1]
         and "\n" not in found[5][1]
         and "tracking.mode=offline" in found[5][1]
     )
