@@ -337,10 +337,13 @@ def no_such_option(text: str, known: Iterable[str]) -> str:
     )
     if text.startswith("-") and meant:
         return f"{text}: keys take no dashes; write {meant}={value if equals else 'VALUE'}"
-    near = difflib.get_close_matches(text.partition("=")[0], known, 1)
+    options = {option.strip("-=").replace("-", "_"): option for option in known}
+    if "cfg" in options:  # of train.py, which takes every key as well
+        options = {full: f"{full}=" for full in (*KEYS, *groups())} | options
+    near = difflib.get_close_matches(name, options, 1)
     return (
         f"{text}: no such option; "
-        + (f"did you mean {near[0]}? " if near else "")
+        + (f"did you mean {options[near[0]]}? " if near else "")
         + "--help lists all"
     )
 
