@@ -23,8 +23,9 @@ from torch import nn
 from conf.schema import Config, ParallelConfig
 from launch.config import micro_sequences, num_groups
 from launch.process import choose_precision, num_processes
+from model.chunked_head import BLOCK_ELEMENTS, CHUNK_ELEMENTS
+from model.chunked_head import even_chunk_size as even
 from model.gpt import GPT, QUERIES, SHORT, GPTConfig
-from model.logits import BLOCK_ELEMENTS, CHUNK_ELEMENTS, even
 from optim.axes import choose, needs_gradient, takes_ieee_passes, terms_of
 
 Parts = Counter[str]  # bytes of what lives at a moment, by what it is; they add up

@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call, grad, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model import logits as lazy
+from model import chunked_head
 from optim import Adapter, Gradient, SharpnessAware, delta
 from optim.direction import noise
 from tests.problems import (
@@ -468,8 +468,8 @@ def test_18_z_loss_and_soft_cap_belong_to_the_loss(head, cotangent):
 def test_19_the_lazy_head_in_chunks_is_the_dense_one(axes, tied, monkeypatch):
     """Store, rebuild and dense logits agree, the gradient of the head included; chunks of 2 tokens,
     or of one sequence."""
-    monkeypatch.setitem(lazy.CHUNK_ELEMENTS, "cpu", 2 * 64)
-    monkeypatch.setitem(lazy.BLOCK_ELEMENTS, "cpu", 64)
+    monkeypatch.setitem(chunked_head.CHUNK_ELEMENTS, "cpu", 2 * 64)
+    monkeypatch.setitem(chunked_head.BLOCK_ELEMENTS, "cpu", 64)
     model, batches = gpt(tied=tied), token_batches()
     optimizer = adamw(model)
     warm(model, optimizer, batches)

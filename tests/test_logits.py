@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import GPT, GPTConfig, logits
+from model import GPT, GPTConfig, chunked_head
 from model.logits import IGNORED, LazyLogits
 
 N, D, V = 37, 16, 101
@@ -42,8 +42,8 @@ def dense_loss(h, weight, targets, softcap=None, z_loss=0.0):
     ("chunk", "block"), [(2**20, 2**20), (PADDED * 10, PADDED * 3), (PADDED, PADDED)]
 )
 def test_value_and_gradients_are_those_of_the_dense_loss(monkeypatch, settings, chunk, block):
-    monkeypatch.setitem(logits.CHUNK_ELEMENTS, "cpu", chunk)
-    monkeypatch.setitem(logits.BLOCK_ELEMENTS, "cpu", block)
+    monkeypatch.setitem(chunked_head.CHUNK_ELEMENTS, "cpu", chunk)
+    monkeypatch.setitem(chunked_head.BLOCK_ELEMENTS, "cpu", block)
     h, weight, targets = place()
     total, count = LazyLogits(h, weight, V, **settings).cross_entropy(targets, scale=0.25)
     found = torch.autograd.grad(total, (h, weight))
@@ -151,7 +151,7 @@ def test_bf16_autocast_keeps_the_models_gradient():
 
 def test_bf16_losses_are_summed_in_fp32(monkeypatch):
     """Equal logits lose log V nats a token; a sum in bf16 would stop growing at 256 of them."""
-    monkeypatch.setitem(logits.CHUNK_ELEMENTS, "cpu", PADDED)
+    monkeypatch.setitem(chunked_head.CHUNK_ELEMENTS, "cpu", PADDED)
     h, weight = (
         torch.zeros(1, 1000, D, dtype=torch.bfloat16),
         torch.zeros(PADDED, D, dtype=torch.bfloat16),
@@ -176,8 +176,8 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_tensor_of_tokens_by_vocabulary_is_ever_made(monkeypatch):
-    monkeypatch.setitem(logits.CHUNK_ELEMENTS, "cpu", 2**14)
-    monkeypatch.setitem(logits.BLOCK_ELEMENTS, "cpu", 2**12)
+    monkeypatch.setitem(chunked_head.CHUNK_ELEMENTS, "cpu", 2**14)
+    monkeypatch.setitem(chunked_head.BLOCK_ELEMENTS, "cpu", 2**12)
     model = GPT(GPTConfig(vocab_size=2000, max_length=128, num_layers=1, num_heads=1, width=8))
     tokens = torch.randint(0, 2000, (4, 129))
     with Largest() as largest:
