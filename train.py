@@ -29,7 +29,7 @@ from launch.console import Console, harmless_output
 from launch.evaluate import evaluate
 from launch.folder import FILES, read_rows, read_summary
 from launch.lock import RunLock
-from launch.plan import Plan, describe, make_plan, refuse_here
+from launch.plan import Plan, describe, describe_memory, make_plan, refuse_here
 from launch.preemption import EXIT_DIVERGED, EXIT_PREEMPTED, Preemption
 from launch.process import (
     autocast,
@@ -67,7 +67,7 @@ def main(settings: Config) -> int:
     name = identity.run_name(settings)
     if settings.plan_only:
         check_data(settings.data, settings.tokenizer, settings.batch.length)
-        print(describe(settings, plan, name))
+        print(describe(settings, plan, name), describe_memory(settings, plan), sep="\n\n")
         return 0
     refuse_copies(settings.parallel)
     refuse_here(settings, plan)

@@ -13,6 +13,7 @@ from conf.schema import Config, ModelConfig, OptimConfig
 from data.hf_tokenizer import vocabulary
 from launch.config import is_read, micro_sequences, num_groups
 from launch.memory import estimate, planned_device, planned_precision
+from launch.memory_table import lines
 from launch.process import PEAK_FLOPS, num_processes
 from model import GPT, GPTConfig
 from optim import ForwardFlops, Schedule, build_schedule, forward_flops, passes
@@ -255,6 +256,13 @@ def describe(config: Config, plan: Plan, name: str) -> str:
             )
         )
     return "\n".join(f"{label:22}{text}" for label, text in rows)
+
+
+def describe_memory(config: Config, plan: Plan) -> str:
+    """Returns the tensors of the fullest moment of a step, the largest first, as a person reads
+    them: they add up to the plan's memory."""
+    memory = estimate(config, plan.model)
+    return "\n".join([f"Tensors in the {memory.moment}:", *lines(memory.table, human)])
 
 
 def devices(config: Config) -> dict[str, float]:

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from launch.config import compose
-from launch.memory import held
+from launch.memory_passes import parameter_counts
 from launch.plan import changed, make_plan
 from model import GPT
 from model.parallelize import shard
@@ -64,5 +64,5 @@ def test_every_process_holds_its_share(size):
             assert sum(rows(first, shards, other) for other in range(shards)) == first
         if rank == 0:  # no process holds more
             numbers = sum(p.to_local().numel() for p in model.parameters())
-            assert numbers == held(plan.model, "all", shards).shard
+            assert numbers == parameter_counts(plan.model, "all", shards).shard
             assert numbers >= sum(map(prod, whole.values())) / shards
