@@ -28,6 +28,7 @@ from launch import checkpoint, config, identity
 from launch.console import Console, harmless_output
 from launch.evaluate import evaluate
 from launch.folder import FILES, read_rows, read_summary
+from launch.liveness import Liveness
 from launch.lock import RunLock
 from launch.plan import Plan, describe, describe_memory, make_plan, refuse_here
 from launch.preemption import EXIT_DIVERGED, EXIT_PREEMPTED, Preemption
@@ -51,8 +52,9 @@ from launch.watchdog import Watchdog
 from model import GPT, load
 from model.hf import start_from
 from model.parallelize import parallelize, shard
+from model.processes import Layout
 from model.sample import decode_stream, generate
-from model.sharding import Layout, full_norm
+from model.sharding import full_norm
 from optim import build_optimizer, build_rule
 from optim.adamw import describe_groups
 from optim.axes import takes_ieee_passes
@@ -75,7 +77,9 @@ def main(settings: Config) -> int:
     with ExitStack() as stack:
         layout = Layout(*rank_and_world())
         watchdog = stack.enter_context(Watchdog(folder, layout, settings.parallel.timeout))
-        stack.enter_context(processes(settings.parallel, choose_device(settings.device), layout))
+        liveness = watchdog.liveness
+        device = choose_device(settings.device)
+        stack.enter_context(processes(settings.parallel, device, layout, liveness))
         lock = RunLock(folder)
         layout.on_main(
             lambda: stack.enter_context(lock),
@@ -94,7 +98,7 @@ def main(settings: Config) -> int:
         stack.enter_context(watchdog.heartbeats())
         layout.on_main(lambda: clear(folder))
         # a mistake that shows only here leaves nothing behind, and a signal ends it at once
-        run = Run(settings, plan, name, folder, lock, layout)
+        run = Run(settings, plan, name, folder, lock, liveness)
         stack.callback(run.saver.close)
         run.compare()
         layout.on_main(lambda: identity.claim(folder, settings), lambda: snapshot_code(folder))
@@ -115,9 +119,17 @@ class Run:
     preemption: Preemption
 
     def __init__(
-        self, settings: Config, plan: Plan, name: str, folder: Path, lock: RunLock, layout: Layout
+        self,
+        settings: Config,
+        plan: Plan,
+        name: str,
+        folder: Path,
+        lock: RunLock,
+        liveness: Liveness,
     ) -> None:
+        layout = liveness.layout
         self.settings, self.plan, self.name, self.layout = settings, plan, name, layout
+        self.liveness = liveness
         self.folder = folder
         self.lock = lock
         self.device = choose_device(settings.device)
@@ -128,7 +140,7 @@ class Run:
 
         # Data: any batch is a pure function of (seed, step), so there is no position to save.
         batch = settings.batch
-        layout.enter("preparing data", allowance=math.inf)
+        liveness.report_phase("preparing data", timeout_factor=math.inf)
         # the others find it prepared
         layout.on_main(lambda: prepare(settings.data, settings.tokenizer))
         self.corpus = prepare(settings.data, settings.tokenizer)
@@ -141,7 +153,7 @@ class Run:
             for key, tokens in self.corpus.validation.items()
         }
 
-        layout.enter("building the model", allowance=FIRST)
+        liveness.report_phase("building the model", timeout_factor=FIRST)
         # Shapes first; weights, or this process's shards of them, are drawn last, each from a
         # generator of its own.
         with torch.device("meta"):
@@ -288,7 +300,9 @@ class Run:
         micros = [tuple(half.to(self.device, non_blocking=True) for half in part) for part in parts]
         size = len(micros) // self.plan.num_groups  # of a group that is perturbed on its own
         batches = [micros[first : first + size] for first in range(0, len(micros), size)]
-        self.layout.enter("training", progress.step, FIRST if progress.step == self.start else 1.0)
+        self.liveness.report_phase(
+            "training", progress.step, FIRST if progress.step == self.start else 1.0
+        )
         lr, self.rule.rho = (
             self.plan.schedule.lr(progress.step),
             self.plan.schedule.radius(progress.step),
@@ -391,7 +405,7 @@ class Run:
         """Evaluates; asked to stop meanwhile, it leaves that to the next start."""
         if not self.evaluation_due():
             return
-        self.layout.enter(
+        self.liveness.report_phase(
             "evaluating", self.progress.step, FIRST if self.progress.step == self.start else 1.0
         )
         with self.interval.pause():
@@ -444,7 +458,7 @@ class Run:
             rows=self.tracker.counted,
             origin=self.began_from,
         )
-        self.layout.enter("saving", self.progress.step)
+        self.liveness.report_phase("saving", self.progress.step)
         with self.interval.pause():
             self.end_save()
             self.layout.on_main(self.lock.refuse_moved)
@@ -492,7 +506,7 @@ class Run:
     def finish(self) -> None:
         """Writes the summary, and prints what the run came to."""
         progress, settings, say = self.progress, self.settings, self.tracker.message
-        self.layout.enter("finishing", progress.step, math.inf)
+        self.liveness.report_phase("finishing", progress.step, math.inf)
         self.layout.on_main(self.lock.refuse_moved)
         summary = {
             "name": self.name,

@@ -37,7 +37,7 @@ from model.checkpoint import (
     open_checkpoint,
     save_parts,
 )
-from model.sharding import Layout
+from model.processes import Layout
 
 T = TypeVar("T")
 

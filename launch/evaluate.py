@@ -22,7 +22,8 @@ from data import Validation, prepare
 from model import GPT
 from model.gpt import evaluating
 from model.logits import IGNORED
-from model.sharding import Layout, all_sum, compute_device, reshard
+from model.processes import Layout
+from model.sharding import all_sum, compute_device, reshard
 from model.trained import is_run, open_trained
 
 T = TypeVar("T")

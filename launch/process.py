@@ -18,7 +18,8 @@ from uuid import uuid4
 import torch
 
 from conf.schema import ParallelConfig
-from model.sharding import Layout
+from launch.liveness import Liveness
+from model.processes import Layout
 
 # numbers that processes agree on stay on the CPU, and the device need not wait
 BACKENDS = {
@@ -69,7 +70,9 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 @contextmanager
-def processes(parallel: ParallelConfig, device: torch.device, layout: Layout) -> Iterator[None]:
+def processes(
+    parallel: ParallelConfig, device: torch.device, layout: Layout, liveness: Liveness
+) -> Iterator[None]:
     """The process group of a run, which completes its layout. Processes find each other by
     torchrun's variables, else by Slurm's; a run with `parallel=single` has no group. Raises
     ValueError for replicas without processes."""
@@ -85,7 +88,7 @@ def processes(parallel: ParallelConfig, device: torch.device, layout: Layout) ->
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.rendezvous import rendezvous
 
-    layout.enter("meeting the other processes")
+    liveness.report_phase("meeting the other processes")
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
         # Slurm may show each task no device but its own

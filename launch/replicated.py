@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from data import Corpus
 from launch.state import Progress
 from model import GPT
-from model.sharding import Layout, local
+from model.processes import Layout
+from model.sharding import local
 from optim import Gradient
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from launch import checkpoint
 from model.checkpoint import Part
-from model.sharding import Layout, local, region_of
+from model.processes import Layout
+from model.sharding import local, region_of
 
 
 class Saver:

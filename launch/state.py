@@ -38,7 +38,8 @@ from model.checkpoint import (
     together,
 )
 from model.hf import WEIGHTS
-from model.sharding import Layout, load_weights, reshard
+from model.processes import Layout
+from model.sharding import load_weights, reshard
 from optim import Gradient, Schedule
 from optim.adamw import load_state_tensors, state_tensors
 from optim.perturbation import random_state, set_random_state
@@ -157,7 +158,7 @@ def tensors_of(
     }
     tensors["rule"] = rule.state_dict()
     mine = {
-        file: {name: value for name, value in group.items() if layout.saves(value)}
+        file: {name: value for name, value in group.items() if layout.writes_to_checkpoint(value)}
         for file, group in tensors.items()
     }
     mine["random"] = {name + own(layout): value for name, value in random_state().items()}

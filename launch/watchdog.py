@@ -5,15 +5,15 @@ A thread of every process writes every few seconds, for people and for the other
 process is doing:
 
     heartbeat/rank_<r>.json     rank, host, pid, phase, step, idle (seconds since it last got on),
-                                overdue, marks, time
+                                overdue, progress_count, time
     heartbeat/failure.json      what ends the run, written once by the first process to find out:
                                 by, code, line
     logs/stacks_rank<r>.txt     where every thread of a process stood that was given up
 
 in the run folder, which all processes share. Until the tasks of a Slurm step have met, heartbeats
 and a failure lie in a hidden folder beside that one, for it may be another run's yet. The main
-thread makes a mark whenever it gets on (`Layout.enter`, `Layout.agreed`), the same marks in the
-same order on all processes, so that the one with the fewest is the one that the others wait for.
+thread counts whenever it gets on (`Liveness.report_phase`, `Layout.agreed`), the same in the same
+order on all processes, so that the one with the lowest count is the one that the others wait for.
 Clocks of different hosts are not compared, and a stopped or sleeping machine counts no time."""
 
 import contextlib
@@ -36,7 +36,8 @@ import torch
 
 from data.files import read_json
 from launch.config import EXIT_USER_ERROR
-from model.sharding import AgreedError, Layout
+from launch.liveness import Liveness
+from model.processes import AgreedError, Layout
 
 EXIT_LOST = 4  # another process died, failed or hung; start the same command again
 BEAT = 2.0  # seconds between heartbeats
@@ -58,7 +59,7 @@ class Heartbeat(TypedDict):
     phase: str
     step: int
     overdue: bool
-    marks: int
+    progress_count: int
     time: float
 
 
@@ -81,6 +82,7 @@ class Watchdog:
 
     def __init__(self, folder: Path, layout: Layout, minutes: float) -> None:
         self.layout, self.minutes, self.limit = layout, minutes, 60 * minutes
+        self.liveness = Liveness(layout)  # of this process, which reports its phases there
         self.heartbeat, self.logs = folder / "heartbeat", folder / "logs"
         self.meeting = meeting_place(folder) if layout.world > 1 else None
         self.place = self.meeting or self.heartbeat  # where the heartbeats are
@@ -121,7 +123,7 @@ class Watchdog:
             try:
                 self._leave(error)
             finally:
-                self.layout.enter("ended")
+                self.liveness.report_phase("ended")
                 self._write()
                 if self.layout.main and self.shown:
                     self._await_the_others()
@@ -144,7 +146,7 @@ class Watchdog:
         except Exception as error:
             self._leave(error)
         finally:
-            self.layout.enter("ended")
+            self.liveness.report_phase("ended")
             self._write()
             self._find_failure()
             with self.writing:
@@ -203,7 +205,7 @@ class Watchdog:
             return self._publish(
                 EXIT_LOST,
                 f"rank {self.layout.rank}: another process ended while this one was"
-                f" {self.layout.phase}",
+                f" {self.liveness.phase}",
             )
         before, end = self._read(), time.monotonic() + 4 * self.beat
         lost: list[int] = []
@@ -247,10 +249,11 @@ class Watchdog:
     # The thread
 
     def _watch(self) -> None:
-        marks, before = -1, None
+        last_count, before = -1, None
         while not self.closing.wait(self.beat):
-            self.idle = self.idle + self.beat if self.layout.marks == marks else 0.0
-            marks = self.layout.marks
+            count = self.liveness.progress_count
+            self.idle = self.idle + self.beat if count == last_count else 0.0
+            last_count = count
             self._write()
             if self.layout.world == 1:
                 continue
@@ -334,7 +337,7 @@ class Watchdog:
         )
         if self.place != self.heartbeat or not self.shown:
             return (
-                f"rank {self.layout.rank} of {self.layout.world} has been {self.layout.phase} for"
+                f"rank {self.layout.rank} of {self.layout.world} has been {self.liveness.phase} for"
                 f" {self.minutes:g} minutes; start all of them within parallel.timeout, and check"
                 " that they reach MASTER_ADDR and MASTER_PORT"
             )
@@ -342,12 +345,12 @@ class Watchdog:
             return f"{names(after, lost)} shows no sign of life; {remedy}"
         if any(not seen["overdue"] and seen["phase"] != "ended" for seen in after.values()):
             return None
-        fewest = min(seen["marks"] for seen in after.values())
-        behind = [rank for rank, seen in after.items() if seen["marks"] == fewest]
+        fewest = min(seen["progress_count"] for seen in after.values())
+        behind = [rank for rank, seen in after.items() if seen["progress_count"] == fewest]
         if len(behind) == len(after):
             return (
-                f"all {len(after)} processes have been {self.layout.phase} at step"
-                f" {self.layout.step} for {self.minutes:g} minutes; {remedy}"
+                f"all {len(after)} processes have been {self.liveness.phase} at step"
+                f" {self.liveness.step} for {self.minutes:g} minutes; {remedy}"
             )
         return (
             f"{names(after, behind)} has not got on for {self.minutes:g} minutes while the others"
@@ -373,7 +376,7 @@ class Watchdog:
             self.logs.mkdir(exist_ok=True)
             with (self.logs / f"stacks_rank{self.layout.rank}.txt").open("w") as file:
                 faulthandler.dump_traceback(file)
-        self.layout.phase = "ended"
+        self.liveness.phase = "ended"
         self._write()
         if self.place != self.heartbeat and self.layout.main:
             self._await_the_others()
@@ -388,11 +391,11 @@ class Watchdog:
             "rank": layout.rank,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "phase": layout.phase,
-            "step": layout.step,
+            "phase": self.liveness.phase,
+            "step": self.liveness.step,
             "idle": round(self.idle, 1),
-            "overdue": self.idle >= self.limit * layout.allowance,
-            "marks": layout.marks,
+            "overdue": self.idle >= self.limit * self.liveness.timeout_factor,
+            "progress_count": self.liveness.progress_count,
             "time": time.time(),
         }
         partial = self.place / f".rank_{layout.rank}"

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from conf.schema import KEYS, Config, lookup
 from data.files import DamagedFile, check, open_regular, parse_json, read_json, read_yaml
-from model.sharding import Layout
+from model.processes import Layout
 
 T = TypeVar("T")
 SHARDING = "DCP_SHARDING_INFO"

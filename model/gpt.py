@@ -6,7 +6,6 @@ x = x + Attention(Norm(x));  x = x + MLP(Norm(x))                for each block
 logits = Norm(x) U^T                                             U = E where the head is tied
 """
 
-import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from data.files import check
 from model.checkpoint import open_run
 from model.logits import LazyLogits
-from model.sharding import Layout, local, shard_of
+from model.processes import Layout
+from model.randomness import named_generator
+from model.sharding import local, shard_of
 
 CHOICES = {
     "norm": ("layernorm", "rmsnorm"),
@@ -466,12 +467,6 @@ def table(rows: int, width: int) -> nn.Embedding:
     """An embedding that is not initialised: nn.Embedding's own draw on the meta device imports the
     compiler, which takes seconds."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
-
-
-def named_generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator whose stream depends on the seed and a name only, on a kind of device."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 def load(run: str | Path, step: int | None = None) -> GPT:

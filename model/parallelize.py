@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from model.gpt import GPT
-from model.sharding import Layout, sharded_modules
+from model.processes import Layout
+from model.sharding import sharded_modules
 
 
 def parallelize(

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from conf.schema import DIRECTIONS, RuleConfig
-from model.gpt import named_generator
+from model.randomness import named_generator
 from model.sharding import local, shard_of, sharded_as
 from optim.perturbation import blocks, dot, norm
 

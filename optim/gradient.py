@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from model.gpt import GPT
 from model.logits import Cotangent
-from model.sharding import Layout, all_sum, compute_device, sharded_modules
+from model.processes import Layout
+from model.sharding import all_sum, compute_device, sharded_modules
 from optim.adapter import Adapter, as_groups, is_counted, refuse_unshifted
 
 Batch = tuple[Any, Tensor]  # tokens_BxT (or what the adapter takes), targets_BxT

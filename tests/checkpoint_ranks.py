@@ -31,7 +31,8 @@ from launch.state import Progress, State, restore, tensors_of
 from model import GPT, GPTConfig
 from model.checkpoint import Part, open_checkpoint
 from model.parallelize import shard
-from model.sharding import Layout, local, region_of, shard_of
+from model.processes import Layout
+from model.sharding import local, region_of, shard_of
 from optim import SharpnessAware, build_optimizer
 from optim.adamw import state_tensors
 
@@ -183,7 +184,7 @@ def all_kinds(folder: Path, layouts: dict[str, Layout]) -> list[str]:
     parts = {
         name: Part(local(tensor).contiguous(), tuple(side.start for side in region_of(tensor)))
         for name, tensor in tensors.items()
-        if layout.saves(tensor)
+        if layout.writes_to_checkpoint(tensor)
     }
     path = checkpoint.save(
         folder / "kinds", {"model": parts}, {"step": 1}, TOKENIZER, 1, [], layout

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from model.sharding import Layout
+from model.processes import Layout
 
 
 @contextmanager

@@ -33,7 +33,8 @@ from launch.process import seed_everything
 from launch.replicated import refuse_divergence
 from model import GPT, GPTConfig
 from model.parallelize import shard
-from model.sharding import Layout, full_norm, is_sharded, local
+from model.processes import Layout
+from model.sharding import full_norm, is_sharded, local
 from optim import Gradient, SharpnessAware, build_optimizer
 from optim.adamw import state_tensors
 

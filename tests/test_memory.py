@@ -17,7 +17,8 @@ from launch.plan import Plan, changed, changes, make_plan, remedy
 from launch.process import autocast
 from model import GPT
 from model.parallelize import parallelize, shard
-from model.sharding import Layout, is_sharded
+from model.processes import Layout
+from model.sharding import is_sharded
 from optim import build_optimizer, build_rule
 from optim.axes import takes_ieee_passes
 from tests.fake import fake_processes

@@ -32,7 +32,7 @@ from launch.preemption import EXIT_PREEMPTED
 from launch.record import read_run
 from launch.status import line_of
 from model import GPT, GPTConfig
-from model.sharding import Layout
+from model.processes import Layout
 from optim import Schedule, SharpnessAware, passes
 from optim.axes import needs_gradient
 from optim.gradient import Gradient, named_gradients

@@ -17,7 +17,7 @@ from launch.saver import Saver
 from model import load
 from model.checkpoint import TENSORS, open_checkpoint
 from model.export import to_hf
-from model.sharding import Layout
+from model.processes import Layout
 from tests.checkpoint_ranks import SHAPE, TOKENIZER, Trained
 from tests.runs import ROOT, assert_same_tensors, tensors, torchrun
 

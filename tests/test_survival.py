@@ -297,7 +297,7 @@ HANG = """
 import sys, time
 from pathlib import Path
 from launch.watchdog import Watchdog
-from model.sharding import Layout
+from model.processes import Layout
 
 layout = Layout(int(sys.argv[1]), 2)
 with Watchdog(Path(sys.argv[2]), layout, minutes=0.02) as watchdog:  # 1.2 s
@@ -305,11 +305,11 @@ with Watchdog(Path(sys.argv[2]), layout, minutes=0.02) as watchdog:  # 1.2 s
     while not Path(sys.argv[2], str(1 - layout.rank)).exists():
         time.sleep(0.01)
     with watchdog.heartbeats():
-        layout.enter("preparing data", allowance=float("inf"))
+        watchdog.liveness.report_phase("preparing data", timeout_factor=float("inf"))
         time.sleep(4)  # the one prepares, the other waits
-        layout.enter("training", 7)
+        watchdog.liveness.report_phase("training", 7)
         if layout.main:
-            layout.enter("training", 8)
+            watchdog.liveness.report_phase("training", 8)
         time.sleep(60)
 """
 
@@ -341,7 +341,7 @@ import ctypes, os, resource, socket, sys, time
 from pathlib import Path
 from launch import watchdog
 from launch.preemption import Preemption
-from model.sharding import Layout
+from model.processes import Layout
 
 def run(kind, folder, rank):
     watchdog.BEAT, watchdog.FAR, watchdog.FAR_AT_FIRST = 0.25, 8, 6
@@ -353,7 +353,7 @@ def run(kind, folder, rank):
     if kind == "meeting":
         os.environ["SLURM_JOB_ID"] = "7"
         with watchdog.Watchdog(folder / "run", layout, minutes=10) as watching:
-            layout.enter("meeting the other processes")
+            watching.liveness.report_phase("meeting the other processes")
             while watching.idle < 2 * watchdog.BEAT:
                 time.sleep(0.01)
             Path(folder, f"ready{rank}").touch()
@@ -363,7 +363,7 @@ def run(kind, folder, rank):
         while not Path(folder, f"there{1 - rank}").exists():
             time.sleep(0.01)
         with watching.heartbeats():
-            layout.enter("training", 7)
+            watching.liveness.report_phase("training", 7)
             while watching.idle < 2 * watchdog.BEAT:  # both have shown as much
                 time.sleep(0.01)
             Path(folder, f"ready{rank}").touch()
@@ -478,12 +478,12 @@ ALONE = """
 import sys, time
 from pathlib import Path
 from launch import watchdog
-from model.sharding import Layout
+from model.processes import Layout
 
 watchdog.BEAT = 0.2
 layout = Layout(0, 2)
 with watchdog.Watchdog(Path(sys.argv[1]), layout, minutes=10) as watching:
-    layout.enter("meeting the other processes")
+    watching.liveness.report_phase("meeting the other processes")
     while True:
         time.sleep(0.05)
         if watching.idle > 4:

@@ -27,7 +27,8 @@ from launch.process import choose_device, keep_freed_memory
 from launch.saver import Saver
 from launch.state import tensors_of
 from model import GPT, GPTConfig
-from model.sharding import Layout, local
+from model.processes import Layout
+from model.sharding import local
 from optim import Gradient, build_optimizer
 
 
