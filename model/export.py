@@ -19,7 +19,9 @@ from data import Tokenizer
 from data.hf_tokenizer import to_files
 from model.checkpoint import checkpoint_path
 from model.gpt import GPT, load
-from model.hf import FORMATS, choose_format, to_config, to_tensors
+from model.hf_config import to_config
+from model.hf_formats import FORMATS, choose_format
+from model.hf_weights import to_tensors
 
 PLAIN = "plain"  # for shapes that no other format expresses: our own names
 FILES = {

@@ -15,7 +15,8 @@ from data.hf_tokenizer import read_settings, read_tokenizer
 from model.checkpoint import checkpoint_path
 from model.export import LENGTH
 from model.gpt import GPT, GPTConfig, load
-from model.hf import check_rows, from_hf, mismatch, open_weights, require
+from model.hf import check_rows, from_hf
+from model.hf_weights import mismatch, open_weights, require
 
 
 class Trained(NamedTuple):

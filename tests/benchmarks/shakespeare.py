@@ -22,7 +22,9 @@ from data import Loader, Validation, prepare
 from launch.config import compose
 from launch.plan import make_plan
 from model import GPT
-from model.hf import FORMATS, to_config, to_tensors
+from model.hf_config import to_config
+from model.hf_formats import FORMATS
+from model.hf_weights import to_tensors
 
 
 def plain_loop(overrides: list[str]) -> float:
