@@ -53,7 +53,7 @@ from model import GPT, load
 from model.hf import start_from
 from model.parallelize import parallelize, shard
 from model.processes import Layout
-from model.sample import decode_stream, generate
+from model.sample import Sampling, decode_stream, generate
 from model.sharding import full_norm
 from optim import build_optimizer, build_rule
 from optim.adamw import describe_groups
@@ -550,8 +550,7 @@ class Run:
                     trained,
                     self.corpus.tokenizer.prompt(""),
                     settings.evaluation.sample,
-                    temperature=0.8,
-                    seed=settings.seed,
+                    Sampling(temperature=0.8, seed=settings.seed),
                 )
                 text = "".join(decode_stream(tokens, self.corpus.tokenizer.decode_bytes))
             # a terminal would obey control characters

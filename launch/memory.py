@@ -19,7 +19,7 @@ from launch.memory_layers import Block, Head
 from launch.memory_passes import Passes, parameter_counts
 from launch.memory_table import Moment, Table, by_part, larger, tensor, total
 from launch.process import choose_precision, num_processes
-from model.gpt import GPTConfig
+from model.config import GPTConfig
 from optim.axes import Terms, needs_gradient, takes_ieee_passes, terms_of
 
 COPIES = "copies of the rule"

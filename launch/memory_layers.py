@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from launch.memory_table import Table, larger, tensor
 from model.chunked_head import block_size, rows_per_chunk
-from model.gpt import QUERIES, SHORT, GPTConfig
+from model.config import GPTConfig
+from model.gpt import QUERIES, SHORT
 
 
 class PerToken(NamedTuple):

@@ -16,7 +16,8 @@ from torch import nn
 from conf.schema import ParallelConfig
 from launch.memory_layers import Block, Head, PerToken, of_tokens
 from launch.memory_table import Moment, Row, Table, tensor
-from model.gpt import GPT, GPTConfig
+from model.config import GPTConfig
+from model.gpt import GPT
 from optim.axes import choose
 
 DESCRIBED_TOKENS = 512  # whose logits a logged row describes (model.logits.LazyLogits.statistics)

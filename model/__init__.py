@@ -1,6 +1,7 @@
 """The transformer, its lazy logits, and what is done with a trained one."""
 
-from model.checkpoint import checkpoint_path
-from model.gpt import GPT, GPTConfig, KeyValueCache, load
+from model.checkpoint import checkpoint_path, load
+from model.config import GPTConfig
+from model.gpt import GPT, KeyValueCache
 
 __all__ = ["GPT", "GPTConfig", "KeyValueCache", "checkpoint_path", "load"]

@@ -15,6 +15,7 @@ of every other file, and its own checksum. `launch.checkpoint` writes them."""
 
 import hashlib
 import json
+import operator
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -30,31 +31,25 @@ from torch import Tensor
 
 from conf.schema import KEYS, Config, lookup
 from data.files import DamagedFile, check, open_regular, parse_json, read_json, read_yaml
+from model.config import GPTConfig
+from model.gpt import GPT
 from model.processes import Layout
 
 T = TypeVar("T")
 SHARDING = "DCP_SHARDING_INFO"
 TENSORS = ("model", "optimizer", "random", "rule")
-# keys that say where something lies, not what it is
+# Keys that say where something lies, not what it is.
 PLACES = {name for name, entry in KEYS.items() if entry.metadata.get("place")}
-# of every config.yaml, of whatever version
-SECTIONS = {
-    "model",
-    "tokenizer",
-    "data",
-    "batch",
-    "optim",
-    "schedule",
-    "seed",
-}
+# Sections of every config.yaml, of whatever version.
+SECTIONS = {"model", "tokenizer", "data", "batch", "optim", "schedule", "seed"}
 
 
 class DamagedCheckpoint(DamagedFile):
-    """A checkpoint that cannot be used, and why."""
+    """The error of a checkpoint that cannot be used, with the reason."""
 
 
 class OtherRun(DamagedCheckpoint):
-    """A checkpoint of another run than the one in whose folder it lies."""
+    """The error of a checkpoint of another run than the one in whose folder it lies."""
 
 
 class Part(NamedTuple):
@@ -65,7 +60,7 @@ class Part(NamedTuple):
 
 
 class StoredPart(NamedTuple):
-    """The same on disk."""
+    """A part of a tensor on disk."""
 
     file: Any
     offset: list[int]
@@ -78,62 +73,52 @@ class Stored:
     files be removed."""
 
     def __init__(self, name: str, parts: list[StoredPart]) -> None:
-        self.name, self.parts = name, parts
-        ends = [
-            [first + size for first, size in zip(part.offset, part.shape, strict=True)]
-            for part in parts
-        ]
+        self.name = name
+        self.parts = parts
+        ends = [map(operator.add, part.offset, part.shape) for part in parts]
         self.shape = torch.Size(map(max, zip(*ends, strict=True)))
 
     def __getitem__(self, region: tuple[slice, ...] | EllipsisType) -> Tensor:
-        wanted = (
-            tuple(slice(0, size) for size in self.shape)
-            if isinstance(region, EllipsisType)
-            else region
-        )
-        found = (
-            self.parts[0]
-            .file.get_slice(self.name)[:0]
-            .new_empty([side.stop - side.start for side in wanted])
-        )
+        if isinstance(region, EllipsisType):
+            region = tuple(slice(0, size) for size in self.shape)
+        # An empty slice has the type of the numbers, and costs no reading.
+        empty = self.parts[0].file.get_slice(self.name)[:0]
+        found = empty.new_empty([side.stop - side.start for side in region])
         filled = 0
-        for file, offset, shape in self.parts:
-            common = [
-                slice(max(side.start, first), min(side.stop, first + size))
-                for side, first, size in zip(wanted, offset, shape, strict=True)
-            ]
+        for part in self.parts:
+            common = overlap(region, part)
             if all(side.start < side.stop for side in common):
-                values = file.get_slice(self.name)[
-                    tuple(within(side, first) for side, first in zip(common, offset, strict=True))
-                ]
-                found[
-                    tuple(
-                        within(side, other.start)
-                        for side, other in zip(common, wanted, strict=True)
-                    )
-                ] = values
+                values = part.file.get_slice(self.name)[shifted(common, part.offset)]
+                found[shifted(common, [side.start for side in region])] = values
                 filled += values.numel()
         if filled != found.numel():
             raise DamagedCheckpoint(f"the parts of {self.name} are not all there")
         return found
 
 
-def within(side: slice, first: int) -> slice:
-    """A slice counted from `first`."""
-    return slice(side.start - first, side.stop - first)
+def overlap(region: tuple[slice, ...], part: StoredPart) -> list[slice]:
+    """Returns what a region and a part of a tensor have in common, along each dimension; empty
+    slices where that is nothing."""
+    return [
+        slice(max(side.start, first), min(side.stop, first + size))
+        for side, first, size in zip(region, part.offset, part.shape, strict=True)
+    ]
+
+
+def shifted(region: Iterable[slice], origin: Iterable[int]) -> tuple[slice, ...]:
+    """Returns a region counted from another origin."""
+    sides = zip(region, origin, strict=True)
+    return tuple(slice(side.start - first, side.stop - first) for side, first in sides)
 
 
 def save_parts(path: Path, parts: Mapping[str, Part]) -> None:
     """Writes contiguous tensors of the CPU to one file. Raises OSError or SafetensorError where the
     disk refuses."""
     offsets = {name: {"saved_offsets": part.offset} for name, part in parts.items()}
-    # else they begin where whole tensors do
-    partial = any(any(part.offset) for part in parts.values())
-    save_file(
-        {name: part.values for name, part in parts.items()},
-        path,
-        {SHARDING: json.dumps(offsets)} if partial else None,
-    )
+    # Where all begin with the first number, as whole tensors do, the header says nothing.
+    has_parts = any(any(part.offset) for part in parts.values())
+    metadata = {SHARDING: json.dumps(offsets)} if has_parts else None
+    save_file({name: part.values for name, part in parts.items()}, path, metadata)
 
 
 class Beginning(TypedDict):
@@ -143,8 +128,8 @@ class Beginning(TypedDict):
 
 
 def open_tensors(files: Iterable[Path]) -> dict[str, Any]:
-    """The tensors of some files by name: a number as a tensor, any other as `Stored`. Raises
-    OSError, SafetensorError, KeyError or ValueError where a file is missing or is not what
+    """Returns the tensors of some files by name: a number as a tensor, any other as `Stored`.
+    Raises OSError, SafetensorError, KeyError or ValueError where a file is missing or is not what
     `save_parts` wrote."""
     parts: dict[str, list[StoredPart]] = {}
     for path in files:
@@ -154,47 +139,43 @@ def open_tensors(files: Iterable[Path]) -> dict[str, Any]:
         )
         for name in file.keys():  # noqa: SIM118 - no mapping
             shape = file.get_slice(name).get_shape()
-            parts.setdefault(name, []).append(
-                StoredPart(
-                    file, offsets[name]["saved_offsets"] if offsets else [0] * len(shape), shape
-                )
-            )
-    return {
-        name: Stored(name, found) if found[0].shape else found[0].file.get_tensor(name).clone()
-        for name, found in parts.items()
-    }
+            offset = offsets[name]["saved_offsets"] if offsets else [0] * len(shape)
+            parts.setdefault(name, []).append(StoredPart(file, offset, shape))
+    tensors: dict[str, Any] = {}
+    for name, found in parts.items():
+        if found[0].shape:
+            tensors[name] = Stored(name, found)
+        else:
+            tensors[name] = found[0].file.get_tensor(name).clone()
+    return tensors
 
 
 def file_of(group: str, rank: int, world: int) -> str:
-    """The name of a process's file of a group of tensors."""
-    return (
-        f"{group}.safetensors"
-        if world == 1
-        else f"{group}-{rank + 1:05d}-of-{world:05d}.safetensors"
-    )
+    """Returns the name of a process's file of a group of tensors."""
+    if world == 1:
+        return f"{group}.safetensors"
+    return f"{group}-{rank + 1:05d}-of-{world:05d}.safetensors"
 
 
 def files_of(group: str, names: Iterable[str]) -> list[str]:
-    """Those of some names that are files of a group."""
-    return sorted(
-        name for name in names if re.fullmatch(rf"{group}(-\d+-of-\d+)?\.safetensors", name)
-    )
+    """Returns those of some names that are files of a group."""
+    pattern = re.compile(rf"{group}(-\d+-of-\d+)?\.safetensors")
+    return sorted(filter(pattern.fullmatch, names))
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
-    """The checkpoints of a run by their steps, oldest first; partial ones, and what else lies
-    there, are none. Raises OSError for a folder that cannot be read."""
+    """Returns the checkpoints of a run by their steps, oldest first; partial ones, and what else
+    lies there, are none. Raises OSError for a folder that cannot be read."""
     folder = run / "checkpoints"
     names = os.listdir(folder) if os.path.lexists(folder) else []
     steps = {name.removeprefix("step_"): name for name in names if name.startswith("step_")}
-    return {
-        int(step): folder / steps[step] for step in sorted(filter(str.isdecimal, steps), key=int)
-    }
+    numbers = sorted(filter(str.isdecimal, steps), key=int)
+    return {int(step): folder / steps[step] for step in numbers}
 
 
 def checkpoint_path(run: str | Path, step: int | None = None) -> Path:
-    """The folder of a run's checkpoint; `step=None` means the newest. Raises ValueError where there
-    is none."""
+    """Returns the folder of a run's checkpoint; `step=None` means the newest. Raises ValueError
+    where there is none."""
     found = checkpoints(Path(run))
     if not found:
         raise ValueError(f"run={run} has no checkpoints; name the folder of a run that was trained")
@@ -207,13 +188,14 @@ def checkpoint_path(run: str | Path, step: int | None = None) -> Path:
 
 
 def describe(file: Path) -> tuple[int, str]:
-    """(size in bytes, sha256) of a file. Raises OSError or DamagedFile where it cannot be read."""
+    """Returns the size in bytes and the sha256 of a file. Raises OSError or DamagedFile where it
+    cannot be read."""
     with open_regular(file) as stream:
         return os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def checksum(state: Mapping[str, Any]) -> str:
-    """sha256 of plain values, as JSON holds them."""
+    """Returns the sha256 of plain values, as JSON holds them."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
@@ -229,7 +211,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimiser steps done when it was made."""
+        """Returns the optimiser steps done when it was made."""
         return self.state["step"]
 
 
@@ -239,52 +221,62 @@ def open_checkpoint(
     """Opens a checkpoint whose files are verified: those of the groups of tensors that are asked
     for, each process some of them, and all that hold no tensors, as the tokenizer's do.
 
-    Raises DamagedCheckpoint on all processes where a file is missing, cut, changed or of another
-    kind."""
+    Args:
+        path: its folder
+        only: groups of tensors, of TENSORS
+        layout: of the processes that open it together; by default this process alone
+
+    Raises:
+        DamagedCheckpoint: on all processes, where a file is missing, cut, changed or of another
+            kind
+    """
     layout = layout or Layout()
-
-    def verify() -> dict[str, Any]:
-        state = read_state(path)
-        files = check(state.get("files"), dict[str, tuple[int, str]], path / "state.json")
-        wanted = {name for group in only for name in files_of(group, files)} | {
-            name for name in files if not name.endswith(".safetensors")
-        }
-        for name in sorted(wanted)[layout.rank :: layout.world]:
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise DamagedCheckpoint(f"{name} lies outside it")
-            if files[name] != describe(path / name):
-                raise DamagedCheckpoint(f"{name} does not match its size or checksum")
-        return state
-
-    state = together(layout, verify)
+    state = together(layout, lambda: verified_state(path, only, layout))
     if path.name != f"step_{state.get('step')!s:0>8}":
         raise DamagedCheckpoint(f"it is of step {state.get('step')}")
-    tensors = together(
-        layout,
-        lambda: {
-            group: open_tensors(path / name for name in files_of(group, state["files"]))
-            for group in only
-        },
-    )
+    tensors = together(layout, lambda: open_groups(path, only, state["files"]))
     del state["files"]
     return Checkpoint(tensors, state, path, state.pop("checksum"))
 
 
+def verified_state(path: Path, only: Collection[str], layout: Layout) -> dict[str, Any]:
+    """Returns the state of a checkpoint after this process has verified its part of the files.
+    Raises ValueError or OSError where one is damaged."""
+    state = read_state(path)
+    files = check(state.get("files"), dict[str, tuple[int, str]], path / "state.json")
+    wanted = {name for name in files if not name.endswith(".safetensors")}
+    for group in only:
+        wanted.update(files_of(group, files))
+    for name in sorted(wanted)[layout.rank :: layout.world]:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise DamagedCheckpoint(f"{name} lies outside it")
+        if files[name] != describe(path / name):
+            raise DamagedCheckpoint(f"{name} does not match its size or checksum")
+    return state
+
+
+def open_groups(path: Path, only: Iterable[str], files: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Returns the tensors of some groups by group and name; `files` are those of the
+    checkpoint."""
+    names = list(files)
+    return {group: open_tensors(path / name for name in files_of(group, names)) for group in only}
+
+
 def read_state(path: Path) -> dict[str, Any]:
-    """The state of a checkpoint, its checksum included. Raises ValueError or OSError where it is
-    damaged."""
+    """Returns the state of a checkpoint, its checksum included. Raises ValueError or OSError where
+    it is damaged."""
     state = read_json(path / "state.json", dict[str, Any])
-    if state.get("checksum") != checksum(
-        {key: value for key, value in state.items() if key != "checksum"}
-    ):
+    signed = {key: value for key, value in state.items() if key != "checksum"}
+    if state.get("checksum") != checksum(signed):
         raise DamagedCheckpoint("state.json does not match its checksum")
     return state
 
 
 def together(layout: Layout, action: Callable[[], T]) -> T:
-    """Returns what an action comes to on this process. Raises DamagedCheckpoint on all processes
+    """Returns the result of an action on this process. Raises DamagedCheckpoint on all processes
     where one of them finds damage."""
-    result, error = None, None
+    result = None
+    error = None
     try:
         result = action()
     except FileNotFoundError as missing:
@@ -330,11 +322,9 @@ def open_run(
         return saved
     except DamagedFile as error:
         others = [str(other) for other, place in checkpoints(Path(run)).items() if place != path]
-        remedy = (
-            f"choose another with {key}={' or '.join(others)}"
-            if others
-            else "it is the only one of the run"
-        )
+        remedy = "it is the only one of the run"
+        if others:
+            remedy = f"choose another with {key}={' or '.join(others)}"
         raise ValueError(f"{path} is damaged ({error}); {remedy}") from None
 
 
@@ -345,47 +335,44 @@ def refuse_other_run(
     identity than that of the settings. What the keys in `found` name may lie at another place."""
     theirs = check(saved.state.get("identity", {}), dict[str, Any], saved.path / "state.json")
     if changed := differing(theirs, settings, found):
-        raise OtherRun(
-            "it is of another run: "
-            + ", ".join(f"{name} {before} -> {now}" for name, (before, now) in changed.items())
-        )
+        keys = [f"{name} {before} -> {now}" for name, (before, now) in changed.items()]
+        raise OtherRun(f"it is of another run: {', '.join(keys)}")
 
 
 def differing(
     identity: Mapping[str, Any], settings: Mapping[str, Any], found: Collection[str]
 ) -> dict[str, tuple[Any, Any]]:
-    """(value there, value here) of each key in which settings differ from the identity of a
+    """Returns (value there, value here) of each key in which settings differ from the identity of a
     checkpoint; of the keys in `found` paths do not count. A key that the identity lacks is newer
     than it, or read by neither."""
     changed = {}
     for name, theirs in identity.items():
-        if (
-            name not in KEYS or KEYS[name].metadata.get("mutable") is True
-        ):  # a key of another version
+        # Keys of another version may be mutable, or unknown, by now.
+        if name not in KEYS or KEYS[name].metadata.get("mutable") is True:
             continue
         ours = lookup(settings, name)
-        compared = (
-            (without_places(theirs), without_places(ours)) if name in found else (theirs, ours)
-        )
-        if compared[0] != compared[1]:
+        is_same = theirs == ours
+        if name in found:
+            is_same = without_places(theirs) == without_places(ours)
+        if not is_same:
             changed[name] = (theirs, ours)
     return changed
 
 
 def without_places(value: Any) -> Any:
-    """What is left of a key of PLACES without the paths: whether it is given, the names in it,
-    their order and their weights."""
-    if isinstance(value, Mapping):
-        return [
-            (name, entry.get("weight") if isinstance(entry, Mapping) else None)
-            for name, entry in value.items()
-        ]
-    return value is not None
+    """Returns a key of PLACES without its paths: whether it is given, or the names in it, in their
+    order, with their weights."""
+    if not isinstance(value, Mapping):
+        return value is not None
+    weights = []
+    for name, entry in value.items():
+        weights.append((name, entry.get("weight") if isinstance(entry, Mapping) else None))
+    return weights
 
 
 def read_config(run: Path) -> Config | None:
-    """The configuration in a run's folder, None where there is no config.yaml; a key that it lacks
-    is newer than the run, and has its default. Raises DamagedFile."""
+    """Returns the configuration in a run's folder, None where there is no config.yaml; a key that
+    it lacks is newer than the run, and has its default. Raises DamagedFile."""
     file = run / "config.yaml"
     try:
         plain = read_yaml(file, dict[str, Any])
@@ -394,3 +381,28 @@ def read_config(run: Path) -> Config | None:
     if missing := SECTIONS - plain.keys():
         raise DamagedFile(f"{file} is damaged (it lacks {', '.join(sorted(missing))})")
     return check(plain, Config, file)
+
+
+def load(run: str | Path, step: int | None = None) -> GPT:
+    """Returns the GPT of a run, on the CPU and in evaluation mode.
+
+    Args:
+        run: the run folder
+        step: the checkpoint's; None means the newest
+
+    Raises:
+        ValueError: there is none, or it is damaged
+    """
+    saved = open_run(run, step, ("model",))
+    try:
+        config = check(saved.state.get("model"), GPTConfig, saved.path / "state.json")
+        with torch.device("meta"):
+            model = GPT(config)
+        weights = {name: stored[...] for name, stored in saved.tensors["model"].items()}
+        model.load_state_dict(weights, assign=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"{saved.path} is damaged ({' '.join(str(error).split())}); choose another step of"
+            " the run"
+        ) from None
+    return model.eval()

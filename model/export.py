@@ -17,8 +17,8 @@ from torch import Tensor
 from conf.schema import STEPS, key
 from data import Tokenizer
 from data.hf_tokenizer import to_files
-from model.checkpoint import checkpoint_path
-from model.gpt import GPT, load
+from model.checkpoint import checkpoint_path, load
+from model.gpt import GPT
 from model.hf_config import to_config
 from model.hf_formats import FORMATS, choose_format
 from model.hf_weights import to_tensors
@@ -32,13 +32,10 @@ FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
-# in the metadata of model.safetensors: of the sequences that the model was trained on
+# In the metadata of model.safetensors: of the sequences that the model was trained on.
 LENGTH = "training_length"
-# in model.safetensors: transformers asks for the one, we know our exports by the other
-MARK = {
-    "format": "pt",
-    "writer": "flatgpt",
-}
+# In model.safetensors: transformers asks for the one, we know our exports by the other.
+MARK = {"format": "pt", "writer": "flatgpt"}
 
 
 def to_hf(
@@ -59,52 +56,66 @@ def to_hf(
         out: the folder
         format: gpt2, llama or plain; auto: whichever of the first two can
         length: of the sequences that the model was trained on, at which launch.evaluate then takes
-        its loss
+            its loss
 
     Raises:
         ValueError: the format does not express the model, or the folder holds anything else
     """
-    config, given = model.config, out
     # A link stays, and leads to the export.
-    out = Path(os.path.realpath(out))
-    format = format if format == PLAIN else choose_format(config, format)
-    if os.path.lexists(out) and not is_replaceable(out):
+    folder = Path(os.path.realpath(out))
+    format = format if format == PLAIN else choose_format(model.config, format)
+    if os.path.lexists(folder) and not is_replaceable(folder):
         raise ValueError(
-            f"out={given} exists and is no earlier export; name a new or an empty folder"
+            f"out={out} exists and is no earlier export; name a new or an empty folder"
         )
-    files = to_files(tokenizer, config.max_length)
-    # a document begins where another ends, or by itself
-    special = {
-        "bos_token_id": tokenizer.prompt("")[0],
-        "eos_token_id": tokenizer.eot,
-    }
-    if format == PLAIN:
-        files["gpt.json"] = asdict(config)
-    else:
-        files |= {
-            "config.json": to_config(config, format) | special,
-            "generation_config.json": special | {"pad_token_id": tokenizer.eot},
-        }
-    tensors = (
-        {name: p.detach() for name, p in model.named_parameters()}
-        if format == PLAIN
-        else to_tensors(model, FORMATS[format])
-    )
-    partial = out.with_name(f".{out.name}.partial")
+    files = files_of_export(model, tokenizer, format)
+    mark = MARK | ({LENGTH: str(length)} if length else {})
     try:
-        # That of an export which was killed may lie there.
-        shutil.rmtree(partial, ignore_errors=True)
-        write(partial, tensors, MARK | ({LENGTH: str(length)} if length else {}), files)
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
+        write_whole(folder, tensors_of_export(model, format), mark, files)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"out={given} cannot be written ({reason}); make room there, or name another folder"
+            f"out={out} cannot be written ({reason}); make room there, or name another folder"
         ) from None
     return format
+
+
+def files_of_export(model: GPT, tokenizer: Tokenizer, format: str) -> dict[str, Any]:
+    """Returns the content of an export's JSON files by their names."""
+    files = to_files(tokenizer, model.config.max_length)
+    if format == PLAIN:
+        return files | {"gpt.json": asdict(model.config)}
+    # A document begins where another ends, or by itself.
+    special = {"bos_token_id": tokenizer.prompt("")[0], "eos_token_id": tokenizer.eot}
+    return files | {
+        "config.json": to_config(model.config, format) | special,
+        "generation_config.json": special | {"pad_token_id": tokenizer.eot},
+    }
+
+
+def tensors_of_export(model: GPT, format: str) -> dict[str, Tensor]:
+    """Returns the weights of an export by its names."""
+    if format == PLAIN:
+        return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return to_tensors(model, FORMATS[format])
+
+
+def write_whole(
+    folder: Path, tensors: dict[str, Tensor], mark: dict[str, str], files: dict[str, Any]
+) -> None:
+    """Writes an export that appears whole or not at all, in the place of an earlier one. Raises
+    OSError or SafetensorError where the disk refuses."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    # That of an export which was killed may lie there.
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        write(partial, tensors, mark, files)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    except (OSError, SafetensorError):
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def write(
@@ -116,14 +127,13 @@ def write(
     save_file(tensors, folder / "model.safetensors", metadata=mark)
     for name, content in files.items():
         indent = None if name == "tokenizer.json" else 2
-        (folder / name).write_text(
-            json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def is_replaceable(out: Path) -> bool:
-    """Whether a folder is empty, or an export with nothing beside it and its weights as we wrote
-    them."""
+    """Returns whether a folder is empty, or an export with nothing beside it and its weights as we
+    wrote them."""
     if not out.is_dir() or not {path.name for path in out.iterdir()} <= FILES:
         return False
     try:
@@ -161,29 +171,28 @@ def main(arguments: list[str]) -> None:
         options, _ = parse(Options, arguments)
         path = checkpoint_path(options.run, options.step)
         model = load(options.run, options.step)
-        format = to_hf(
-            model,
-            Tokenizer.load(path),
-            options.out,
-            options.format,
-            load_config(Path(options.run)).batch.length,
-        )
+        tokenizer = Tokenizer.load(path)
+        length = load_config(Path(options.run)).batch.length
+        format = to_hf(model, tokenizer, options.out, options.format, length)
         architecture = "GPT" if format == PLAIN else FORMATS[format].architecture
         print(
             f"{path} -> {options.out}: {architecture}, {model.num_parameters():,} parameters; it"
             " loads by"
         )
-        if format == PLAIN:
-            print(f"    model = GPT(GPTConfig(**json.load(open('{options.out}/gpt.json'))))")
-            print(
-                "    model.load_state_dict("
-                f"safetensors.torch.load_file('{options.out}/model.safetensors'))"
-            )
-        else:
-            print(
-                f"    AutoModelForCausalLM.from_pretrained({options.out!r}),"
-                f" AutoTokenizer.from_pretrained({options.out!r})"
-            )
+        print(how_to_load(options.out, format))
+
+
+def how_to_load(out: str, format: str) -> str:
+    """Returns the lines of Python that load an export."""
+    if format == PLAIN:
+        weights = f"safetensors.torch.load_file('{out}/model.safetensors')"
+        return (
+            f"    model = GPT(GPTConfig(**json.load(open('{out}/gpt.json'))))\n"
+            f"    model.load_state_dict({weights})"
+        )
+    return (
+        f"    AutoModelForCausalLM.from_pretrained({out!r}), AutoTokenizer.from_pretrained({out!r})"
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from data import Tokenizer
 from data.hf_tokenizer import FILES, find_folder, read_settings, read_tokenizer
-from model.gpt import GPT, GPTConfig
+from model.config import GPTConfig
+from model.gpt import GPT
 from model.hf_config import from_config
 from model.hf_formats import FORMATS, ROPE, SCALING, TRAINING, Format, override
 from model.hf_weights import (

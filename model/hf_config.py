@@ -13,7 +13,7 @@ import msgspec
 from conf.schema import KEYS, check_value, type_name
 from conf.schema import key as declare
 from data.hf_tokenizer import LARGEST_VOCABULARY
-from model.gpt import GPTConfig
+from model.config import GPTConfig
 from model.hf_formats import FORMATS, GELU, ROPE, SCALING, Format
 
 # Keys of GPTConfig that every config.json must have.

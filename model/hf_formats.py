@@ -8,7 +8,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from model.gpt import GPTConfig
+from model.config import GPTConfig
 
 # Tables, which no format keeps transposed.
 TABLES = ("embedding.weight", "positions.weight", "head.weight")

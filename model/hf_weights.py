@@ -17,9 +17,11 @@ from torch import Tensor
 
 from data.files import open_regular
 from data.hf_tokenizer import read_settings
-from model.gpt import GPT, GPTConfig, rotary_frequencies
+from model.config import GPTConfig
+from model.gpt import GPT
 from model.hf_config import show
 from model.hf_formats import HEAD, Format
+from model.rotary import rotary_frequencies
 
 # The types of safetensors that weights may have; integers and 8 bits are quantised.
 FLOATS = ("F64", "F32", "F16", "BF16")

@@ -16,69 +16,88 @@ from model.gpt import GPT, KeyValueCache, evaluating
 from model.trained import open_trained
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn from softmax(logits / temperature).
+
+    Raises ValueError for a setting out of range."""
+
+    temperature: float = 1.0  # 0 takes the likeliest token
+    top_k: int | None = None  # keeps the k likeliest
+    top_p: float = 1.0  # keeps the fewest whose probability reaches p
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        is_k_valid = self.top_k is None or self.top_k >= 1
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or not is_k_valid:
+            raise ValueError(
+                f"temperature={self.temperature} top_k={self.top_k} top_p={self.top_p}: need"
+                " temperature >= 0, top_k >= 1, 0 < top_p <= 1"
+            )
+
+
+FROM_SOFTMAX = Sampling()
+
+
 @torch.no_grad()
 def generate(
     model: GPT,
     prompt: list[int],
     num_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling = FROM_SOFTMAX,
     use_cache: bool = True,
 ) -> Iterator[int]:
     """Yields `num_tokens` token ids that continue the prompt, one by one.
 
-    Dropout is off, whatever mode the model is in. Temperature 0 takes the likeliest token; top_k
-    keeps the k likeliest, top_p the fewest whose probability reaches p. Each token reads the keys
-    and values of those before it from a cache, until the context is full: from then on the last
-    half of it is read anew as a prompt. Raises ValueError for an empty prompt or a setting out of
-    range."""
+    Dropout is off, whatever mode the model is in. Each token reads the keys and values of those
+    before it from a cache; a full context's last half is read anew, as a prompt.
+
+    Args:
+        model: on any device
+        prompt: token ids, at least one; of a long one the end is read
+        num_tokens: how many are drawn
+        sampling: how they are drawn; by default from the softmax as it is
+        use_cache: whether keys and values are kept, or computed again for each token
+
+    Raises:
+        ValueError: the prompt is empty, or the model's logits are not finite
+    """
     if not prompt:
         raise ValueError("prompt is empty; give at least one token")
-    if temperature < 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
-        raise ValueError(
-            f"temperature={temperature} top_k={top_k} top_p={top_p}: need temperature >= 0, top_k"
-            " >= 1, 0 < top_p <= 1"
-        )
     device, length = model.embedding.weight.device, model.config.max_length
-    generator = torch.Generator().manual_seed(seed)
-    tokens, caches = list(prompt), None
+    generator = torch.Generator().manual_seed(sampling.seed)
+    tokens = list(prompt)
+    caches: list[KeyValueCache] | None = None
     for _ in range(num_tokens):
+        context = tokens[-1:]
         if caches is None or caches[0].length >= length:
+            # At first all that fits; once the context is full, its last half.
             context = tokens[-length:] if caches is None else tokens[-(length // 2 + 1) :]
             caches = [KeyValueCache() for _ in model.blocks]
-        else:
-            context = tokens[-1:]
         with evaluating(model):
             logits_V = model(torch.tensor([context], device=device), caches)[0, -1].float().cpu()
         if not use_cache:
             caches = None
-        tokens.append(choose(logits_V, temperature, top_k, top_p, generator))
+        tokens.append(draw_token(logits_V, sampling, generator))
         yield tokens[-1]
 
 
-def choose(
-    logits_V: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-    generator: torch.Generator,
-) -> int:
-    """Draws one token id from softmax(logits / temperature) cut to top_k and top_p. Raises
-    ValueError for logits that are not finite."""
+def draw_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Draws one token id. Raises ValueError for logits that are not finite."""
     if not logits_V.isfinite().all():
         raise ValueError(
             "the model's logits are not finite: its weights are damaged or its training diverged;"
             " choose another step of the run"
         )
-    if temperature == 0:
+    if sampling.temperature == 0:
         return int(logits_V.argmax())
     logits_V, ids_V = logits_V.sort(descending=True)
     # From the largest down and in fp64, so that no temperature makes a number that is not one.
-    p_V = (logits_V[:top_k].double() - logits_V[0]).div(temperature).softmax(0).float()
-    p_V[p_V.cumsum(0) - p_V >= top_p] = 0.0  # the likeliest always stays: nothing comes before it
-    return int(ids_V[torch.multinomial(p_V, 1, generator=generator)])
+    below_largest_K = logits_V[: sampling.top_k].double() - logits_V[0]
+    p_K = below_largest_K.div(sampling.temperature).softmax(0).float()
+    # The likeliest always stays: nothing comes before it.
+    p_K[p_K.cumsum(0) - p_K >= sampling.top_p] = 0.0
+    return int(ids_V[torch.multinomial(p_K, 1, generator=generator)])
 
 
 @dataclass
@@ -116,17 +135,10 @@ def main(arguments: list[str]) -> None:
         _, model, tokenizer, _ = open_trained(Path(options.run), options.step)
         model.to(device)
         prompt = tokenizer.prompt(options.prompt)
+        sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
         print(options.prompt, end="", flush=True)
         with autocast(device, choose_precision(options.precision, device)):
-            tokens = generate(
-                model,
-                prompt,
-                options.tokens,
-                options.temperature,
-                options.top_k,
-                options.top_p,
-                options.seed,
-            )
+            tokens = generate(model, prompt, options.tokens, sampling)
             for text in decode_stream(tokens, tokenizer.decode_bytes):
                 print(text, end="", flush=True)
         print()
@@ -135,8 +147,8 @@ def main(arguments: list[str]) -> None:
 def decode_stream(
     tokens: Iterator[int], decode_bytes: Callable[[list[int]], bytes]
 ) -> Iterator[str]:
-    """The text of tokens as it becomes certain: a character cut between two tokens waits for its
-    last byte."""
+    """Yields the text of tokens as it becomes certain: a character cut between two tokens waits for
+    its last byte."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in tokens:
         yield decoder.decode(decode_bytes([token]))

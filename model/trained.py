@@ -12,21 +12,21 @@ from safetensors import SafetensorError, safe_open
 from conf.schema import KEYS, check_value
 from data import Tokenizer
 from data.hf_tokenizer import read_settings, read_tokenizer
-from model.checkpoint import checkpoint_path
+from model.checkpoint import checkpoint_path, load
+from model.config import GPTConfig
 from model.export import LENGTH
-from model.gpt import GPT, GPTConfig, load
+from model.gpt import GPT
 from model.hf import check_rows, from_hf
 from model.hf_weights import mismatch, open_weights, require
 
 
 class Trained(NamedTuple):
-    """A trained model, and the length of the sequences that it was trained on, where the folder
-    tells."""
+    """A trained model with its tokenizer."""
 
     path: Path
     model: GPT
     tokenizer: Tokenizer
-    length: int | None
+    length: int | None  # tokens of the sequences it was trained on, where the folder tells
 
 
 def is_run(folder: Path) -> bool:
@@ -90,17 +90,9 @@ def read_plain(folder: Path, config: GPTConfig) -> dict[str, torch.Tensor]:
         f"blocks.{config.num_layers - 1}.attention_norm.weight",
         f" though gpt.json says num_layers={config.num_layers}",
     )
-    if (
-        require(tensors, "embedding.weight").shape[-1] != config.width
-        or not 0 < config.vocab_size <= tensors["embedding.weight"].shape[0]
-    ):
-        raise ValueError(
-            mismatch(
-                "embedding.weight",
-                tensors["embedding.weight"].shape,
-                [config.vocab_size, config.width],
-            )
-        )
+    table = require(tensors, "embedding.weight").shape
+    if table[-1] != config.width or not 0 < config.vocab_size <= table[0]:
+        raise ValueError(mismatch("embedding.weight", table, [config.vocab_size, config.width]))
     with torch.device("meta"):
         shapes = {name: list(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
     for name, shape in shapes.items():

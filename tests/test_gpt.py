@@ -13,6 +13,7 @@ from launch.config import compose
 from launch.overrides import groups
 from launch.plan import gpt_config
 from model import GPT, GPTConfig, KeyValueCache, gpt
+from model import rotary as rope
 
 NANODO = GPTConfig(vocab_size=101, max_length=32, num_layers=2, num_heads=4, width=32)
 LLAMA = GPTConfig(
@@ -168,7 +169,7 @@ def test_rotary_angles_are_scaled_as_llamas(width, factor, low, high, length):
         "llama3": llama_frequencies(exact, factor, low, high, length),
     }
     for kind, frequencies in expected.items():
-        found = gpt.rotary_frequencies(replace(scaled, rope_scaling=kind), device)
+        found = rope.rotary_frequencies(replace(scaled, rope_scaling=kind), device)
         torch.testing.assert_close(
             found.double(), torch.tensor(frequencies, dtype=torch.float64), rtol=1e-6, atol=0
         )
@@ -188,9 +189,9 @@ def test_rotary_attention_sees_distances_only():
     scores = []
     for shift in (0, 11):
         rotary = tuple(
-            part.double() for part in gpt.rotary_table(LLAMA, torch.arange(shift, shift + 6))
+            part.double() for part in rope.rotary_table(LLAMA, torch.arange(shift, shift + 6))
         )
-        scores.append(gpt.rotate(q, rotary) @ gpt.rotate(k, rotary).transpose(-1, -2))
+        scores.append(rope.rotate(q, rotary) @ rope.rotate(k, rotary).transpose(-1, -2))
     torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-5)  # angles are fp32
     assert not torch.allclose(scores[0], q @ k.transpose(-1, -2), atol=1e-2)
 

@@ -20,7 +20,7 @@ from launch import evaluate
 from model import GPT, GPTConfig, export, sample
 from model.export import to_hf
 from model.hf import from_hf, start_from
-from model.sample import generate
+from model.sample import Sampling, generate
 
 transformers = pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig  # noqa: E402
@@ -279,7 +279,9 @@ def test_generates_as_ours(name, tmp_path):
         do_sample=False,
         eos_token_id=-1,
     )
-    assert continued[0].tolist() == prompt + list(generate(ours, prompt, 40, temperature=0.0))
+    assert continued[0].tolist() == prompt + list(
+        generate(ours, prompt, 40, Sampling(temperature=0.0))
+    )
     assert (
         theirs.generation_config.eos_token_id
         == theirs.generation_config.bos_token_id

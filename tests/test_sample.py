@@ -12,14 +12,17 @@ from data.tokenizer import bytes_tokenizer
 from model import GPT, GPTConfig, load, sample
 from model.export import to_hf
 from model.hf import from_hf
-from model.sample import choose, decode_stream, generate
+from model.sample import Sampling, decode_stream, draw_token, generate
 from tests.runs import ROOT
 
 MODEL = GPT(GPTConfig(50, 16, 2, 2, 16, positions="rope", norm="rmsnorm"), seed=1)
 
 
-def take(num_tokens: int = 12, **settings) -> list[int]:
-    return list(generate(MODEL, [3, 7], num_tokens, **settings))
+GREEDY = Sampling(temperature=0)
+
+
+def take(num_tokens: int = 12, use_cache: bool = True, **settings) -> list[int]:
+    return list(generate(MODEL, [3, 7], num_tokens, Sampling(**settings), use_cache))
 
 
 def test_temperature_zero_takes_the_likeliest_of_the_full_forward():
@@ -66,8 +69,8 @@ def test_the_narrowest_settings_are_greedy():
 def test_dropout_is_off_whatever_the_mode_of_the_model():
     model = GPT(GPTConfig(50, 16, 2, 2, 16, dropout=0.5), seed=1)
     assert model.training
-    drawn = list(generate(model, [3, 7], 12, temperature=0))
-    assert model.training and drawn == list(generate(model.eval(), [3, 7], 12, temperature=0))
+    drawn = list(generate(model, [3, 7], 12, GREEDY))
+    assert model.training and drawn == list(generate(model.eval(), [3, 7], 12, GREEDY))
 
 
 def test_what_is_loaded_is_in_evaluation_mode(reference, tmp_path):
@@ -84,19 +87,20 @@ def test_what_is_loaded_is_in_evaluation_mode(reference, tmp_path):
 @pytest.mark.parametrize("temperature", [1e-38, 1e-45, 1e-300, 5e-324])
 def test_the_lowest_temperatures_are_greedy(temperature):
     assert take(temperature=temperature) == take(temperature=0)
-    assert choose(torch.tensor([0.0, 3e38, -3e38]), temperature, 2, 0.5, torch.Generator()) == 1
+    logits, sampling = torch.tensor([0.0, 3e38, -3e38]), Sampling(temperature, 2, 0.5)
+    assert draw_token(logits, sampling, torch.Generator()) == 1
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite_are_said_to_be(temperature):
     with pytest.raises(ValueError, match="logits are not finite"):
-        choose(torch.tensor([0.0, float("nan")]), temperature, None, 1.0, torch.Generator())
+        draw_token(torch.tensor([0.0, float("nan")]), Sampling(temperature), torch.Generator())
 
 
 def draws(logits: torch.Tensor, number: int = 4000, **settings) -> torch.Tensor:
-    arguments = {"temperature": 1.0, "top_k": None, "top_p": 1.0} | settings
+    sampling = Sampling(**settings)
     generator = torch.Generator().manual_seed(0)
-    found = [choose(logits, generator=generator, **arguments) for _ in range(number)]
+    found = [draw_token(logits, sampling, generator) for _ in range(number)]
     return torch.bincount(torch.tensor(found), minlength=len(logits)) / number
 
 
