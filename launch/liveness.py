@@ -1,4 +1,4 @@
-"""What a process is doing, for the watchdog to see that it gets on."""
+"""The phase of a run that this process is in, by which the watchdog sees that it gets on."""
 
 from dataclasses import dataclass
 

@@ -1,5 +1,5 @@
-"""What lives on one device at the fullest moment of a step, from shapes alone; python train.py
-plan_only=true prints it.
+"""Plans the memory of one device at the fullest moment of a step, from shapes alone; python
+train.py plan_only=true prints it.
 
 Counted are the bytes of tensors, as torch.cuda.max_memory_allocated counts them; the context of
 CUDA, NCCL's buffers and what the allocator holds without using it come on top.
@@ -140,7 +140,7 @@ class PerturbedStep:
         yield from self.logit_pass()
         yield "step", self.before + tensor("gradients", "all", self.P)
 
-    # What the configuration says
+    # The configuration
 
     @property
     def optim(self) -> OptimConfig:
@@ -195,7 +195,7 @@ class PerturbedStep:
         groups before, or the clean one that the path is a sum of."""
         return self.P if self.is_grouped or self.terms.clean != 0 else 0
 
-    # What stays over some of the moments
+    # Tensors that stay over some of the moments
 
     @property
     def staying(self) -> Table:

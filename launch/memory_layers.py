@@ -1,4 +1,5 @@
-"""What the layers of a model have alive: a transformer block, operation by operation, and the head.
+"""Tables of the tensors of a model's layers: a transformer block, operation by operation, and the
+head.
 
 A token costs a layer the same wherever it stands, so the rows are numbers per token. Everything is
 for eager execution: compiled blocks keep less, as inductor computes again what is cheap.
@@ -26,7 +27,8 @@ class PerToken(NamedTuple):
 
 
 def of_tokens(rows: Iterable[PerToken], blocks: int, tokens: int) -> Table:
-    """Returns the table of per-token rows, for so many blocks and the tokens of a micro-batch."""
+    """Returns the table of per-token rows, for a number of blocks and the tokens of a
+    micro-batch."""
     table: Table = []
     for row in rows:
         table += tensor("activations", row.name, blocks, tokens, row.numbers, size=row.size)

@@ -1,5 +1,5 @@
-"""What lives in a forward and a backward over the micro-batches of a group on one process, with
-FSDP or without.
+"""Tables of the tensors that live in a forward and a backward over the micro-batches of a group on
+one process, with FSDP or without.
 
 With FSDP the root lies gathered during a pass; a block with the one gathered next to it, and its
 gradients whole, beside the fp32 copy that is reduced of the block after it."""
@@ -45,8 +45,8 @@ def parameter_counts(shape: GPTConfig, pattern: str, shards: int) -> ParameterCo
     Args:
         shape: of the model
         pattern: which parameters are perturbed (optim.parameters)
-        shards: each parameter is cut along its first dimension into so many parts of one size, but
-            for the last ones
+        shards: number of parts of one size, but for the last ones, into which each parameter is
+            cut along its first dimension
     """
     with torch.device("meta"):
         model = GPT(shape)
@@ -129,12 +129,13 @@ class Passes:
         return table
 
     def kept(self, attentions: int, mlps: int) -> Table:
-        """Returns what the halves of so many blocks keep, without activation checkpointing."""
+        """Returns the tensors that the halves of some blocks keep, without activation
+        checkpointing."""
         attention = of_tokens(self.block.attention(), attentions, self.tokens)
         return attention + of_tokens(self.block.mlp(), mlps, self.tokens)
 
     def kept_by_blocks(self, blocks: int) -> Table:
-        """Returns what so many blocks keep for their backward."""
+        """Returns the tensors that some blocks keep for their backward."""
         if self.checkpointing:
             block_input = PerToken("inputs of blocks", self.shape.width, 4)
             return of_tokens([block_input], blocks, self.tokens)

@@ -41,10 +41,10 @@ class Point(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """What rows of logits are compared with."""
+    """The targets of rows of logits, and the factors of their losses."""
 
     targets_N: Tensor
-    factor_N: Tensor  # what multiplies the loss of each row: 0 where the target is not counted
+    factor_N: Tensor  # the scale of the loss; 0 where the target is not counted
 
     def of(self, rows: slice) -> "Labels":
         """Returns the labels of some rows."""
@@ -52,7 +52,7 @@ class Labels(NamedTuple):
 
 
 class HeadConfig(NamedTuple):
-    """What a head is beside its tensors."""
+    """The settings of a head."""
 
     vocab_size: int  # without the padding
     softcap: float | None
@@ -74,7 +74,7 @@ class Products(NamedTuple):
 
     @staticmethod
     def none(labels: Labels) -> "Products":
-        """Returns what stands for products that nobody asked for."""
+        """Returns empty tensors in place of products that are not computed."""
         return Products(labels.factor_N.new_empty(0), labels.factor_N.new_empty(0))
 
 

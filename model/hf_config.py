@@ -18,7 +18,7 @@ from model.hf_formats import FORMATS, GELU, ROPE, SCALING, Format
 
 # Keys of GPTConfig that every config.json must have.
 REQUIRED = ("vocab_size", "max_length", "num_layers", "num_heads", "width")
-# What is read of rope_parameters.
+# The keys of rope_parameters that are read.
 ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", *ROPE.values())
 
 
@@ -143,12 +143,12 @@ def refuse_other_computation(theirs: dict[str, Any], format: Format) -> None:
 
 
 def gpt2_defaults(theirs: dict[str, Any]) -> dict[str, Any]:
-    """Returns what GPT-2 is where its config.json does not say."""
+    """Returns the defaults of GPT-2, where its config.json does not say."""
     activation = GELU[theirs.get("activation_function", "gelu_new")]
     return {"norm_eps": 1e-5, "tied": True, "bias": True, "activation": activation}
 
 
-# What Llama is where its config.json does not say.
+# The defaults of Llama, where its config.json does not say.
 LLAMA_DEFAULTS = {
     "norm_eps": 1e-6,
     "tied": False,

@@ -28,7 +28,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Index(TypedDict):
-    """What is read of model.safetensors.index.json: the file of each tensor."""
+    """The part of model.safetensors.index.json that is read: the file of each tensor."""
 
     weight_map: dict[str, str]
 
@@ -125,7 +125,7 @@ def open_weights(folder: Path, prefix: str) -> Stored:
     return found
 
 
-# What a folder may have beside or in place of a model's tensors
+# Tensors beside a model's own, or in their place
 
 
 def settle_head(tensors: Stored, config: GPTConfig, embedding: str) -> GPTConfig:

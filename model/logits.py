@@ -215,7 +215,7 @@ class LazyLogits:
 
     @property
     def config(self) -> HeadConfig:
-        """Returns the head beside its tensors."""
+        """Returns the settings of the head."""
         return HeadConfig(self.vocab_size, self.softcap, self.z_loss)
 
     def _labels(self, targets_BxT: Tensor, scale: float) -> Labels:

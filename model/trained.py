@@ -56,10 +56,12 @@ def training_length(folder: Path, config: GPTConfig) -> int | None:
     """Returns the length of the sequences that an export was trained on, if its weights tell."""
     try:
         with safe_open(folder / "model.safetensors", "pt") as file:
-            told = (file.metadata() or {}).get(LENGTH, "")
+            length = (file.metadata() or {}).get(LENGTH, "")
     except (OSError, SafetensorError):
         return None  # of weights in several files
-    return int(told) if told.isdecimal() and 0 < int(told) <= config.max_length else None
+    if length.isdecimal() and 0 < int(length) <= config.max_length:
+        return int(length)
+    return None
 
 
 def from_plain(folder: Path) -> GPT:

@@ -1,11 +1,13 @@
 """What is derived from a configuration; what a user sees of it is tested in test_config.py."""
 
+import math
 from dataclasses import asdict
 
 import pytest
 
 from launch.config import compose
-from launch.plan import describe, gpt_config, human, make_plan
+from launch.memory import estimate
+from launch.plan import describe, describe_memory, gpt_config, human, make_plan
 from model.gpt import GPTConfig
 
 SMALL = ["model=tiny", "device=cpu", "batch.length=64", "batch.sequences=8"]
@@ -17,6 +19,23 @@ def rows(*overrides: str) -> dict[str, str]:
         line[:22].strip(): line[22:]
         for line in describe(composed, make_plan(composed), "name").splitlines()
     }
+
+
+@pytest.mark.parametrize("optim", ["adamw", "preconditioned_functional_sam", "gsam", "delta_sam"])
+def test_the_tensors_of_the_fullest_moment_add_up_to_its_memory(optim):
+    composed = compose([*SMALL, f"optim={optim}"])
+    plan = make_plan(composed)
+    fullest = estimate(composed, plan.model)
+    title, *lines = describe_memory(composed, plan).splitlines()
+    assert title == f"Tensors in the {fullest.moment}:" and len(lines) == len(fullest.table) > 10
+    total = 0
+    for row, line in zip(sorted(fullest.table, key=lambda row: -row.bytes), lines, strict=True):
+        sides, size = row.shape.removesuffix(" B").rsplit(", ", 1)
+        numbers = math.prod(int(side.replace(",", "")) for side in sides.split(" x "))
+        assert numbers * int(size) == row.bytes and human(row.bytes) in line and row.name in line
+        total += row.bytes
+    assert total == fullest.total == sum(fullest.parts.values())
+    assert human(total) in rows(f"optim={optim}")["memory, about"]
 
 
 def test_the_shape_is_the_model_group():
