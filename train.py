@@ -46,7 +46,16 @@ from launch.process import (
 from launch.replicated import refuse_divergence, replicated
 from launch.saver import Saver
 from launch.snapshot import snapshot_code
-from launch.state import Interval, Progress, State, branch, checksum_of_weights, resume, tensors_of
+from launch.state import (
+    Interval,
+    Progress,
+    State,
+    branch,
+    checksum_of_weights,
+    refuse_other_places,
+    resume,
+    tensors_of,
+)
 from launch.tracking import Silent, Tracker, loss_at_flops, send_rest
 from launch.watchdog import Watchdog
 from model import GPT, load
@@ -88,6 +97,7 @@ def main(settings: Config) -> int:
         )
         if layout.agreed((folder / "summary.json").exists()):
             layout.on_main(
+                lambda: refuse_other_places(folder, settings),
                 lambda: print(
                     f"finished already: {folder}/summary.json has its figures; another seed or dir"
                     " starts another run"

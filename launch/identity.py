@@ -74,25 +74,32 @@ def refuse_another(run: Path, config: Config) -> None:
     """Raises ValueError, with a diff of keys, where the folder holds a run of another identity.
 
     The name of a run is made of paths too, but what it resumes on is known by checksums. So another
-    path passes here where there is a checkpoint that will tell whether the same thing lies there
-    (`launch.state.resume`)."""
+    path passes here where a checkpoint will tell whether the same thing lies there
+    (`launch.state.resume`, and `launch.state.refuse_other_places` of a run that is finished), and
+    where nothing was trained on it yet."""
     if os.path.lexists(run / "config.yaml"):
         theirs, ours = canonical(load_config(run)), canonical(config)
-        passing = PLACES if checkpoints(run) and not (run / "summary.json").exists() else ()
+        passing = PLACES if checkpoints(run) or not (run / "summary.json").exists() else ()
         changed = [
             name
             for name in KEYS
             if compared(name, theirs, passing) != compared(name, ours, passing)
         ]
         if changed:
-            diff = ", ".join(
-                f"{name} {theirs.get(name, 'unread')} -> {ours.get(name, 'unread')}"
-                for name in changed
-            )
-            raise ValueError(
-                f"dir={run} holds another run ({diff}); choose another dir, or leave dir out to"
-                " have one named"
-            )
+            unlike = {
+                name: (theirs.get(name, "unread"), ours.get(name, "unread")) for name in changed
+            }
+            raise another(run, unlike)
+
+
+def another(run: Path, changed: dict[str, tuple[Any, Any]]) -> ValueError:
+    """Returns the error of a folder that holds another run: each key that differs, with (value
+    there, value here)."""
+    diff = ", ".join(f"{name} {theirs} -> {ours}" for name, (theirs, ours) in changed.items())
+    return ValueError(
+        f"dir={run} holds another run ({diff}); choose another dir, or leave dir out to have one"
+        " named"
+    )
 
 
 def compared(name: str, identity: dict[str, Any], passing: Collection[str]) -> Any:

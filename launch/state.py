@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from conf.schema import Config
-from data import Corpus
+from data import Corpus, prepare
 from data.files import check
 from data.hf_tokenizer import find_folder
 from launch import identity
 from launch.checkpoint import use_newest
-from launch.folder import Counted, counted_lines
+from launch.folder import Counted, counted_lines, load_config
 from launch.plan import Plan
 from launch.process import peak_flops
 from model import GPT
@@ -223,6 +223,19 @@ def found_elsewhere(state: State, settings: Config, corpus: Corpus, layout: Layo
         ):
             found.add(name)
     return found
+
+
+def refuse_other_places(run: Path, settings: Config) -> None:
+    """Raises ValueError where a finished run was given other paths than its own, and what lies
+    there is not what it was trained with. The main process alone looks."""
+    if identity.canonical(load_config(run)) == identity.canonical(settings):
+        return
+    saved = open_run(run, None, ())
+    state = state_of(saved)
+    corpus = prepare(settings.data, settings.tokenizer)
+    found = found_elsewhere(state, settings, corpus, Layout())
+    if changed := differing(state.identity, asdict(settings), found):
+        raise identity.another(run, changed)
 
 
 def origins(name: str, place: str | None) -> Collection[str]:

@@ -428,6 +428,31 @@ def test_another_text_at_another_place_is_refused(run, call, tiny, tmp_path):
     )
 
 
+def test_a_finished_run_is_known_by_its_text_wherever_that_lies(run, call, whole, tiny, tmp_path):
+    shutil.rmtree(run)
+    shutil.copytree(whole, run)
+    before = content(run)
+    override = moved_corpus(tiny, tmp_path / "elsewhere.txt")
+    code, said = call("train", override)
+    assert code == 0 and "finished already" in said
+    (tmp_path / "elsewhere.txt").write_text("another text " * 5000)
+    code, said = call("train", override)
+    assert code == 2 and f"dir={run} holds another run (data.path " in said
+    shutil.rmtree(run / "checkpoints")
+    assert call("train", moved_corpus(tiny, tmp_path / "elsewhere.txt"))[0] == 2
+    shutil.copytree(whole / "checkpoints", run / "checkpoints")
+    assert content(run) == before
+
+
+def test_a_run_without_a_checkpoint_begins_with_the_text_that_is_given(
+    run, call, whole, tiny, tmp_path
+):
+    shutil.rmtree(run / "checkpoints")
+    assert call("train", "seed=3")[0] == 2
+    assert call("train", moved_corpus(tiny, tmp_path / "elsewhere.txt"))[0] == 0
+    assert rows_and_weights(run) == rows_and_weights(whole)
+
+
 def test_a_parent_at_another_place_is_known_by_its_checkpoint(run, call, tiny, tmp_path):
     branch = tmp_path / "branch"
     assert call("branch", "init.optimizer=true")[0] == EXIT_PREEMPTED
