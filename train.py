@@ -20,35 +20,17 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from conf.exit_codes import EXIT_DIVERGED, EXIT_PREEMPTED
+from conf.output import harmless_output
+from conf.ranks import rank_and_world
 from conf.schema import Config
 from data import Loader, Prefetcher, Validation, prepare, training_sample, unigram_bigram
 from data.cache import check as check_data
 from data.files import remove_temporary
-from launch import checkpoint, config, identity
-from launch.console import Console, harmless_output
-from launch.evaluate import evaluate
-from launch.folder import FILES, read_rows, read_summary
-from launch.liveness import Liveness
-from launch.lock import RunLock
-from launch.plan import Plan, describe, describe_memory, make_plan, refuse_here
-from launch.preemption import EXIT_DIVERGED, EXIT_PREEMPTED, Preemption
-from launch.process import (
-    autocast,
-    choose_device,
-    choose_precision,
-    keep_freed_memory,
-    processes,
-    profiler,
-    rank_and_world,
-    refuse_copies,
-    seed_everything,
-)
-from launch.replicated import refuse_divergence, replicated
-from launch.saver import Saver
-from launch.snapshot import snapshot_code
-from launch.state import (
-    Interval,
-    Progress,
+from launch import config
+from launch.checkpoint import step_folder
+from launch.checkpoint.replicated import refuse_divergence, replicated
+from launch.checkpoint.resume import (
     State,
     branch,
     checksum_of_weights,
@@ -56,9 +38,29 @@ from launch.state import (
     resume,
     tensors_of,
 )
-from launch.tracking import Silent, Tracker, loss_at_flops, send_rest
-from launch.watchdog import Watchdog
+from launch.checkpoint.saver import Saver
+from launch.evaluate import evaluate
+from launch.plan.plan import Plan, describe, describe_memory, make_plan, refuse_here
+from launch.run import identity
+from launch.run.folder import FILES, read_rows, read_summary
+from launch.run.liveness import Liveness
+from launch.run.lock import RunLock
+from launch.run.preemption import Preemption
+from launch.run.process_group import processes, refuse_copies
+from launch.run.snapshot import snapshot_code
+from launch.run.watchdog import Watchdog
+from launch.track.console import Console
+from launch.track.meter import Interval, Progress
+from launch.track.tracker import Silent, Tracker, loss_at_flops, send_rest
 from model import GPT, load
+from model.device import (
+    autocast,
+    choose_device,
+    choose_precision,
+    keep_freed_memory,
+    profiler,
+    seed_everything,
+)
 from model.hf import start_from
 from model.parallelize import parallelize, shard
 from model.processes import Layout
@@ -118,7 +120,7 @@ def main(settings: Config) -> int:
 
 def clear(folder: Path) -> None:
     """Removes what killed starts left half written in the run folder, which this process holds."""
-    checkpoint.remove_partial(folder)
+    step_folder.remove_partial(folder)
     remove_temporary(folder, FILES)
     remove_temporary(folder / "code")
 

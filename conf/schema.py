@@ -975,3 +975,12 @@ def meaning(entry: Field) -> str:
         ]
         text += f" ({'unless' if 0 < len(idle) < len(values) else 'with'} {' or '.join(shown)})"
     return text
+
+
+def is_read(config: Config, name: str) -> bool:
+    """Whether a run of this configuration reads the key, given its `read_when` and that of the key
+    named there."""
+    condition = KEYS[name].metadata.get("read_when")
+    return condition is None or (
+        lookup(config, condition[0]) in condition[1] and is_read(config, condition[0])
+    )

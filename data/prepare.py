@@ -20,8 +20,9 @@ class Options:
 
 def main(overrides: list[str]) -> None:
     """Prepares the corpus of a configuration and prints what it came to."""
-    from launch.config import compose, offer_help, user_errors
-    from launch.console import harmless_output
+    from conf.cli import offer_help, user_errors
+    from conf.output import harmless_output
+    from launch.config import compose
 
     with user_errors(), harmless_output():
         offer_help(Options, overrides, ("data", "tokenizer"))

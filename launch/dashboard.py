@@ -13,7 +13,7 @@ from typing import Any
 
 from conf.schema import key
 from data.files import write_result
-from launch.wandb_run import PROJECT, wandb_mode, wandb_settings
+from launch.track.wandb_run import PROJECT, wandb_mode, wandb_settings
 
 NAME = "flatgpt: methods compared"
 # runs with the same of these are a group, everywhere
@@ -207,7 +207,8 @@ def specification(workspace: Any, report: Any) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> None:
     """Creates workspace and report and prints where they are, or writes what would be created."""
-    from launch.config import compose, parse, user_errors
+    from conf.cli import parse, user_errors
+    from launch.config import compose
 
     with user_errors():
         options, _ = parse(Options, arguments)

@@ -114,9 +114,10 @@ class Options:
 def main(arguments: list[str]) -> None:
     """Prints the full loss of a run's model on each validation set of a corpus; default the run's
     own corpus."""
-    from launch.config import compose, parse, user_errors
-    from launch.folder import load_config
-    from launch.process import autocast, choose_device, choose_precision
+    from conf.cli import parse, user_errors
+    from launch.config import compose
+    from launch.run.folder import load_config
+    from model.device import autocast, choose_device, choose_precision
 
     with user_errors():
         options, overrides = parse(Options, arguments, others=("data",))

@@ -10,13 +10,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from conf.cli import parse, user_errors
 from conf.schema import key
 from data.files import DamagedFile
-from launch.config import parse, user_errors
-from launch.folder import harm, read_rows
-from launch.jobs import Job, queue, read_jobs, reason, state
-from launch.lock import is_in_use
-from launch.record import find_runs, read_run
+from launch.report.record import find_runs, read_run
+from launch.run.folder import harm, read_rows
+from launch.run.lock import is_in_use
+from launch.sweep.jobs import Job, queue, read_jobs, reason, state
 
 STATES = ("done", "running", "waiting", "stopped", "failed")
 # any other has failed
@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> int:
 
 def resubmit(folder: Path) -> int:
     """Starts again the runs of a sweep that ended without being done; returns the exit code."""
-    from launch.sweep import hold, start
+    from launch.sweep.sweep import hold, start
 
     if not (folder / "jobs.json").exists():
         raise ValueError(

@@ -164,8 +164,8 @@ class Options:
 
 def main(arguments: list[str]) -> None:
     """Exports a run, and says how to load it."""
-    from launch.config import parse, user_errors
-    from launch.folder import load_config
+    from conf.cli import parse, user_errors
+    from launch.run.folder import load_config
 
     with user_errors():
         options, _ = parse(Options, arguments)

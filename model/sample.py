@@ -126,8 +126,8 @@ class Options:
 
 def main(arguments: list[str]) -> None:
     """Streams a continuation to stdout."""
-    from launch.config import parse, user_errors
-    from launch.process import autocast, choose_device, choose_precision
+    from conf.cli import parse, user_errors
+    from model.device import autocast, choose_device, choose_precision
 
     with user_errors():
         options, _ = parse(Options, arguments)

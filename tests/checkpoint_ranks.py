@@ -24,10 +24,11 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from conf.schema import OptimConfig
 from data.shards import Corpus
 from data.tokenizer import bytes_tokenizer
-from launch import checkpoint
-from launch.checkpoint import use_newest
-from launch.saver import Saver
-from launch.state import Progress, State, restore, tensors_of
+from launch.checkpoint import step_folder
+from launch.checkpoint.resume import State, restore, tensors_of
+from launch.checkpoint.saver import Saver
+from launch.checkpoint.step_folder import use_newest
+from launch.track.meter import Progress
 from model import GPT, GPTConfig
 from model.checkpoint import Part, open_checkpoint
 from model.parallelize import shard
@@ -186,7 +187,7 @@ def all_kinds(folder: Path, layouts: dict[str, Layout]) -> list[str]:
         for name, tensor in tensors.items()
         if layout.writes_to_checkpoint(tensor)
     }
-    path = checkpoint.save(
+    path = step_folder.save(
         folder / "kinds", {"model": parts}, {"step": 1}, TOKENIZER, 1, [], layout
     )
     stored = open_checkpoint(path, ("model",), other).tensors["model"]

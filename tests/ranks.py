@@ -29,9 +29,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conf.schema import OptimConfig
-from launch.process import seed_everything
-from launch.replicated import refuse_divergence
+from launch.checkpoint.replicated import refuse_divergence
 from model import GPT, GPTConfig
+from model.device import seed_everything
 from model.parallelize import shard
 from model.processes import Layout
 from model.sharding import full_norm, is_sharded, local

@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError
 
 from data.tokenizer import bytes_tokenizer
-from launch import checkpoint
-from launch.checkpoint import remove_partial, save, use_newest
+from launch.checkpoint import step_folder
+from launch.checkpoint.step_folder import remove_partial, save, use_newest
 from model import checkpoint_path
 from model.checkpoint import (
     Checkpoint,
@@ -217,7 +217,7 @@ def test_crash_anywhere_in_a_save_leaves_the_old_or_the_new_checkpoint(tmp_path,
 def test_everything_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(
-        checkpoint,
+        step_folder,
         "fsync",
         lambda path: synced.append((path.name, (tmp_path / "checkpoints/step_00000007").exists())),
     )
@@ -261,7 +261,7 @@ def test_refusing_disk_is_an_oserror_and_leaves_the_others(tmp_path, monkeypatch
         path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(checkpoint, writer, refuse)
+    monkeypatch.setattr(step_folder, writer, refuse)
     with pytest.raises(OSError, match="No space left"):
         saved(tmp_path, 12, keep=1)
     assert content(tmp_path) == before

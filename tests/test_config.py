@@ -19,13 +19,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import train
-from conf.schema import KEYS, Config, LauncherConfig, OptimConfig, lookup, walk
-from launch import config, overrides
-from launch.config import CONF, compose
-from launch.identity import run_name
-from launch.overrides import LAUNCHER_KEYS, groups
-from launch.plan import describe, make_plan
-from launch.sweep import check_launcher
+from conf import composition, overrides
+from conf.overrides import CONF, LAUNCHER_KEYS, groups
+from conf.schema import KEYS, Config, LauncherConfig, OptimConfig, check_value, lookup, walk
+from launch import config
+from launch.config import checks, compose, configure
+from launch.plan.plan import describe, make_plan
+from launch.run.identity import run_name
+from launch.sweep.sweep import check_launcher
 from optim import build_schedule
 
 CHOICES = [(group, name) for group, names in groups().items() if group != "local" for name in names]
@@ -71,7 +72,7 @@ def conf(tmp_path, monkeypatch):
     """A copy of conf/ that train.py reads instead."""
     folder = tmp_path / "conf"
     shutil.copytree(CONF, folder, ignore=shutil.ignore_patterns("local", "__pycache__"))
-    for module in (config, overrides):
+    for module in (checks, composition, configure, overrides):
         monkeypatch.setattr(module, "CONF", str(folder))
     return folder
 
@@ -1009,7 +1010,7 @@ def test_local_settings_are_honoured(conf, command, capsys):
 def test_help_lists_every_key_and_choice(command):
     code, out, err = command("help=true")
     assert (code, err) == (0, "")
-    defaults = config.defaults()
+    defaults = composition.defaults()
     lines = {line.split()[0]: line for line in out.splitlines() if line}
     for name, entry in KEYS.items():
         _, kind, rest = re.split(r"  +", lines[name], maxsplit=2)
@@ -1091,7 +1092,7 @@ def test_schema_is_consistent():
     """A condition names a key and values that it can have; a default keeps to its own rules."""
     assert list(KEYS) == [name for name, _ in walk(Config)]
     for name, entry in KEYS.items():
-        config.check_value(
+        check_value(
             name, lookup(Config(), name), {} if lookup(Config(), name) is None else entry.metadata
         )
         if "read_when" in entry.metadata:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import train as training
+from conf.output import Harmless, harmless_output
 from launch import config
-from launch.console import Harmless, harmless_output
 from tests.runs import ROOT
 
 

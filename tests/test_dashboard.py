@@ -12,8 +12,9 @@ import pytest
 
 import train as training
 from conf.schema import KEYS
-from launch import charts, dashboard
+from launch import dashboard
 from launch.config import compose
+from launch.report import charts
 from tests.runs import ROOT, rows
 from tests.wandb_server import Server
 

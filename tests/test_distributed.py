@@ -30,9 +30,9 @@ import pytest
 import torch
 
 import train
+from launch.checkpoint.saver import Saver
 from launch.config import compose
-from launch.plan import make_plan
-from launch.saver import Saver
+from launch.plan.plan import make_plan
 from model import GPT
 from model.parallelize import has_compiler
 from tests.ranks import BAD, BF16, DEEP, RECOMPUTED, RULES, cases_of
@@ -369,7 +369,7 @@ def test_speeds_are_those_of_all_processes(tmp_path, overrides, kind):
     program = tmp_path / "with_a_peak.py"
     program.write_text(
         "import launch.state\nimport train\nfrom launch import config\nif __name__ == '__main__':\n"
-        "    launch.state.peak_flops = lambda device: 1e12\n    config.main(train.main)\n"
+        "    launch.track.meter.peak_flops = lambda device: 1e12\n    config.main(train.main)\n"
     )
     keys = [
         *overrides,

@@ -8,8 +8,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from launch.config import compose
-from launch.memory_passes import parameter_counts
-from launch.plan import changed, make_plan
+from launch.plan.memory_passes import parameter_counts
+from launch.plan.plan import changed, make_plan
 from model import GPT
 from model.parallelize import shard
 from tests.fake import fake_processes

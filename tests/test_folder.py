@@ -16,15 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import launch.evaluate
-import launch.report
+import launch.report.__main__
 import launch.status
 import model.export
 import model.sample
 import train as training
-from launch import config, lock
-from launch.folder import load_config
-from launch.jobs import read_jobs, write_jobs
-from launch.preemption import EXIT_PREEMPTED
+from conf.exit_codes import EXIT_PREEMPTED
+from launch import config
+from launch.run import lock
+from launch.run.folder import load_config
+from launch.sweep.jobs import read_jobs, write_jobs
 from model import load
 from model.checkpoint import checksum, describe
 from tests.runs import content
@@ -88,7 +89,9 @@ def call(tiny, run, capsys) -> Callable[..., tuple[int, str]]:
             "sample": lambda: model.sample.main([f"run={run}", "tokens=2", *overrides]),
             "export": lambda: model.export.main([f"run={run}", f"out={out}/export", *overrides]),
             "load": lambda: load(run) and 0,
-            "report": lambda: launch.report.main([str(run.parent), f"out={out}/report.html"]),
+            "report": lambda: launch.report.__main__.main(
+                [str(run.parent), f"out={out}/report.html"]
+            ),
             "status": lambda: launch.status.main([str(run.parent)]),
         }
         capsys.readouterr()

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from conf.overrides import groups
 from launch.config import compose
-from launch.overrides import groups
-from launch.plan import gpt_config
+from launch.plan.plan import gpt_config
 from model import GPT, GPTConfig, KeyValueCache, gpt
 from model import rotary as rope
 

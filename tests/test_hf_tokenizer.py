@@ -20,8 +20,8 @@ from data import Validation, cache, corpora, prepare
 from data.hf_tokenizer import HFTokenizer, find_folder, read_tokenizer, vocabulary
 from data.tokenizer import Tokenizer
 from launch.config import compose
-from launch.identity import canonical
-from launch.plan import make_plan
+from launch.plan.plan import make_plan
+from launch.run.identity import canonical
 from tests.hf_folders import FOLDERS, SAMPLES, SPECIAL, edit, llama2, save, stdlib_texts
 
 

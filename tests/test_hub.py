@@ -26,7 +26,7 @@ from data.corpora import is_held_out
 from data.hub import HubCorpus
 from data.tokenizer import bytes_tokenizer
 from launch.config import compose
-from launch.identity import canonical
+from launch.run.identity import canonical
 from tests.test_corpora import latin_1
 from tests.test_shards import BYTES, ROOT, alive, contents, descendants, finish, wait_until
 

@@ -10,10 +10,10 @@ from typing import Any, get_args
 
 import pytest
 
-from conf.schema import KEYS, Config, SourceConfig, lookup
-from launch.config import compose, is_read
-from launch.folder import load_config
-from launch.identity import as_read, canonical, claim, run_name
+from conf.schema import KEYS, Config, SourceConfig, is_read, lookup
+from launch.config import compose
+from launch.run.folder import load_config
+from launch.run.identity import as_read, canonical, claim, run_name
 
 MUTABLE = [name for name, entry in KEYS.items() if entry.metadata.get("mutable")]
 CONDITIONAL = [name for name in KEYS if "read_when" in KEYS[name].metadata]
@@ -209,7 +209,7 @@ def test_order_of_validation_sets_counts():
 def test_name_does_not_depend_on_the_process():
     overrides = ["data=text", "data.path=[x,y]", "data.validation={a: x, b: y}", "tokenizer=bpe"]
     code = (
-        "import sys; from launch.config import compose; from launch.identity import run_name;"
+        "import sys; from launch.config import compose; from launch.run.identity import run_name;"
         " print(run_name(compose(sys.argv[1:])))"
     )
     other = subprocess.run(

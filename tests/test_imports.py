@@ -19,15 +19,11 @@ HEAVY = (
     "matplotlib",
     "submitit",
 )
-# Who may import whom. The commands of data and model read their options through launch.config,
-# inside `main`.
-ALLOWED = {
-    "conf": {"conf"},
-    "data": {"conf", "data"},
-    "model": {"conf", "data", "model"},
-    "optim": {"conf", "data", "model", "optim"},
-    "launch": {"conf", "data", "model", "optim", "launch"},
-}
+# Imports point one way: a package imports itself and those before it. The commands of data and
+# model open runs, and import launch for that inside `main`.
+PACKAGES = ("conf", "data", "model", "optim", "launch")
+# The same of the rooms of launch/. Its commands come last.
+ROOMS = ("config", "plan", "run", "track", "checkpoint", "sweep", "report")
 
 
 def test_a_plain_run_imports_nothing_that_it_does_not_use(tmp_path, cache):
@@ -55,27 +51,39 @@ finally:
     assert found.stdout.splitlines()[-1] == "imported []", found.stdout[-500:] + found.stderr[-500:]
 
 
-def top_level_imports(path: Path) -> set[str]:
-    """First parts of what a module imports outside its functions."""
+def imported_modules(path: Path) -> set[str]:
+    """Returns the modules that a file imports outside its functions, by their dotted names."""
     found = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.split(".")[0])
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-@pytest.mark.parametrize("package", ALLOWED)
+@pytest.mark.parametrize("package", PACKAGES)
 def test_imports_point_one_way(package):
-    files = sorted((ROOT / package).glob("*.py"))
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    later = {*PACKAGES[PACKAGES.index(package) + 1 :], "train"}
+    for path in files:
+        imported = {name.partition(".")[0] for name in imported_modules(path)}
+        assert not imported & later, path
+        if package not in ("conf", "launch"):
+            assert "hydra" not in imported, path
+        if package != "launch":
+            assert "wandb" not in imported, path
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_of_the_rooms_of_launch_point_one_way(room):
+    files = sorted((ROOT / "launch" / room).rglob("*.py"))
     assert files
     for path in files:
-        commands = {"launch"} if path.name in ("prepare.py", "export.py", "sample.py") else set()
-        imported = top_level_imports(path)
-        assert imported & {*ALLOWED, "train"} <= ALLOWED[package] | commands, path
-        if package != "launch":
-            assert not imported & {"hydra", "wandb"}, path
+        imported = [name.split(".") for name in imported_modules(path)]
+        rooms = {name[1] for name in imported if name[0] == "launch" and len(name) > 1}
+        assert rooms <= {*ROOMS[: ROOMS.index(room) + 1]}, path
 
 
 def test_the_packages_ship_their_configuration():
@@ -83,7 +91,11 @@ def test_the_packages_ship_their_configuration():
     import tomllib
 
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    with_code = {path.parent.name for path in ROOT.glob("*/*.py")} - {"tests"}
+    with_code = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+    }
     assert set(settings["packages"]) == with_code
     shipped = {
         path

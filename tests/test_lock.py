@@ -14,13 +14,13 @@ import time
 
 import pytest
 
-from launch import lock
-from launch.lock import RunLock
+from launch.run import lock
+from launch.run.lock import RunLock
 
 OWNER = """
 import sys
 from pathlib import Path
-from launch import lock
+from launch.run import lock
 lock.HEARTBEAT = lock.SETTLE = float(sys.argv[2])
 with lock.RunLock(Path(sys.argv[1])):
     print("locked", flush=True)
@@ -200,7 +200,7 @@ def test_heartbeat_alone_protects_where_kernel_locks_do_not(
 NEWCOMER = """
 import errno, fcntl, os, sys, time
 from pathlib import Path
-from launch import lock
+from launch.run import lock
 
 kind, folder = sys.argv[1], Path(sys.argv[2])
 look = lock.RunLock._owner

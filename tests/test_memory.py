@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 from conf.schema import Config
 from launch.config import compose
-from launch.memory import estimate
-from launch.plan import Plan, changed, changes, make_plan, remedy
-from launch.process import autocast
+from launch.plan.memory import estimate
+from launch.plan.plan import Plan, changed, changes, make_plan, remedy
 from model import GPT
+from model.device import autocast
 from model.parallelize import parallelize, shard
 from model.processes import Layout
 from model.sharding import is_sharded

@@ -8,11 +8,13 @@ import time
 
 import pytest
 
-from launch.preemption import EXIT_PREEMPTED, SIGNALS, Preemption
+from conf.exit_codes import EXIT_PREEMPTED
+from launch.run.preemption import SIGNALS, Preemption
 
 RUN = """
 import sys, time
-from launch.preemption import EXIT_PREEMPTED, Preemption
+from conf.exit_codes import EXIT_PREEMPTED
+from launch.run.preemption import Preemption
 with Preemption() as preemption:
     print("running", flush=True)
     while not preemption.requested:

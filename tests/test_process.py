@@ -11,7 +11,8 @@ import torch
 
 import train
 from launch.config import compose
-from launch.process import first_host, meeting_point, peak_flops, seed_everything
+from launch.run.process_group import first_host, meeting_point
+from model.device import peak_flops, seed_everything
 from tests.runs import ROOT
 
 

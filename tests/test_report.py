@@ -18,11 +18,11 @@ import pytest
 import yaml
 
 from conf.schema import LauncherConfig
-from launch import charts, comparison, estimates, exports, meanings, tables
-from launch.jobs import Job, write_jobs
-from launch.lock import RunLock
-from launch.record import SAMPLED, find_runs, read_run
-from launch.report import main
+from launch.report import charts, comparison, estimates, exports, meanings, tables
+from launch.report.__main__ import main
+from launch.report.record import SAMPLED, find_runs, read_run
+from launch.run.lock import RunLock
+from launch.sweep.jobs import Job, write_jobs
 from tests.runs import Server
 from tests.test_folder import reseal
 

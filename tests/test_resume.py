@@ -12,7 +12,8 @@ import time
 
 import pytest
 
-from launch.preemption import EXIT_PREEMPTED, SIGNALS
+from conf.exit_codes import EXIT_PREEMPTED
+from launch.run.preemption import SIGNALS
 from tests.runs import (
     ROOT,
     STEPS,

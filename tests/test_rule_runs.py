@@ -22,15 +22,16 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import train as training
+from conf.exit_codes import EXIT_PREEMPTED
+from conf.overrides import groups
 from conf.schema import Config, LauncherConfig
-from launch.config import check_contradictions, compose
-from launch.jobs import Job
-from launch.lock import RunLock
-from launch.overrides import groups
-from launch.plan import make_plan
-from launch.preemption import EXIT_PREEMPTED
-from launch.record import read_run
+from launch.config import compose
+from launch.config.checks import check_contradictions
+from launch.plan.plan import make_plan
+from launch.report.record import read_run
+from launch.run.lock import RunLock
 from launch.status import line_of
+from launch.sweep.jobs import Job
 from model import GPT, GPTConfig
 from model.processes import Layout
 from optim import Schedule, SharpnessAware, passes
@@ -496,7 +497,7 @@ def test_utilisation_is_of_the_peak(compose_run, tmp_path, monkeypatch):
     """mfu counts AdamW's passes, hardware_mfu all that were executed, recomputed blocks
     included."""
     settings = compose_run("optim=sam", "activation_checkpointing=true", "schedule.steps=2")
-    monkeypatch.setattr("launch.state.peak_flops", lambda device: 1e12)
+    monkeypatch.setattr("launch.track.meter.peak_flops", lambda device: 1e12)
     assert training.main(settings) == 0
     plan, row = (
         make_plan(settings),

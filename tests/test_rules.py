@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conf.schema import DIRECTIONS, OptimConfig, RuleConfig, ScheduleConfig
-from launch.preemption import Preemption
+from launch.run.preemption import Preemption
 from model import GPT, GPTConfig
 from optim import (
     Adapter,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch.config import compose
-from launch.plan import make_plan
+from launch.plan.plan import make_plan
 from tests.runs import ROOT, rows
 
 SCRIPTS = sorted(path for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch"))

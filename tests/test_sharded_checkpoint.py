@@ -12,8 +12,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from launch import checkpoint
-from launch.saver import Saver
+from launch.checkpoint import step_folder
+from launch.checkpoint.saver import Saver
 from model import load
 from model.checkpoint import TENSORS, open_checkpoint
 from model.export import to_hf
@@ -64,14 +64,14 @@ def test_a_save_is_written_while_training_goes_on(tmp_path, monkeypatch):
         Trained(Layout(), 3),
         Saver(tmp_path, Layout()),
         threading.Event(),
-        checkpoint.write,
+        step_folder.write,
     )
 
     def slow(*arguments):
         assert may_write.wait(30)
         return write(*arguments)
 
-    monkeypatch.setattr(checkpoint, "write", slow)
+    monkeypatch.setattr(step_folder, "write", slow)
     trained.step()
     then = trained.whole()
     trained.begin_save(saver, 1)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from conf.schema import LauncherConfig
-from launch.jobs import Job, read_jobs, write_jobs
+from launch.sweep.jobs import Job, read_jobs, write_jobs
 from tests.runs import ROOT, assert_same_tensors, rows, tensors
 from tests.slurm import Slurm, missing
 from tests.sweeps import fare, sweep
@@ -272,7 +272,7 @@ def test_slurms_refusal_is_one_line_and_leaves_nothing(slurm, home, tiny, monkey
 def test_each_run_is_resubmitted_as_it_was_started_and_what_was_submitted_before_a_refusal_is_known(
     slurm, home, monkeypatch
 ):
-    monkeypatch.setattr("launch.slurm.ROOT", Path("/home/me/my code"))
+    monkeypatch.setattr("launch.sweep.slurm.ROOT", Path("/home/me/my code"))
     folder, held = (
         home / "mixed",
         LauncherConfig(scheduler="slurm", additional_parameters={"hold": True}),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.snapshot import PACKAGES, ROOT, snapshot_code
+from launch.run.snapshot import PACKAGES, ROOT, snapshot_code
 
 
 def git(root: Path, *arguments: str) -> str:
@@ -108,7 +108,7 @@ def test_sources_are_copied_where_git_cannot_tell(reason, checkout, tmp_path, mo
 def test_copy_of_this_repository_holds_its_sources(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     snapshot_code(tmp_path)
-    for name in ("train.py", "launch/snapshot.py", "conf/schema.py", "conf/config.yaml"):
+    for name in ("train.py", "launch/run/snapshot.py", "conf/schema.py", "conf/config.yaml"):
         assert (tmp_path / "code/start_1" / name).read_bytes() == (ROOT / name).read_bytes()
 
 

@@ -296,7 +296,7 @@ def test_processes_that_do_not_hold_the_same_stop(tmp_path, nodes, overrides):
 HANG = """
 import sys, time
 from pathlib import Path
-from launch.watchdog import Watchdog
+from launch.run.watchdog import Watchdog
 from model.processes import Layout
 
 layout = Layout(int(sys.argv[1]), 2)
@@ -339,8 +339,8 @@ def test_a_process_that_lives_but_does_not_get_on_is_named(tmp_path):
 PAIRS = """
 import ctypes, os, resource, socket, sys, time
 from pathlib import Path
-from launch import watchdog
-from launch.preemption import Preemption
+from launch.run import watchdog
+from launch.run.preemption import Preemption
 from model.processes import Layout
 
 def run(kind, folder, rank):
@@ -477,7 +477,7 @@ def test_a_process_of_another_host_that_dies_before_they_have_met_is_named(pairs
 ALONE = """
 import sys, time
 from pathlib import Path
-from launch import watchdog
+from launch.run import watchdog
 from model.processes import Layout
 
 watchdog.BEAT = 0.2

@@ -15,11 +15,11 @@ import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 from conf.schema import LauncherConfig
-from launch import local
 from launch.config import compose
-from launch.jobs import Job, last_start, queue, quoted, read_jobs, reason, state, write_jobs
-from launch.local import process_group, run_all, visible, visible_devices
-from launch.plan import human_hours, make_plan
+from launch.plan.plan import human_hours, make_plan
+from launch.sweep import local
+from launch.sweep.jobs import Job, last_start, queue, quoted, read_jobs, reason, state, write_jobs
+from launch.sweep.local import process_group, run_all, visible, visible_devices
 from tests.runs import ROOT
 from tests.sweeps import fare, sweep
 

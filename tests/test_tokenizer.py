@@ -27,7 +27,7 @@ from data.tokenizer import (
     train_bpe,
 )
 from launch.config import compose
-from launch.plan import make_plan
+from launch.plan.plan import make_plan
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 GPT2 = Path(__file__).parents[2] / "shared" / "data" / "gpt2-bpe"

@@ -13,7 +13,7 @@ from data.overlap import print_note
 from data.shards import HEADER, Shard
 from data.tokenizer import bytes_tokenizer, train_bpe
 from launch.config import compose
-from launch.identity import canonical
+from launch.run.identity import canonical
 from tests.test_corpora import TEXTS, text_config, write_rows
 from tests.test_shards import BYTES, change, contents, numbered, rot
 

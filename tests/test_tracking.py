@@ -14,9 +14,9 @@ import pytest
 
 from conf.schema import TrackingConfig
 from data.files import write_atomically
-from launch.console import Console
-from launch.folder import Counted, RowFile, read_rows
-from launch.tracking import Tracker, loss_at_flops
+from launch.run.folder import Counted, RowFile, read_rows
+from launch.track.console import Console
+from launch.track.tracker import Tracker, loss_at_flops
 
 CONFIG = {
     "model": {"name": "tiny"},
@@ -255,8 +255,8 @@ SCRIPT = f"""
 import sys, time
 from pathlib import Path
 from conf.schema import TrackingConfig
-from launch.console import Console
-from launch.tracking import Tracker
+from launch.track.console import Console
+from launch.track.tracker import Tracker
 console = Console(100, 25)
 run = Tracker(Path(sys.argv[1]), TrackingConfig(mode="off"), "my-run", {CONFIG!r}, None, console)
 run.message("the beginning")

@@ -15,8 +15,8 @@ import torch
 import launch.evaluate
 import model.sample
 import train as training
+from conf.exit_codes import EXIT_PREEMPTED
 from launch import config
-from launch.preemption import EXIT_PREEMPTED
 from model import load
 from model.checkpoint import checkpoints, open_checkpoint
 from optim import Gradient

@@ -15,7 +15,7 @@ from torch import Tensor
 import train as training
 from data import Loader, prepare
 from launch.config import compose
-from launch.plan import make_plan
+from launch.plan.plan import make_plan
 from model import GPT
 from tests.plain_rules import AdamW, Axes, MicroBatch, PlainModel, PlainRule
 from tests.runs import tensors

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from conf.schema import TrackingConfig
-from launch import wandb_run
-from launch.console import Console
-from launch.folder import read_rows
-from launch.tracking import Tracker
-from launch.wandb_run import last_step, read_records, records_of
+from launch.run.folder import read_rows
+from launch.track import wandb_run
+from launch.track.console import Console
+from launch.track.tracker import Tracker
+from launch.track.wandb_run import last_step, read_records, records_of
 from tests.runs import ROOT
 from tests.wandb_server import Server
 
@@ -37,10 +37,10 @@ PRELUDE = f"""
 import os, signal, subprocess, sys, time
 from pathlib import Path
 from conf.schema import TrackingConfig
-from launch import wandb_run
-from launch.console import Console
-from launch.folder import read_rows
-from launch.tracking import Tracker, send_rest
+from launch.track import wandb_run
+from launch.track.console import Console
+from launch.run.folder import read_rows
+from launch.track.tracker import Tracker, send_rest
 dir = Path(sys.argv[1])
 dir.mkdir(exist_ok=True)
 def tracker(mode, wandb_id=None, last_logged=-1, **keys):

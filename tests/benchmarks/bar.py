@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from launch.process import keep_freed_memory
+from model.device import keep_freed_memory
 from optim import BAR
 
 RANK, LR = 8, 1e-4  # small, so that the shrinking product cannot matter

@@ -23,10 +23,10 @@ import torch
 
 from conf.schema import OptimConfig
 from data.tokenizer import bytes_tokenizer
-from launch.process import choose_device, keep_freed_memory
-from launch.saver import Saver
-from launch.state import tensors_of
+from launch.checkpoint.resume import tensors_of
+from launch.checkpoint.saver import Saver
 from model import GPT, GPTConfig
+from model.device import choose_device, keep_freed_memory
 from model.processes import Layout
 from model.sharding import local
 from optim import Gradient, build_optimizer

@@ -15,8 +15,8 @@ import torch
 from train_step import HEADS, LAYERS, WIDTH, T, batch
 
 from conf.schema import OptimConfig
-from launch.process import autocast, choose_precision, keep_freed_memory
 from model import GPT, GPTConfig
+from model.device import autocast, choose_precision, keep_freed_memory
 from model.parallelize import parallelize
 from optim import Gradient, build_optimizer
 

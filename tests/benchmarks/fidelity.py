@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from data import Loader, prepare
-from launch.folder import load_config
-from launch.process import autocast
+from launch.run.folder import load_config
 from model import load
+from model.device import autocast
 from optim import Gradient, SharpnessAware
 from optim.perturbation import ieee_fp32
 

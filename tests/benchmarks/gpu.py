@@ -29,8 +29,8 @@ from typing import Any
 import torch
 
 from conf.schema import OptimConfig
-from launch.process import autocast, peak_flops
 from model import GPT, GPTConfig
+from model.device import autocast, peak_flops
 from model.parallelize import parallelize
 from optim import Gradient, Schedule, build_optimizer, build_rule, forward_flops
 
@@ -143,8 +143,8 @@ def memory(names: list[str]) -> None:
     bf16 and fp32, with activations kept and computed again, eager and compiled. Exits with 1 where
     an eager one differs by more than a tenth; compiled blocks may need less."""
     from launch.config import compose
-    from launch.memory import estimate
-    from launch.plan import make_plan
+    from launch.plan.memory import estimate
+    from launch.plan.plan import make_plan
 
     shape = [
         "model=gpt2_124m",
@@ -277,7 +277,7 @@ def profile(step: Step) -> None:
 
 def shakespeare(data: str) -> None:
     """The best and the last evaluation of nanoGPT's GPU settings."""
-    from launch.folder import read_rows
+    from launch.run.folder import read_rows
 
     with tempfile.TemporaryDirectory() as folder:
         overrides = [

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from train_step import high_water
 
-from launch.process import autocast, choose_precision
+from model.device import autocast, choose_precision
 from model.gpt import short_attention
 from model.logits import LazyLogits
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from launch.folder import read_rows
+from launch.run.folder import read_rows
 
 
 def main(out: str, runs: list[str]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from launch.folder import read_rows
+from launch.run.folder import read_rows
 
 METHODS = (
     "adamw",

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from data import Loader, Validation, prepare
 from launch.config import compose
-from launch.plan import make_plan
+from launch.plan.plan import make_plan
 from model import GPT
 from model.hf_config import to_config
 from model.hf_formats import FORMATS

@@ -28,8 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from launch.config import compose
-from launch.process import autocast, choose_precision, keep_freed_memory
 from model import GPT, GPTConfig
+from model.device import autocast, choose_precision, keep_freed_memory
 from optim import Schedule, build_optimizer, build_rule, forward_flops
 from optim.perturbation import moved, norm
 

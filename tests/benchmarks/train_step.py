@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from conf.schema import OptimConfig
-from launch.process import autocast, choose_precision, keep_freed_memory
 from model import GPT, GPTConfig
+from model.device import autocast, choose_precision, keep_freed_memory
 from optim import Gradient, build_optimizer
 
 B, T = 12, 256

@@ -105,9 +105,9 @@ PLANS = {
 
 def names() -> dict[str, str]:
     """Returns the name of a run of every preset."""
+    from conf.overrides import groups
     from launch.config import compose
-    from launch.identity import run_name
-    from launch.overrides import groups
+    from launch.run.identity import run_name
 
     found = {}
     for group, choices in groups().items():
@@ -133,8 +133,8 @@ def keys() -> dict[str, list[Any]]:
 def plans() -> dict[str, list[str]]:
     """Returns the lines that plan_only=true prints of some configurations."""
     from launch.config import compose
-    from launch.identity import run_name
-    from launch.plan import describe, make_plan
+    from launch.plan.plan import describe, make_plan
+    from launch.run.identity import run_name
 
     found = {}
     for name, overrides in PLANS.items():

@@ -1,0 +1,160 @@
+"""The command line of every command: its options, its help, and a user's mistake as one line.
+
+A mistake ends with exit code 2 and a line that names the key, the value and the remedy."""
+
+import errno
+import io
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import msgspec
+from hydra.errors import HydraException
+from omegaconf import MISSING
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from conf.composition import defaults
+from conf.exit_codes import EXIT_USER_ERROR
+from conf.output import end_quietly
+from conf.overrides import HELP, asks_for_help, explain, no_such_option, wrong_type
+from conf.ranks import rank_and_world
+from conf.schema import check_value, expand
+from conf.usage import command_help, default_of
+
+T = TypeVar("T")
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turns a user's mistake into one line on stderr and exit code 2, and Ctrl-C into exit code
+    130. Ends quietly where nobody reads on."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A character that the terminal lacks is shown as an escape.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        end_quietly(sys.stdout)
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(explain(error))
+    except (ValueError, YAMLError) as error:
+        if os.environ.get("FLATGPT_TRACEBACK"):
+            raise
+        fail(" ".join(str(error).split()))
+    except OSError as error:
+        if os.environ.get("FLATGPT_TRACEBACK"):
+            raise
+        fail(refused(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def refused(error: OSError) -> str:
+    """What to say where the system refuses: the file, why, and the remedy."""
+    full, forbidden = (
+        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+        (errno.EACCES, errno.EPERM, errno.EROFS),
+    )
+    remedy = (
+        "make room there"
+        if error.errno in full
+        else "name a place that can be written"
+        if error.errno in forbidden
+        else "mend that"
+    )
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror or error}; {remedy}, and give the same command again"
+
+
+def fail(line: str) -> NoReturn:
+    """Ends the process as a user's mistake."""
+    if rank_and_world()[0] == 0:  # the others would say the same
+        print(f"error: {line}", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)
+
+
+def parse(
+    options: type[T], arguments: list[str], others: tuple[str, ...] = ()
+) -> tuple[T, list[str]]:
+    """Reads the arguments of a command.
+
+    Prints its help and exits where that is asked for, or where nothing is given.
+
+    Args:
+        options: dataclass of the command's keys; its docstring says what the command is for, with
+        examples
+        arguments: words of the command line
+        others: first parts of the overrides of a run that the command takes as well
+
+    Returns:
+        the typed options, and the overrides of `others`
+
+    Raises:
+        ValueError: an argument is neither, or missing, or has a wrong type or a value out of range
+    """
+    offer_help(options, arguments, others)
+    entries: dict[str, Any] = {entry.name: entry for entry in fields(options)}  # type: ignore[arg-type]
+    positional = next(
+        (name for name, entry in entries.items() if "positional" in entry.metadata), None
+    )
+    given, rest = dict[str, Any](), list[str]()
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if positional and not argument.startswith("-") and (not equals or Path(argument).is_dir()):
+            given.setdefault(positional, []).append(argument)
+        elif equals and re.split("[.@]", name)[0] in others:
+            rest.append(argument)
+        elif equals and name in entries and name != positional:
+            given[name] = typed(entries[name], value, argument)
+        else:
+            known = [f"{entry}=" for entry in entries if entry != positional]
+            raise ValueError(f"{no_such_option(argument, [*known, *HELP])}: {', '.join(known)}")
+    for name, entry in entries.items():
+        if name not in given and default_of(entry) == MISSING:
+            raise ValueError(f"{name} is missing; give {name}=..., {entry.metadata['meaning']}")
+        if name in given and given[name] is not None:
+            check_value(entry.metadata.get("positional", name), given[name], entry.metadata)
+            if "path" in entry.metadata:
+                given[name] = expanded(name, given[name])
+    return options(**given), rest
+
+
+def offer_help(options: Any, arguments: list[str], others: tuple[str, ...] = ()) -> None:
+    """Prints what a command takes, and exits, where that is asked for or nothing is given."""
+    if not arguments or asks_for_help(arguments):
+        print(command_help(options, defaults(), others))
+        # A script whose variables are unset has not done what it was for.
+        sys.exit(0 if arguments else EXIT_USER_ERROR)
+
+
+def typed(entry: Any, value: str, argument: str) -> Any:
+    """Returns the value of an option: text as it stands, anything else by its type. Raises
+    ValueError for one of another type."""
+    if entry.type is str or (entry.type == str | None and value.lower() != "null"):
+        return value
+    try:
+        if "bool" in str(entry.type) and value.lower() not in ("true", "false", "null"):
+            raise ValueError
+        return msgspec.convert(value, entry.type, strict=False)
+    except ValueError:
+        raise ValueError(wrong_type(entry, argument)) from None
+
+
+def expanded(name: str, value: Any) -> Any:
+    """Returns a path, or a list or mapping of paths, with ~ as the home folder."""
+    if isinstance(value, str):
+        return expand(name, value)
+    if isinstance(value, list):
+        return [expanded(name, item) for item in value]
+    if isinstance(value, dict):
+        return {key: expanded(f"{name}.{key}", item) for key, item in value.items()}
+    return value

@@ -1,0 +1,318 @@
+"""The state of a run: what its checkpoints hold, and how a run takes it over from one, its own or
+another's."""
+
+import hashlib
+import json
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from conf.schema import Config
+from data import Corpus, prepare
+from data.files import check
+from data.hf_tokenizer import find_folder
+from launch.checkpoint.step_folder import use_newest
+from launch.run import identity
+from launch.run.folder import Counted, counted_lines, load_config
+from launch.track.meter import Progress
+from model import GPT
+from model.checkpoint import (
+    PLACES,
+    TENSORS,
+    Checkpoint,
+    DamagedCheckpoint,
+    checkpoints,
+    describe,
+    differing,
+    open_run,
+    read_state,
+    refuse_other_run,
+    together,
+)
+from model.hf import WEIGHTS
+from model.processes import Layout
+from model.sharding import load_weights, reshard
+from optim import Gradient, Schedule
+from optim.adamw import load_state_tensors, state_tensors
+from optim.perturbation import random_state, set_random_state
+
+
+@dataclass
+class State:
+    """The plain values of a checkpoint, which state.json holds."""
+
+    step: int
+    progress: Progress
+    model: dict[str, Any]  # a GPTConfig
+    tokenizer: str  # its hash
+    data: str  # the fingerprint of the corpus
+    identity: dict[str, Any]
+    wandb_id: str | None = None
+    rows: Counted | None = None  # of metrics.jsonl; None in checkpoints that are older than this
+    origin: str | None = (
+        # checksum of what the run began from: a checkpoint of init.run, or the weights of init.hf
+        None
+    )
+
+
+def tensors_of(
+    model: GPT, optimizer: Optimizer, rule: Gradient, layout: Layout
+) -> dict[str, dict[str, Tensor]]:
+    """What this process saves of the tensors that the next step depends on, by file and name: of
+    sharded ones its shard; every process has a random state of its own."""
+    reshard(model)
+    tensors: dict[str, dict[str, Any]] = {
+        "model": dict(model.named_parameters()),
+        "optimizer": state_tensors(model, optimizer),
+    }
+    tensors["rule"] = rule.state_dict()
+    mine = {
+        file: {name: value for name, value in group.items() if layout.writes_to_checkpoint(value)}
+        for file, group in tensors.items()
+    }
+    mine["random"] = {name + own(layout): value for name, value in random_state().items()}
+    return mine
+
+
+def own(layout: Layout) -> str:
+    """What the names of a process's own tensors end on."""
+    return f"/{layout.rank}" if layout.rank else ""
+
+
+def resume(
+    folder: Path,
+    settings: Config,
+    model: GPT,
+    optimizer: Optimizer,
+    rule: Gradient,
+    corpus: Corpus,
+    layout: Layout,
+    warn: Callable[[str], Any] = print,
+) -> tuple[Path, State] | None:
+    """Takes over the newest usable checkpoint of a run, and returns its folder and state; None
+    where there is none yet.
+
+    Raises ValueError where the data are others by now, where all checkpoints are damaged or another
+    run's, and where metrics.jsonl lacks rows that the checkpoint counts."""
+
+    def take(saved: Checkpoint) -> tuple[Path, State]:
+        found = found_elsewhere(state_of(saved), settings, corpus, layout)
+        refuse_other_run(saved, asdict(settings), found)
+        return saved.path, restore(saved, model, optimizer, rule, corpus, layout)
+
+    resumed = use_newest(folder, take, layout, warn)
+    if resumed:
+        state = resumed[1]
+        layout.on_main(
+            lambda: counted_lines(folder / "metrics.jsonl", state.progress.logged, state.rows)
+        )
+    return resumed
+
+
+def state_of(saved: Checkpoint) -> State:
+    """The plain values of a checkpoint. Raises DamagedFile where they are of other types."""
+    return check(saved.state, State, saved.path / "state.json")
+
+
+def found_elsewhere(state: State, settings: Config, corpus: Corpus, layout: Layout) -> set[str]:
+    """The keys of PLACES whose paths may differ from those in a checkpoint: what lies there now is
+    what it was made with."""
+    found = set()
+    if state.data == corpus.fingerprint:
+        found |= {name for name in PLACES if name.startswith("data.")}
+    if state.tokenizer == corpus.tokenizer.hash:
+        found.add("tokenizer.path")
+    for name, ours in (("init.run", settings.init.run), ("init.hf", settings.init.hf)):
+        moved = ours is not None and state.identity.get(name) not in (None, ours)
+        # Looked at by the main process alone: it may be much to read.
+        if (
+            moved
+            and state.origin
+            and layout.agreed(layout.main and state.origin in origins(name, ours))
+        ):
+            found.add(name)
+    return found
+
+
+def refuse_other_places(run: Path, settings: Config) -> None:
+    """Raises ValueError where a finished run was given other paths than its own, and what lies
+    there is not what it was trained with. The main process alone looks."""
+    if identity.canonical(load_config(run)) == identity.canonical(settings):
+        return
+    saved = open_run(run, None, ())
+    state = state_of(saved)
+    corpus = prepare(settings.data, settings.tokenizer)
+    found = found_elsewhere(state, settings, corpus, Layout())
+    if changed := differing(state.identity, asdict(settings), found):
+        raise identity.another(run, changed)
+
+
+def origins(name: str, place: str | None) -> Collection[str]:
+    """The checksums of what a run can begin from at a place: of all checkpoints of an init.run, or
+    of the weights of an init.hf."""
+    if name == "init.hf":
+        return {checksum_of_weights(str(place))}
+    found = set()
+    for path in checkpoints(Path(str(place))).values():
+        with suppress(OSError, ValueError):
+            found.add(read_state(path)["checksum"])
+    return found
+
+
+def checksum_of_weights(name_or_dir: str) -> str:
+    """sha256 of the weights of a Hugging Face folder or hub name."""
+    files = sorted(find_folder(name_or_dir, WEIGHTS).glob("*.safetensors"))
+    return hashlib.sha256(
+        json.dumps([(file.name, *describe(file)) for file in files]).encode()
+    ).hexdigest()
+
+
+def restore(
+    saved: Checkpoint,
+    model: GPT,
+    optimizer: Optimizer,
+    rule: Gradient,
+    corpus: Corpus,
+    layout: Layout,
+) -> State:
+    """Takes over everything that the next step depends on. Raises DamagedFile, on all processes,
+    for a checkpoint that does not fit, and ValueError where the data or the tokenizer are others by
+    now."""
+    state = state_of(saved)
+    if state.data != corpus.fingerprint:
+        raise ValueError(
+            f"the data have changed since {saved.path} was made; bring them back, or choose"
+            " another dir"
+        )
+    if state.tokenizer != corpus.tokenizer.hash:
+        raise ValueError(
+            f"the tokenizer has changed since {saved.path} was made; bring it back, or choose"
+            " another dir"
+        )
+    refuse_other_shapes(saved, model)
+
+    def load() -> None:
+        load_weights(model, saved.tensors["model"])
+        load_state_tensors(model, optimizer, saved.tensors["optimizer"])
+        random = saved.tensors["random"]
+        mine = {
+            name: random[name + own(layout)][...]
+            for name in ("cpu", "cuda")
+            if name + own(layout) in random
+        }
+        if mine:  # with more processes than there were, the new ones' streams begin anew
+            set_random_state(mine)
+        if saved.tensors["rule"]:
+            rule.load_state_dict(saved.tensors["rule"])
+
+    together(layout, load)
+    return state
+
+
+def refuse_other_shapes(saved: Checkpoint, model: GPT) -> None:
+    """Raises DamagedCheckpoint where tensors are not those of this model, before any of its own is
+    touched."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for name in shapes.keys() ^ saved.tensors["model"].keys():
+        raise DamagedCheckpoint(f"its weights are of another model, by {name}")
+    named = [(name, name, value) for name, value in saved.tensors["model"].items()]
+    named += [
+        (name, name.rpartition(".")[0], value)
+        for name, value in saved.tensors["optimizer"].items()
+        if value.shape
+    ]
+    named += [
+        (name, name.partition("/")[2], value)
+        for name, value in saved.tensors["rule"].items()
+        if value.shape
+    ]
+    for name, parameter, value in named:
+        if value.shape != shapes.get(parameter):
+            raise DamagedCheckpoint(
+                f"{name} has the shape {list(value.shape)}, not that of the model"
+            )
+
+
+def branch(
+    settings: Config,
+    model: GPT,
+    optimizer: Optimizer,
+    rule: Gradient,
+    corpus: Corpus,
+    layout: Layout,
+    schedule: Schedule,
+) -> tuple[Checkpoint, Progress]:
+    """Starts from a checkpoint of another run: from its weights, and with init.optimizer from its
+    optimiser, step and place in the data too. The rule, which may be another, starts without memory
+    at that step.
+
+    Raises ValueError where there is no such checkpoint, where it does not fit this model or these
+    data, or lies beyond the horizon or past the beginning of what counts from there."""
+    init, ours = settings.init, identity.canonical(settings)
+    try:
+        saved = open_run(init.run or "", init.step, TENSORS, layout, "init.step")
+    except ValueError as error:
+        raise ValueError(f"init.run={init.run}: {error}") from None
+    state = state_of(saved)
+    if state.tokenizer != corpus.tokenizer.hash or state.model != asdict(model.config):
+        raise ValueError(
+            f"init.run={init.run} has another shape or tokenizer; choose its model, tokenizer and"
+            " data"
+        )
+    if not init.optimizer:
+        refuse_other_shapes(saved, model)
+        together(layout, lambda: load_weights(model, saved.tensors["model"]))
+        return saved, Progress()
+    theirs = state.identity
+    if ours["optim.base"] != theirs.get("optim.base"):
+        raise ValueError(
+            f"optim.base={ours['optim.base']} differs from {theirs.get('optim.base')} in init.run,"
+            " whose state it cannot take over; keep it, or leave init.optimizer out"
+        )
+    order = {
+        key: value
+        for key, value in theirs.items()
+        if key == "seed" or key.startswith(("data.", "batch.sequences", "batch.length"))
+    }
+    if changed := differing(
+        order, asdict(settings), found_elsewhere(state, settings, corpus, layout)
+    ):
+        key, (before, now) = next(iter(changed.items()))
+        raise ValueError(
+            f"{key}={now} differs from {before} in init.run; to go on in its data order, keep it"
+        )
+    saved.tensors["rule"].clear()
+    done = restore(saved, model, optimizer, rule, corpus, layout).progress
+    rule.step = done.step
+    optim = settings.optim
+    unlike = theirs.get("optim.path") == "none" and schedule.first < min(done.step, schedule.stop)
+    if unlike and (optim.compute_matched or optim.rho_schedule in ("warmup", "cosine")):
+        key = (
+            "compute_matched=true"
+            if optim.compute_matched
+            else f"rho_schedule={optim.rho_schedule}"
+        )
+        raise ValueError(
+            f"optim.{key} counts from optim.start={optim.start:g}, and init.run moved nothing up to"
+            f" step {done.step}; set optim.start={done.step}"
+        )
+    if done.step >= schedule.steps:
+        raise ValueError(
+            f"schedule.steps={schedule.steps} ends before step {done.step} of init.run; lengthen"
+            " the run"
+        )
+    return saved, Progress(
+        done.step,
+        done.tokens,
+        done.flops,
+        done.forwards,
+        done.backwards,
+        done.seconds,
+        done.perturbed,
+        done.skipped,
+    )

@@ -1,0 +1,219 @@
+"""Keys that are each in order but cannot hold together: one check for each section."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from conf.overrides import CONF, groups
+from conf.ranks import num_processes, rank_and_world
+from conf.schema import Config, RuleConfig, check_value, is_read, lookup
+from data.files import read_yaml
+from optim import check_axes
+
+
+def check_names(config: Config) -> None:
+    """Raises ValueError where a run would be called by the name of a choice that it is not: a
+    report takes it for that."""
+    moves, claims = config.optim.path != "none", claimed("optim", config.optim.name, "path")
+    if moves and claims == "none":
+        method = "sam" if config.optim.path == "full" else f"{config.optim.path}_sam"
+        raise ValueError(
+            f"optim.path={config.optim.path} moves the weights, and the run would be called"
+            f" {config.optim.name}; use optim={method}"
+        )
+    if not moves and claims not in ("none", None):
+        raise ValueError(
+            "optim.path=none is the plain gradient, and the run would be called"
+            f" {config.optim.name}; use optim=adamw"
+        )
+    source = config.data.source
+    if claimed("data", config.data.name, "source") not in (source, None):
+        raise ValueError(
+            f"data.source={source} is another corpus, and the run would be called"
+            f" {config.data.name}; use data={source}"
+        )
+
+
+def check_given_names(overrides: list[str]) -> None:
+    """Raises ValueError where optim.name is given as that of a method which was not chosen: a
+    report takes the run for that."""
+    given = dict(override.partition("=")[::2] for override in overrides)
+    name = given.get("optim.name", "").strip(" '\"")
+    if name and name in groups()["optim"] and name != given.get("optim", "").strip(" '\""):
+        raise ValueError(
+            f"optim.name={name} is the name of a method, and the run need not be that; use"
+            f" optim={name}, or another name"
+        )
+
+
+def claimed(group: str, name: str, key: str) -> Any:
+    """Returns what the choice of a group says of a key; None where there is no such choice, or it
+    does not say."""
+    return read_yaml(Path(CONF) / group / f"{name}.yaml", dict, {}).get(key)
+
+
+def check_contradictions(config: Config) -> None:
+    """Raises ValueError for keys that are each in order but cannot hold together."""
+    batch, model, schedule, data = config.batch, config.model, config.schedule, config.data
+    if model.width % model.num_heads:
+        raise ValueError(
+            f"model.width={model.width} is not divisible by model.num_heads={model.num_heads};"
+            " choose a divisor of the width"
+        )
+    parallel, started, world = config.parallel, rank_and_world()[1], num_processes(config.parallel)
+    if parallel.processes not in (None, started) and not (config.plan_only and started == 1):
+        raise ValueError(
+            f"parallel.processes={world}, but {started} {'was' if started == 1 else 'were'}"
+            f" started; use torchrun --nproc-per-node {world}, or plan_only=true"
+        )
+    if parallel.name == "single" and world > 1:
+        raise ValueError(
+            f"parallel=single with {world} processes: each would train the same run; use"
+            " parallel=fsdp or hsdp"
+        )
+    if (
+        parallel.name == "hsdp" and world > 1 and world % parallel.replicas
+    ):  # one process may be a sweep's, which trains nothing itself
+        raise ValueError(
+            f"parallel.replicas={parallel.replicas} does not divide {world} processes; choose a"
+            " divisor"
+        )
+    if batch.sequences % (batch.micro or 1):
+        raise ValueError(
+            f"batch.sequences={batch.sequences} is not divisible by batch.micro={batch.micro};"
+            " choose a divisor of batch.sequences"
+        )
+    if batch.sequences % ((batch.micro or 1) * world):
+        raise ValueError(
+            f"batch.sequences={batch.sequences} is not divisible by batch.micro={batch.micro or 1}"
+            f" x {world} processes; choose a multiple"
+        )
+    if batch.length > model.max_length:
+        raise ValueError(
+            f"batch.length={batch.length} exceeds model.max_length={model.max_length}; shorten the"
+            " one or raise the other"
+        )
+    if schedule.name == "fixed" and schedule.steps is None and schedule.tokens is None:
+        raise ValueError(
+            "schedule.steps=null leaves no horizon; set schedule.steps or schedule.tokens"
+        )
+    if data.source in ("text", "tokens") and (data.path is None) == (not data.sources):
+        raise ValueError(
+            f"data.path={data.path} with {len(data.sources)} data.sources; data={data.source} needs"
+            " one of the two: data.path=FILES or data.sources"
+        )
+    if data.source == "hub" and not (isinstance(data.path, str) and data.path):
+        raise ValueError(
+            f"data.path={data.path} names no dataset; data=hub needs its name on the hub, as in"
+            " data.path=allenai/c4, or a folder"
+        )
+    check_rule(config)
+    files_of = {} if data.path is None else {"data.path": data.path}
+    files_of |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
+    files_of |= {f"data.validation.{name}": files for name, files in data.validation.items()}
+    for name, files in files_of.items():
+        if not files or not all(
+            isinstance(file, str) for file in (files if isinstance(files, list) else [files])
+        ):
+            raise ValueError(
+                f"{name}={files} names no files; give a file, a glob or a list of them"
+            )
+    for name, source in data.sources.items():
+        check_value(f"data.sources.{name}.weight", source.weight, {"above": 0.0, "high": 1e9})
+    names = [(name, lookup(config, name)) for name in ("model.name", "optim.name", "data.name")]
+    for name, value in (
+        names
+        + [("data.sources", name) for name in data.sources]
+        + [("data.validation", name) for name in data.validation]
+    ):
+        if not re.fullmatch(r"\w[\w.+-]*", str(value)):
+            raise ValueError(
+                f"{name}={value} goes into a folder's name; use letters, digits and _ . + - only,"
+                " the first a letter or digit"
+            )
+    if config.init.run is not None and config.init.hf is not None:
+        raise ValueError(
+            f"init.hf={config.init.hf} and init.run={config.init.run} both give the weights to"
+            " start from; set one of the two"
+        )
+    if config.init.run is None and config.init.step is not None:
+        raise ValueError(
+            f"init.step={config.init.step} needs a run to take it from; set init.run=DIR"
+        )
+    if config.init.run is None and config.init.optimizer:
+        raise ValueError("init.optimizer=true needs a run to take it from; set init.run=DIR")
+
+
+def check_rule(config: Config) -> None:
+    """Raises ValueError where the axes of the rule, its base optimiser and the batch do not fit
+    each other."""
+    optim, batch = config.optim, config.batch
+    if optim.base == "muon" and config.parallel.name != "single":
+        raise ValueError(
+            f"optim.base=muon orthogonalises whole matrices, which parallel={config.parallel.name}"
+            " keeps in shards; use parallel=single"
+        )
+    if optim.path == "none":
+        return
+    try:
+        check_axes(optim)
+    except ValueError as error:
+        raise ValueError(
+            re.sub(
+                rf"\b({'|'.join(entry.name for entry in fields(RuleConfig))})=",
+                r"optim.\1=",
+                str(error),
+            )
+        ) from None
+    for name, value, whole in (
+        ("start", optim.start, optim.start >= 1),
+        ("stop", optim.stop or 0, (optim.stop or 0) > 1),
+    ):
+        if whole and value % 1:
+            raise ValueError(
+                f"optim.{name}={value:g} is no whole step; give one, or a fraction of the horizon"
+                " below 1"
+            )
+    if optim.scope == "replica" and (
+        config.parallel.name != "hsdp" or config.parallel.replicas == 1
+    ):
+        raise ValueError(
+            f"optim.scope=replica needs replicas, which parallel={config.parallel.name} does not"
+            " have; use parallel=hsdp with parallel.replicas, or optim.scope=batch or micro_batch"
+        )
+    if optim.metric == "adam" and optim.base != "adamw":
+        raise ValueError(
+            f"optim.metric=adam needs Adam's second moment, which optim.base={optim.base} does not"
+            " keep of every weight; use optim.base=adamw or optim.metric=euclidean"
+        )
+    if optim.combine == "reuse" and optim.period == 1:
+        raise ValueError(
+            "optim.combine=reuse is about the steps between perturbed ones, and optim.period=1"
+            " leaves none; set optim.period=2 or more, or optim.combine=replace"
+        )
+    if optim.direction == "momentum" and optim.base == "sgd" and optim.momentum == 0:
+        raise ValueError(
+            "optim.direction=momentum needs a momentum, and optim.momentum=0; raise it"
+        )
+    if is_read(config, "optim.num_groups"):
+        if optim.num_groups == 1:
+            raise ValueError(
+                f"optim.num_groups=1 makes the whole batch one group, so optim.scope={optim.scope}"
+                " means nothing; set 2 or more, or optim.scope=batch"
+            )
+        size, world = batch.micro or 1, num_processes(config.parallel)
+        if batch.sequences % optim.num_groups or batch.sequences // optim.num_groups % (
+            size * world
+        ):
+            raise ValueError(
+                f"optim.num_groups={optim.num_groups}: {batch.sequences} batch.sequences /"
+                f" {optim.num_groups} groups must be a multiple of"
+                f" batch.micro={size}{f' x {world} processes' if world > 1 else ''}; choose another"
+                " number of groups or another batch.micro"
+            )
+    if optim.compute_matched and is_read(config, "optim.cotangent") and optim.cotangent == "auto":
+        raise ValueError(
+            "optim.compute_matched=true needs to know the cost of a step, and optim.cotangent=auto"
+            " decides it on the machine; use optim.cotangent=store or rebuild"
+        )

@@ -1,0 +1,349 @@
+"""What follows from a configuration before anything is built: sizes, steps, FLOPs, memory,
+hours."""
+
+import os
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from conf.ranks import num_processes
+from conf.schema import Config, ModelConfig, OptimConfig, is_read
+from data.hf_tokenizer import vocabulary
+from launch.plan.batch import micro_sequences, num_groups
+from launch.plan.memory import estimate, planned_device, planned_precision
+from launch.plan.memory_table import lines
+from model import GPT, GPTConfig
+from model.device import PEAK_FLOPS
+from optim import ForwardFlops, Schedule, build_schedule, forward_flops, passes
+from optim.axes import choose
+
+# GiB that torch sees
+DEVICES = {
+    "A100 40 GB": 39,
+    "A100 80 GB": 79,
+    "H100 80 GB": 79,
+    "H200 141 GB": 139,
+}
+# of a device; the rest is for CUDA's context, NCCL's buffers and what the allocator cannot use
+USABLE = 0.93
+MOST_MEMORY = 2.0**46  # bytes, 64 TiB: no device has as much
+ASSUMED_MFU = 0.4  # of the dense bf16 peak, for the estimate of hours
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything derived from a configuration."""
+
+    model: GPTConfig
+    schedule: Schedule
+    num_parameters: int
+    num_non_embedding: int
+    tokens_per_step: int
+    micro: int  # sequences per forward per device
+    num_groups: int  # groups of the batch that are perturbed apart
+    forward: ForwardFlops  # of a token
+    flops_per_step: float  # of a plain step
+    flops_per_perturbed_step: float
+    evaluation_every: int
+    checkpoint_every: int
+    tracking_every: int
+
+    @property
+    def flops(self) -> float:
+        """Of all steps."""
+        moved = self.schedule.perturbed_steps
+        return (
+            self.flops_per_step * (self.schedule.steps - moved)
+            + self.flops_per_perturbed_step * moved
+        )
+
+    def hours(self, device: str) -> float:
+        """On one device of PEAK_FLOPS; as many share them as if they cost each other nothing."""
+        return self.flops / (PEAK_FLOPS[device] * ASSUMED_MFU) / 3600
+
+
+def gpt_config(config: ModelConfig, vocab_size: int) -> GPTConfig:
+    """The shape that the model group asks for."""
+    names = {entry.name for entry in fields(GPTConfig)} - {"vocab_size"}
+    return GPTConfig(vocab_size=vocab_size, **{name: getattr(config, name) for name in names})
+
+
+def make_plan(config: Config) -> Plan:
+    """The plan of a configuration. Raises ValueError for a schedule that does not fit its
+    horizon."""
+    shape = gpt_config(config.model, vocabulary(config.tokenizer))
+    with torch.device("meta"):
+        model = GPT(shape)
+    tokens_per_step = config.batch.sequences * config.batch.length
+    counted = model.num_parameters(embedding=config.schedule.parameters == "all")
+    forward, optim = forward_flops(shape, config.batch.length), config.optim
+    plain = forward.of(1, 1, 3)
+    perturbed = plain
+    if optim.path != "none":
+        refuse_nothing_to_move(model, optim)
+        groups = config.parallel.replicas if optim.scope == "replica" else num_groups(config)
+        rough = planned_precision(config) != torch.float32 and optim.compute == "precision"
+        cost = passes(
+            optim,
+            store=optim.cotangent != "rebuild",
+            instances=config.batch.sequences // groups,
+            rough=rough,
+        )
+        perturbed = forward.of(*cost)
+    schedule = build_schedule(config.schedule, optim, tokens_per_step, counted, perturbed / plain)
+    tenth = max(1, schedule.steps // 10)
+    plan = Plan(
+        model=shape,
+        schedule=schedule,
+        num_parameters=model.num_parameters(),
+        num_non_embedding=model.num_parameters(embedding=False),
+        tokens_per_step=tokens_per_step,
+        micro=micro_sequences(config),
+        num_groups=num_groups(config),
+        forward=forward,
+        flops_per_step=plain * tokens_per_step,
+        flops_per_perturbed_step=perturbed * tokens_per_step,
+        evaluation_every=config.evaluation.every or tenth,
+        checkpoint_every=config.checkpoint.every or tenth,
+        tracking_every=config.tracking.every or (1 if schedule.steps < 1000 else 10),
+    )
+    refuse_more_than(MOST_MEMORY, "any device", config, plan)
+    return plan
+
+
+def refuse_more_than(size: float, whose: str, config: Config, plan: Plan) -> None:
+    """Raises ValueError where a step of a process needs more than so many bytes by the least that
+    it can need: weights and gradients, the residuals that every layer keeps, and the tokens of a
+    batch. That needs no look at the model, and refuses nothing that fits."""
+    world, shape = num_processes(config.parallel), plan.model
+    shards = {"single": 1, "fsdp": world, "hsdp": max(1, world // config.parallel.replicas)}[
+        config.parallel.name
+    ]
+    residuals = 4 * shape.num_layers * shape.width * plan.micro * config.batch.length
+    least = 8 * plan.num_parameters / shards + residuals + 8 * plan.tokens_per_step
+    if least > size:
+        raise ValueError(
+            f"{plan.num_parameters:,} parameters and batches of {plan.tokens_per_step:,} tokens,"
+            f" {plan.micro} sequences at a time, need at least {human(least)} a process, where"
+            f" {whose} has {human(size)}; lower model.*, batch.length or batch.micro, or take more"
+            " processes with parallel=fsdp"
+        )
+
+
+def refuse_here(config: Config, plan: Plan) -> None:
+    """Raises ValueError where this machine cannot hold a step, whatever else it does."""
+    if (
+        planned_device(config) == "cuda"
+        and torch.cuda.is_available()
+        and not config.parallel.cpu_offload
+    ):
+        size = torch.cuda.get_device_properties().total_memory
+    else:
+        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    refuse_more_than(size, "this machine", config, plan)
+
+
+def refuse_nothing_to_move(model: GPT, optim: OptimConfig) -> None:
+    """Raises ValueError where no parameter has one of the names that are to be moved."""
+    try:
+        choose(model, dict(model.named_parameters()), optim.parameters)
+    except ValueError as error:
+        raise ValueError(f"optim.{error}") from None
+
+
+def describe(config: Config, plan: Plan, name: str) -> str:
+    """Everything derived, as a person reads it."""
+    schedule, shape = plan.schedule, plan.model
+    tokens, counted = schedule.steps * plan.tokens_per_step, config.schedule.parameters
+    memory, world, moved = (
+        estimate(config, shape),
+        num_processes(config.parallel),
+        schedule.perturbed_steps,
+    )
+    where = f"{planned_device(config)} in {str(planned_precision(config)).removeprefix('torch.')}"
+    fits = [f"{device}: {remedy(config, shape, size)}" for device, size in devices(config).items()]
+    rows = [
+        ("name", name),
+        (
+            "model",
+            (
+                f"{shape.num_layers} layers x {shape.width}, {shape.num_heads} heads, vocabulary"
+                f" {shape.vocab_size:,}"
+            ),
+        ),
+        (
+            "parameters",
+            f"{plan.num_parameters:,}, of which {plan.num_non_embedding:,} without embeddings",
+        ),
+        (
+            "tokens per step",
+            f"{plan.tokens_per_step:,} = {config.batch.sequences} sequences x"
+            f" {config.batch.length}, in {config.batch.sequences // plan.micro} micro-batches of"
+            f" {plan.micro}"
+            + (
+                f", {config.batch.sequences // plan.micro // world} on each of {world} processes"
+                if world > 1
+                else ""
+            ),
+        ),
+        (
+            "steps",
+            f"{schedule.steps:,}, of which {schedule.warmup:,} warm-up"
+            + (
+                f"; {config.schedule.tokens_per_parameter:g} tokens per parameter,"
+                f" {counted.replace('_', '-')} ones counted"
+                if config.schedule.name == "chinchilla"
+                else ""
+            ),
+        ),
+        ("tokens", f"{tokens:,}"),
+        (
+            "tokens per parameter",
+            (
+                f"{tokens / plan.num_non_embedding:.2f} without embeddings,"
+                f" {tokens / plan.num_parameters:.2f} with"
+            ),
+        ),
+        (
+            "evaluation",
+            (
+                f"every {plan.evaluation_every:,} steps; rows every {plan.tracking_every:,};"
+                f" checkpoints every {plan.checkpoint_every:,}"
+            ),
+        ),
+        (
+            "FLOPs",
+            (
+                f"{plan.flops:.3e} in all, {plan.flops_per_step:.3e} a {'plain ' * bool(moved)}step"
+                " (forward and backward, the head with its padded rows)"
+            ),
+        ),
+        *(
+            [
+                (
+                    "perturbed steps",
+                    (
+                        f"{moved:,}, each {plan.flops_per_perturbed_step / plan.flops_per_step:.2f}"
+                        " plain ones in FLOPs"
+                    ),
+                )
+            ]
+            if moved
+            else []
+        ),
+        (
+            "memory, about",
+            f"{human(memory.total)}{' a process' * (world > 1)} on {where}, fullest in the"
+            f" {memory.moment} = "
+            + " + ".join(f"{human(size)} {part}" for part, size in memory.parts.items() if size),
+        ),
+        *([("fits on", "; ".join(fits))] if fits else []),
+        ("checkpoint", human(12.0 * plan.num_parameters)),
+    ]
+    for device in ("A100", "H100", "H200"):
+        hours = plan.hours(device)
+        one, each = (
+            human_hours(spent, ",.2f" if spent >= 0.1 else ".2g")
+            for spent in (hours, hours / world)
+        )
+        shared = f", {each} on {world} of them," if world > 1 else ""
+        rows.append(
+            (
+                f"hours on one {device}",
+                f"{one}{shared} at an assumed {ASSUMED_MFU:.0%} of its dense bf16 peak",
+            )
+        )
+    return "\n".join(f"{label:22}{text}" for label, text in rows)
+
+
+def describe_memory(config: Config, plan: Plan) -> str:
+    """Returns the tensors of the fullest moment of a step, the largest first, as a person reads
+    them: they add up to the plan's memory."""
+    memory = estimate(config, plan.model)
+    return "\n".join([f"Tensors in the {memory.moment}:", *lines(memory.table, human)])
+
+
+def devices(config: Config) -> dict[str, float]:
+    """Bytes of the devices that a run may have to fit on, by name: what config.device_memory says,
+    this machine's, or common ones."""
+    if config.device_memory is not None:
+        return {f"{config.device_memory:g} GiB": config.device_memory * 2**30}
+    if planned_device(config) == "cpu":
+        return {}
+    if torch.cuda.is_available():
+        return {torch.cuda.get_device_name(): torch.cuda.get_device_properties().total_memory}
+    return {name: size * 2**30 for name, size in DEVICES.items()}
+
+
+def remedy(config: Config, shape: GPTConfig, size: float) -> str:
+    """Whether a step fits on a device of so many bytes: "yes", or the first change of keys that
+    makes it fit, found by trying."""
+    for change in changes(config):
+        if estimate(changed(config, change), shape).total <= USABLE * size:
+            return (
+                "with " + " ".join(f"{name}={str(value).lower()}" for name, value in change.items())
+                if change
+                else "yes"
+            )
+    return "no change of keys tried makes it fit"
+
+
+def changes(config: Config) -> Iterator[dict[str, Any]]:
+    """Changes of keys that spend less memory, the cheapest in time first: none, then each of three
+    alone, then together, then more processes, with everything else spared as well."""
+    world, sequences, groups = (
+        num_processes(config.parallel),
+        config.batch.sequences,
+        num_groups(config),
+    )
+    yield {}
+    spared: dict[str, Any] = {}
+    if is_read(config, "optim.cotangent") and config.optim.cotangent != "rebuild":
+        yield (spared := {"optim.cotangent": "rebuild"})
+    smaller = [
+        micro
+        for micro in range(micro_sequences(config) - 1, 0, -1)
+        if sequences % (micro * world * groups) == 0
+    ]
+    yield from ({"batch.micro": micro} for micro in smaller)
+    if not config.activation_checkpointing:
+        yield {"activation_checkpointing": True}
+        spared = spared | {"activation_checkpointing": True}
+    yield from (spared | {"batch.micro": micro} for micro in smaller)
+    least = spared | ({"batch.micro": 1} if smaller else {})
+    sharded = {} if config.parallel.name != "single" else {"parallel": "fsdp"}
+    for extra in ({}, least):
+        micro = extra.get("batch.micro", config.batch.micro or 1)
+        more = [
+            world * 2**k for k in range(1, 13) if sequences % (micro * world * 2**k * groups) == 0
+        ]
+        yield from (extra | sharded | {"parallel.processes": processes} for processes in more)
+
+
+def changed(config: Config, change: dict[str, Any]) -> Config:
+    """A copy of a configuration with other values."""
+    other = deepcopy(config)
+    for name, value in change.items():
+        *sections, last = ("parallel.name" if name == "parallel" else name).split(".")
+        section: Any = other
+        for part in sections:
+            section = getattr(section, part)
+        setattr(section, last, value)
+    return other
+
+
+def human_hours(hours: float, form: str) -> str:
+    """Returns hours in a format, or words where a number of hours says nothing to a reader."""
+    return format(hours, form) if hours >= 1 / 3600 else "under a second"
+
+
+def human(size: float) -> str:
+    """Bytes as a person reads them."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

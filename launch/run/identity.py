@@ -1,0 +1,114 @@
+"""What makes two runs the same run: their canonical configuration, its name, and the folder that
+belongs to it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Collection
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from conf.schema import KEYS, Config, is_read, lookup
+from data.files import write_atomically
+from launch.run.folder import load_config
+from model.checkpoint import PLACES, checkpoints, without_places
+
+
+def canonical(config: Config) -> dict[str, Any]:
+    """Every key that the run reads and that may not change on resume (those are marked `mutable` in
+    conf/schema.py)."""
+    plain = asdict(config)
+    return {
+        name: lookup(plain, name)
+        for name in KEYS
+        if not is_mutable(config, name) and is_read(config, name)
+    }
+
+
+def as_read(config: Config) -> dict[str, Any]:
+    """The configuration as nested dicts, with None for what the run does not read: a radius that
+    nobody uses is none."""
+    plain = asdict(config)
+    for name in KEYS:
+        if not is_read(config, name):
+            section, last = name.rsplit(".", 1)
+            lookup(plain, section)[last] = None
+    return plain
+
+
+def is_mutable(config: Config, name: str) -> bool:
+    """Whether a key may differ between two starts of a run."""
+    rule = KEYS[name].metadata.get("mutable", False)
+    return rule if isinstance(rule, bool) else lookup(config, rule[0]) in rule[1]
+
+
+def run_name(config: Config) -> str:
+    """model-method[-rho]-data-horizon-s<seed>-<8 hex of the canonical configuration>."""
+    digest = hashlib.sha256(json.dumps(sorted(canonical(config).items())).encode()).hexdigest()[:8]
+    rho = [f"{config.optim.rho:g}"] if is_read(config, "optim.rho") else []
+    schedule = config.schedule
+    if schedule.name == "chinchilla":
+        horizon = f"{schedule.tokens_per_parameter:g}tpp"
+    else:
+        horizon = (
+            f"{schedule.steps}steps" if schedule.tokens is None else f"{schedule.tokens:g}tokens"
+        )
+    return "-".join(
+        [
+            config.model.name,
+            config.optim.name,
+            *rho,
+            config.data.name,
+            horizon,
+            f"s{config.seed}",
+            digest,
+        ]
+    )
+
+
+def refuse_another(run: Path, config: Config) -> None:
+    """Raises ValueError, with a diff of keys, where the folder holds a run of another identity.
+
+    The name of a run is made of paths too, but what it resumes on is known by checksums. So another
+    path passes here where a checkpoint will tell whether the same thing lies there
+    (`resume` of launch/checkpoint, and its `refuse_other_places` of a run that is finished), and
+    where nothing was trained on it yet."""
+    if os.path.lexists(run / "config.yaml"):
+        theirs, ours = canonical(load_config(run)), canonical(config)
+        passing = PLACES if checkpoints(run) or not (run / "summary.json").exists() else ()
+        changed = [
+            name
+            for name in KEYS
+            if compared(name, theirs, passing) != compared(name, ours, passing)
+        ]
+        if changed:
+            unlike = {
+                name: (theirs.get(name, "unread"), ours.get(name, "unread")) for name in changed
+            }
+            raise another(run, unlike)
+
+
+def another(run: Path, changed: dict[str, tuple[Any, Any]]) -> ValueError:
+    """Returns the error of a folder that holds another run: each key that differs, with (value
+    there, value here)."""
+    diff = ", ".join(f"{name} {theirs} -> {ours}" for name, (theirs, ours) in changed.items())
+    return ValueError(
+        f"dir={run} holds another run ({diff}); choose another dir, or leave dir out to have one"
+        " named"
+    )
+
+
+def compared(name: str, identity: dict[str, Any], passing: Collection[str]) -> Any:
+    """The value of a key, without the paths in it where they pass."""
+    value = identity.get(name)
+    return without_places(value) if name in passing else value
+
+
+def claim(run: Path, config: Config) -> None:
+    """Writes the run's config.yaml. Raises ValueError as `refuse_another` does."""
+    refuse_another(run, config)
+    run.mkdir(parents=True, exist_ok=True)
+    write_atomically(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))

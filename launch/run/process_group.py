@@ -1,0 +1,155 @@
+"""The processes of a run: how they find each other, and the group that they form."""
+
+import contextlib
+import os
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+from uuid import uuid4
+
+import torch
+
+from conf.ranks import rank_and_world
+from conf.schema import ParallelConfig
+from launch.run.liveness import Liveness
+from model.processes import Layout
+
+# numbers that processes agree on stay on the CPU, and the device need not wait
+BACKENDS = {
+    "cpu": "gloo",
+    "cuda": "cpu:gloo,cuda:nccl",
+}
+
+# How long a collective waits. A process may wait long for data being prepared, and the watchdog
+# ends what waits too long.
+PATIENCE = timedelta(days=7)
+
+
+@contextmanager
+def processes(
+    parallel: ParallelConfig, device: torch.device, layout: Layout, liveness: Liveness
+) -> Iterator[None]:
+    """The process group of a run, which completes its layout. Processes find each other by
+    torchrun's variables, else by Slurm's; a run with `parallel=single` has no group. Raises
+    ValueError for replicas without processes."""
+    if parallel.name == "single":
+        yield
+        return
+    replicas = parallel.replicas if parallel.name == "hsdp" else 1
+    if layout.world < replicas:
+        raise ValueError(
+            f"parallel.replicas={replicas} with one process; start more, with torchrun"
+            f" --nproc-per-node {replicas} or by srun"
+        )
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.rendezvous import rendezvous
+
+    liveness.report_phase("meeting the other processes")
+    if device.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+        # Slurm may show each task no device but its own
+        torch.cuda.set_device(local % torch.cuda.device_count())
+    rank, world = layout.rank, layout.world
+    store: torch.distributed.Store = torch.distributed.HashStore()
+    if world > 1 or "MASTER_ADDR" in os.environ:
+        for name, value in meeting_point(os.environ).items():
+            os.environ.setdefault(name, value)
+        store, _, _ = next(rendezvous("env://", rank, world, timeout=PATIENCE))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = of_this_start(store, rank, world)
+    torch.distributed.init_process_group(
+        BACKENDS[device.type], store=store, rank=rank, world_size=world, timeout=PATIENCE
+    )
+    try:
+        mesh = init_device_mesh(
+            device.type, (replicas, layout.world // replicas), mesh_dim_names=("replica", "shard")
+        )
+        layout.mesh, layout.replicas = (
+            mesh["shard"],
+            mesh["replica"].get_group() if replicas > 1 else None,
+        )
+        layout.saving = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        layout.sync = parallel.sync
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def of_this_start(store: torch.distributed.Store, rank: int, world: int) -> torch.distributed.Store:
+    """A part of torchrun's store for this start alone: its agent keeps one store over all restarts,
+    and addresses of processes that are gone would be taken for those of their successors. Nor do
+    the agents of several nodes count restarts alike. So the main process names a part, and the
+    others answer; a name that an earlier start left does not know who answers now."""
+    mine = uuid4().hex
+    if rank == 0:
+        store.set("start", mine)
+        store.set(
+            f"{mine}/known",
+            " ".join(store.get(f"{mine}/{other}").decode() for other in range(1, world)),
+        )
+        return torch.distributed.PrefixStore(mine, store)
+    while True:
+        name = store.get("start").decode()
+        store.set(f"{name}/{rank}", mine)
+        with contextlib.suppress(
+            torch.distributed.DistStoreError
+        ):  # another start's, or the others are not there yet
+            store.wait([f"{name}/known"], timedelta(seconds=1))
+            if mine in store.get(f"{name}/known").decode().split():
+                return torch.distributed.PrefixStore(name, store)
+        time.sleep(0.01)
+
+
+def refuse_copies(parallel: ParallelConfig) -> None:
+    """Raises ValueError where several processes would each train the same run."""
+    started = rank_and_world()[1]
+    if parallel.name == "single" and started > 1:
+        raise ValueError(
+            f"parallel=single with {started} processes: each would train the same run; use"
+            " parallel=fsdp or hsdp, or, if this is an interactive shell of several Slurm tasks,"
+            " unset SLURM_STEP_NUM_TASKS"
+        )
+
+
+def meeting_point(environment: Mapping[str, str]) -> dict[str, str]:
+    """Where the processes of a Slurm step meet: on the step's first node, at a port that other
+    steps and jobs there do not use, below those that Linux gives to whoever asks for any."""
+    nodes = environment.get(
+        "SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", "localhost")
+    )
+    # each task of an array is a job of its own
+    job, step = (int(environment.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    return {
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(nodes),
+        "MASTER_PORT": str(20000 + (16 * job + step) % 12000),
+    }
+
+
+@cache
+def first_host(nodes: str) -> str:
+    """Returns the first of Slurm's list of nodes, as in gpu[003-005,7],login1. Raises ValueError
+    where nobody can tell."""
+    if "[" not in nodes:
+        return nodes.split(",")[0]
+    with contextlib.suppress(OSError, subprocess.SubprocessError, IndexError):
+        listed = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        return listed.stdout.split()[0]
+    # A container may lack Slurm's commands.
+    try:
+        from submitit.slurm.slurm import _parse_node_list
+
+        return _parse_node_list(nodes)[0]
+    except (ImportError, ValueError, IndexError):
+        raise ValueError(
+            f"SLURM_STEP_NODELIST={nodes}, and neither scontrol nor submitit is here to say which"
+            " node is the first; set MASTER_ADDR to it, or pip install submitit"
+        ) from None

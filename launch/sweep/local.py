@@ -1,0 +1,182 @@
+"""hydra/launcher=local: the runs of a sweep on this machine, some at a time, each in processes of
+its own."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from types import FrameType
+
+import torch
+
+from conf.exit_codes import EXIT_PREEMPTED, IN_ORDER
+from launch.run.folder import harm
+from launch.run.preemption import SIGNALS
+from launch.sweep.jobs import PATIENCE, Job, reason
+
+POLL = 0.1  # seconds between looks at the processes
+
+
+class Running:
+    """A run at work, in one or more processes."""
+
+    def __init__(self, job: Job, shared: dict[str, str]) -> None:
+        """Starts the processes. Raises OSError where one cannot be started; then none is left."""
+        self.job, self.processes = job, list[subprocess.Popen]()
+        self.lost: tuple[float, int] | None = (
+            None  # when the first process ended out of order, and its exit code
+        )
+        try:
+            for rank, group in enumerate(process_group(job.processes)):
+                self.processes.append(job.start(rank, shared | group))
+        except OSError:
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        """Ends what is left of it."""
+        for process in self.processes:
+            process.kill()
+
+    def poll(self) -> int | None:
+        """Returns the exit code once all processes have ended.
+
+        Where one ends out of order, the others are given PATIENCE seconds: they may not have met it
+        yet, and would wait for it."""
+        codes = [process.poll() for process in self.processes]
+        for rank, code in enumerate(codes):
+            if self.lost is None and code is not None and code not in IN_ORDER:
+                self.lost = time.monotonic(), code
+                if len(codes) > 1:
+                    self.job.lost(rank, code)
+        if None in codes:
+            if self.lost and time.monotonic() - self.lost[0] > PATIENCE:
+                self.kill()
+            return None
+        return self.lost[1] if self.lost else next((code for code in codes if code), 0)
+
+
+def begin(job: Job, shared: dict[str, str], waiting: int) -> Running | None:
+    """Starts a run and says so; says why, and returns None, where it cannot be started."""
+    try:
+        run = Running(job, shared)
+    except OSError as error:
+        print(
+            f"error: {job.run.name} cannot be started: {error.strerror}: {error.filename}",
+            file=sys.stderr,
+        )
+        return None
+    print(f"started {job.run.name}, {waiting} waiting; its log is {job.log()}", flush=True)
+    return run
+
+
+def run_all(jobs: list[Job], n_jobs: int | None) -> int:
+    """Runs all jobs, `n_jobs` at a time (default: as many as have devices of their own), and says
+    how each ended.
+
+    A signal is passed on to the runs, which save and exit, and no more are started; a second one is
+    passed on too. Returns the exit code of the sweep: 0, 1 where a run failed, EXIT_PREEMPTED where
+    a signal stopped it or a run stopped by itself."""
+    devices, each = visible_devices(), max(job.processes for job in jobs)
+    slots = list(range(n_jobs or max(1, len(devices) // each)))
+    # threads that wait for a busy core spin
+    cores = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // (len(slots) * each)))}
+    waiting, running, signals = deque(jobs), dict[int, Running](), list[int]()
+    ended: dict[str, list[Job]] = {"done": [], "stopped": [], "failed": []}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        signals.append(number)  # and no more: it may be a start that is interrupted here
+
+    previous, told = {number: signal.signal(number, note) for number in SIGNALS}, 0
+    try:
+        while running or (waiting and not signals):
+            while waiting and slots and not signals:
+                job = waiting.popleft()
+                if run := begin(
+                    job, cores | visible(devices, slots[0], job.processes), len(waiting)
+                ):
+                    running[slots.pop(0)] = run
+                else:
+                    ended["failed"].append(job)
+            for number in signals[told:]:
+                for process in (process for run in running.values() for process in run.processes):
+                    process.send_signal(number)
+                told += 1
+            for slot, run in list(running.items()):
+                if (code := run.poll()) is not None:
+                    run.job.ended(code)
+                    del running[slot]
+                    slots.append(slot)
+                    how = (
+                        "done"
+                        if not code
+                        else "stopped"
+                        if signals or code == EXIT_PREEMPTED
+                        else "failed"
+                    )
+                    ended[how].append(run.job)
+                    print(f"{how} {run.job.run.name}", flush=True)
+                    if text := harm(run.job.run / "metrics.jsonl"):
+                        print(f"warning: {run.job.run.name}: {text}", flush=True)
+            time.sleep(POLL)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return conclude(ended, signals)
+
+
+def conclude(ended: dict[str, list[Job]], signals: list[int]) -> int:
+    """Says what failed, and how to go on; returns the exit code of the sweep."""
+    for job in ended["failed"]:
+        line, log = reason(job)
+        print(f"failed: {job.run.name}: {line}; see {log}", file=sys.stderr)
+    if ended["stopped"] or signals:
+        cause = (
+            f" by {signal.Signals(signals[0]).name}"
+            if signals
+            else f": {len(ended['stopped'])} runs saved"
+        )
+        print(f"stopped{cause}; the same command goes on", file=sys.stderr)
+    if ended["failed"] and not signals:
+        return 1
+    return EXIT_PREEMPTED if signals or ended["stopped"] else 0
+
+
+def visible_devices() -> list[str]:
+    """The GPUs there are to share out, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (
+        [str(number) for number in range(torch.cuda.device_count())]
+        if named is None
+        else [name for name in named.split(",") if name]
+    )
+
+
+def visible(devices: list[str], slot: int, processes: int) -> dict[str, str]:
+    """The devices of a run: a slot has the next ones after those of the slot before, from the first
+    again where there are too few."""
+    chosen = (
+        dict.fromkeys(
+            devices[(slot * processes + rank) % len(devices)] for rank in range(processes)
+        )
+        if devices
+        else ()
+    )
+    return {"CUDA_VISIBLE_DEVICES": ",".join(chosen)} if chosen else {}
+
+
+def process_group(processes: int) -> list[dict[str, str]]:
+    """The variables by which the processes of a run find each other, those that torchrun sets;
+    nothing for one alone.
+
+    torchrun itself would end by an exit code of its own where the run says that it saved."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]

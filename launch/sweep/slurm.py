@@ -1,0 +1,195 @@
+"""hydra/launcher=slurm: the runs of a sweep as an array of Slurm jobs, by submitit."""
+
+import contextlib
+import io
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from conf.exit_codes import EXIT_PREEMPTED, IN_ORDER
+from data.files import read_json, write_atomically
+from launch.run.snapshot import ROOT
+from launch.sweep.jobs import PATIENCE, Job
+
+ASKED = signal.SIGUSR2  # to save and be requeued: submitit's choice, as NCCL may use USR1
+POLL = 0.2  # seconds between looks at the process and its signals
+LOOK = 2.0  # seconds between looks at the other tasks, for which a file server is asked
+# Until Python can note a signal it is ignored: it would end the task, and what ends by itself is
+# not requeued.
+PYTHON = f"""bash -c 'trap "" TERM USR2; exec "$@"' bash {shlex.quote(sys.executable)}"""
+# A task may end long after the others, rank 0 above all: neither is a run to be killed then, nor
+# its requeue.
+SRUN = ["--kill-on-bad-exit=0", "--wait=0"]
+
+
+def submit(jobs: list[Job], folder: Path) -> None:
+    """Submits jobs of a sweep's folder, all with the settings of the first, as one array, and notes
+    their ids in the jobs.
+
+    Raises ValueError without submitit or sbatch, and where Slurm refuses; then nothing is left of
+    it."""
+    try:
+        import submitit
+    except ImportError:
+        raise ValueError(
+            "hydra/launcher=slurm needs submitit; pip install -c constraints.txt -e '.[slurm]'"
+        ) from None
+    if shutil.which("sbatch") is None:
+        raise ValueError(
+            "hydra/launcher=slurm, but there is no sbatch here; start the sweep on a login node, or"
+            " use hydra/launcher=local"
+        )
+    settings, files = jobs[0].launcher, folder / ".submitit"
+    executor = submitit.AutoExecutor(
+        files / "%j",
+        cluster="slurm",
+        slurm_max_num_timeout=settings.max_num_timeout,
+        slurm_python=PYTHON,
+    )
+    # srun does not take over sbatch's
+    cores = [f"--cpus-per-task={settings.cpus_per_task}"] if settings.cpus_per_task else []
+    wanted = {
+        "name": folder.name,
+        "timeout_min": settings.timeout_min,
+        "nodes": settings.nodes,
+        "tasks_per_node": settings.tasks,
+        "gpus_per_node": settings.gpus_per_node,
+        "cpus_per_task": settings.cpus_per_task,
+        "mem_gb": settings.mem_gb,
+        "slurm_partition": settings.partition,
+        "slurm_account": settings.account,
+        "slurm_qos": settings.qos,
+        "slurm_constraint": settings.constraint,
+        "slurm_signal_delay_s": settings.signal_delay_s,
+        "slurm_array_parallelism": settings.array_parallelism,
+        "slurm_setup": [
+            *settings.setup,
+            f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        ],
+        "slurm_srun_args": [*SRUN, *cores],
+        "slurm_additional_parameters": {"requeue": True, **settings.additional_parameters},
+        "stderr_to_stdout": True,
+    }
+    executor.update_parameters(
+        **{name: value for name, value in wanted.items() if value is not None}
+    )
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # what sbatch says is the error's text, too
+            handles = executor.submit_array([Task(job) for job in jobs])
+    except submitit.core.utils.FailedJobError as error:
+        for left in files.iterdir():
+            if left.is_file():
+                left.unlink()
+        with contextlib.suppress(OSError):  # of jobs submitted before
+            files.rmdir()
+        raise ValueError(f"Slurm refuses: {error}") from None
+    for job, handle in zip(jobs, handles, strict=True):
+        job.job_id, job.scheduler_log = handle.job_id, str(handle.paths.stdout)
+        script = submitit.core.utils.JobPaths(
+            executor.folder, job.job_id.split("_")[0]
+        ).submission_file  # an array has one for all
+        job.run.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(script, job.run / "submission.sh")
+
+
+class Task:
+    """What submitit calls in every task of a job: a process of the run, with its signals and its
+    end.
+
+    Asked by USR2 (before the time limit, or by a scheduler that preempts), the run saves and exits,
+    and submitit puts the job back into the queue, with one time-out less where it was one. After
+    TERM the run saves, and the job waits to be killed: a scheduler that preempts puts back what it
+    killed, not what ended by itself, and what was cancelled stays so."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.received = job, 0
+
+    def checkpoint(self) -> Any:
+        """What submitit is to call after a requeue: the same once more."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(Task(self.job))
+
+    def __call__(self) -> None:
+        rank = int(os.environ["SLURM_PROCID"])
+        lost = self.lost()
+        if rank == 0:
+            for other in lost.parent.glob("lost_*"):
+                if other != lost:
+                    other.unlink(missing_ok=True)
+        requeue: Any = signal.getsignal(ASKED)
+        for number in (ASKED, signal.SIGTERM):
+            signal.signal(number, self.note)
+        code = self.wait(self.job.start(rank, {}))
+        if self.received and code in (
+            -ASKED,
+            -signal.SIGTERM,
+        ):  # there was nothing to save yet, or all was saved
+            code = EXIT_PREEMPTED
+        if lost.exists():
+            code = read_json(lost, int)
+        elif code not in IN_ORDER:
+            self.job.lost(rank, code)
+            write_atomically(lost, f"{code}\n")
+        if rank == 0:
+            self.job.ended(code)
+        while code and self.received == signal.SIGTERM:
+            time.sleep(POLL)
+        if self.received == ASKED and code == EXIT_PREEMPTED:
+            self.put_back(requeue)
+        sys.exit(code if code >= 0 else 128 - code)
+
+    def lost(self) -> Path:
+        """Returns the file by which a task tells the others of this start that its process ended
+        out of order, and how."""
+        start = f"{os.environ['SLURM_JOB_ID']}_{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+        return self.job.log().with_name(f"lost_{start}")
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Remembers a signal: USR2, also where TERM came before it."""
+        self.received = ASKED if ASKED in (number, self.received) else number
+
+    def wait(self, process: subprocess.Popen) -> int:
+        """Returns the exit code of the process, to which the first signal is passed on: a second
+        one would end it unsaved.
+
+        Where that of another task ended out of order, this one is given PATIENCE seconds: it may
+        not have met that one yet, and would wait for it."""
+        passed_on = False
+        lost = self.lost()
+        look = time.monotonic() + LOOK
+        end = math.inf
+        while True:
+            try:
+                return process.wait(POLL)
+            except subprocess.TimeoutExpired:
+                if self.received and not passed_on:
+                    process.send_signal(self.received)
+                    passed_on = True
+                now = time.monotonic()
+                if now > look and end == math.inf:
+                    look = now + LOOK
+                    end = now + PATIENCE if lost.exists() else math.inf
+                if now > end:
+                    process.kill()
+
+    def put_back(self, requeue: Any) -> None:
+        """Has submitit's handler put the job back, on the main process; says in the run's log where
+        it refuses."""
+        try:
+            requeue(ASKED, None)
+        except Exception as error:
+            if (
+                getattr(error, "returncode", None) != -signal.SIGTERM
+            ):  # scontrol ends with the job that it puts back
+                with self.job.log().open("a") as file:
+                    file.write(f"error: {error}\n")
+            raise

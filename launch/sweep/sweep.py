@@ -1,0 +1,259 @@
+"""A sweep: from combinations of overrides to runs, those that there are to start, and their start.
+
+    python train.py -m optim=adamw,sam optim.rho=0.02,0.05 seed=0,1,2 hydra/launcher=local|slurm
+    [print_only=true] [hydra.sweep.dir=DIR]
+
+Runs are told apart by their identity: combinations that differ in nothing that the run reads are
+one run. So the same command again starts what is new, goes on with what stopped or failed, and
+leaves alone what is done, running or waiting."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from itertools import groupby
+from pathlib import Path
+
+from omegaconf import DictConfig, flag_override
+
+from conf.exit_codes import EXIT_USER_ERROR
+from conf.output import harmless_output
+from conf.overrides import quoted
+from conf.ranks import rank_and_world
+from conf.schema import Config, LauncherConfig, check_value
+from data.files import remove_temporary
+from launch.config import check
+from launch.plan.plan import ASSUMED_MFU, Plan, human_hours, make_plan
+from launch.run.identity import run_name
+from launch.run.lock import RunLock, is_in_use
+from launch.sweep.jobs import Job, queue, read_jobs, reason, state, write_jobs
+from launch.sweep.local import run_all
+from launch.sweep.slurm import submit
+
+DEVICES = ("A100", "H100")  # of the estimate of hours
+Combination = tuple[list[str], DictConfig]
+
+
+@dataclass
+class Planned:
+    """A run of the sweep, before anybody knows whether there is something to start."""
+
+    job: Job
+    config: Config
+    plan: Plan
+
+
+@harmless_output()
+def sweep(combinations: list[Combination], launcher: LauncherConfig, folder: Path) -> int:
+    """Starts the runs of the combinations whose folders lie in `folder`; returns the exit code.
+    Prints what there is to do first.
+
+    Raises ValueError for a mistake; one in a combination is printed with those of the others,
+    before anything is started."""
+    check_launcher(launcher, folder)
+    if not combinations:
+        raise ValueError(
+            "the sweep has no combinations, for a list or range of values is empty; give each swept"
+            " key at least one value"
+        )
+    runs, mistakes = plan_runs(combinations, launcher, folder.resolve())
+    for line in dict.fromkeys(mistakes):
+        print(f"error: {line}", file=sys.stderr)
+    if mistakes:
+        return EXIT_USER_ERROR
+    print_only = any(planned.config.print_only for planned in runs)
+    if print_only:
+        print(describe(runs, combinations, states(runs, folder, is_in_use(folder)), folder))
+        return 0
+    with hold(folder):
+        remove_temporary(folder, ["jobs.json"])
+        found = states(runs, folder)
+        print(describe(runs, combinations, found, folder), flush=True)
+        return start(
+            [planned.job for planned in runs if found[planned.job.run] in ("new", "to resume")],
+            folder,
+        )
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keeps other processes from starting runs of the sweep in `folder`. Raises ValueError where
+    one does, or the folder cannot be written."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(RunLock(folder))
+        except ValueError as error:
+            raise ValueError(f"hydra.sweep.{error}") from None
+        yield
+
+
+def start(jobs: list[Job], folder: Path) -> int:
+    """Starts jobs of the sweep in `folder`, which this process holds, those for Slurm first;
+    returns the exit code. Notes in the folder what was submitted at once: Slurm may refuse the
+    next."""
+    local = [job for job in jobs if job.launcher.scheduler == "local"]
+    for _, alike in groupby(
+        (job for job in jobs if job.launcher.scheduler == "slurm"), key=lambda job: job.launcher
+    ):
+        array = list(alike)
+        submit(array, folder)
+        note(array, folder)
+        print(
+            f"submitted {len(array)} runs; python -m launch.status {folder} tells how they fare",
+            flush=True,
+        )
+    if not local:
+        return 0
+    for job in local:
+        job.expect()
+    note(local, folder)
+    return run_all(local, local[0].launcher.n_jobs)
+
+
+def note(jobs: list[Job], folder: Path) -> None:
+    """Puts jobs into the folder's jobs.json, in the place of earlier ones of the same runs."""
+    known = {job.run: job for job in read_jobs(folder.resolve())}
+    write_jobs(folder.resolve(), (known | {job.run: job for job in jobs}).values())
+
+
+def check_launcher(launcher: LauncherConfig, folder: Path) -> None:
+    """Raises ValueError where the settings, or the sweep's folder, cannot be meant."""
+    check_value("hydra.sweep.dir", str(folder.resolve()), {})
+    for entry in fields(launcher):
+        check_value(f"hydra.launcher.{entry.name}", getattr(launcher, entry.name), entry.metadata)
+    if launcher.gpus_per_node and launcher.tasks != launcher.gpus_per_node:
+        raise ValueError(
+            f"hydra.launcher.tasks_per_node={launcher.tasks_per_node} with"
+            f" hydra.launcher.gpus_per_node={launcher.gpus_per_node}; leave tasks_per_node out,"
+            " there is one process per GPU"
+        )
+    if launcher.scheduler == "slurm" and launcher.signal_delay_s >= 60 * launcher.timeout_min:
+        raise ValueError(
+            f"hydra.launcher.signal_delay_s={launcher.signal_delay_s} leaves nothing of"
+            f" hydra.launcher.timeout_min={launcher.timeout_min} to train in; shorten the one or"
+            " raise the other"
+        )
+    if rank_and_world()[1] > 1:
+        raise ValueError(
+            "a sweep is started once and starts its own processes; leave torchrun or srun away, and"
+            " set parallel.processes (local) or hydra.launcher.gpus_per_node (slurm)"
+        )
+
+
+def plan_runs(
+    combinations: list[Combination], launcher: LauncherConfig, folder: Path
+) -> tuple[list[Planned], list[str]]:
+    """Every run once, in the order of the combinations, and a line for each mistake in one."""
+    runs, mistakes = dict[str, Planned](), list[str]()
+    for overrides, composed in combinations:
+        try:
+            planned = plan_run(overrides, composed, launcher, folder)
+        except ValueError as error:
+            mistakes.append(" ".join(str(error).split()))
+            continue
+        runs.setdefault(run_name(planned.config), planned)
+    shared = [planned.job.run for planned in runs.values()]
+    mistakes += [
+        f"dir={run} is the folder of {shared.count(run)} runs of the sweep; leave dir out, and each"
+        " gets its own"
+        for run in shared
+        if shared.count(run) > 1
+    ]
+    return list(runs.values()), mistakes
+
+
+def plan_run(
+    overrides: list[str], composed: DictConfig, launcher: LauncherConfig, folder: Path
+) -> Planned:
+    """The run of a combination. Raises ValueError for a mistake in it."""
+    if composed.plan_only:
+        raise ValueError(
+            "plan_only=true is for one run; print_only=true prints the runs of a sweep"
+        )
+    given, world = composed.parallel.processes, launcher.nodes * launcher.tasks
+    if launcher.scheduler == "slurm" and given not in (None, world):
+        raise ValueError(
+            f"parallel.processes={given}, but hydra.launcher gives a run {launcher.nodes} nodes x"
+            f" {launcher.tasks} tasks; leave it out"
+        )
+    with flag_override(
+        composed, ["struct", "readonly"], False
+    ):  # each combination was composed for itself
+        del composed["hydra"]
+        composed.plan_only = True  # this process is none of the run's
+        composed.parallel.processes = world if launcher.scheduler == "slurm" else given or 1
+    config = check(composed, [])
+    plan, name = make_plan(config), run_name(config)
+    run = Path(config.dir).resolve() if config.dir else folder / name
+    kept = [text for text in overrides if text.split("=")[0] not in ("dir", "print_only")]
+    named = config.tracking.group or os.environ.get("WANDB_RUN_GROUP")
+    group = [] if named else [quoted("tracking.group", folder.name)]
+    job = Job(
+        run,
+        [*kept, *group],
+        str(Path.cwd()),
+        plan.schedule.steps,
+        config.parallel.processes or 1,
+        launcher,
+    )
+    return Planned(job, config, plan)
+
+
+def states(runs: list[Planned], folder: Path, sweeping: bool = False) -> dict[Path, str]:
+    """What has become of each run so far: done, running, waiting, to resume or new. `sweeping` says
+    that another process is at work on them."""
+    known = {job.run: job for job in read_jobs(folder.resolve())}
+    jobs = [known.get(planned.job.run, planned.job) for planned in runs]
+    queued = queue(jobs)
+    found = {job.run: state(job, queued, sweeping) for job in jobs}
+    ended = {
+        run: "to resume" if (run / "checkpoints").exists() else "new"
+        for run, kind in found.items()
+        if kind in ("new", "stopped", "failed")
+    }
+    return found | ended
+
+
+def describe(
+    runs: list[Planned], combinations: list[Combination], found: dict[Path, str], folder: Path
+) -> str:
+    """A line for every run, its state, hours and what tells it apart, the reason where one to start
+    failed before, and the sums."""
+    texts: list[set[str]] = [set(overrides) for overrides, _ in combinations]
+    varying = texts[0].union(*texts) - texts[0].intersection(*texts)
+    lines = [
+        f"{len(runs)} runs in {folder}"
+        + (
+            f", of {len(combinations)} combinations: the others differ in nothing that a run reads"
+            if len(runs) < len(combinations)
+            else ""
+        )
+    ]
+    lines.append(f"{'state':10}{DEVICES[-1] + ' hours':>14}  run")
+    for planned in runs:
+        own = " ".join(text for text in planned.job.overrides if text in varying)
+        lines.append(
+            f"{found[planned.job.run]:10}{human_hours(planned.plan.hours(DEVICES[-1]), '.3g'):>14} "
+            f" {planned.job.run.name}  {own}"
+        )
+        if (
+            found[planned.job.run] in ("new", "to resume")
+            and planned.job.log().exists()
+            and not planned.job.stopped
+        ):
+            lines.append(f"{'':26}{reason(planned.job)[0]}")
+    counts = {
+        kind: list(found.values()).count(kind)
+        for kind in ("done", "running", "waiting", "to resume", "new")
+    }
+    lines.append(", ".join(f"{count} {kind}" for kind, count in counts.items() if count))
+    todo = [planned.plan for planned in runs if found[planned.job.run] in ("new", "to resume")]
+    hours = " or ".join(
+        f"{human_hours(sum(plan.hours(device) for plan in todo), '.3g')} of {device}s"
+        for device in DEVICES
+    )
+    lines.append(
+        f"GPU-hours of those to start: {hours}, at an assumed {ASSUMED_MFU:.0%} of their peak"
+    )
+    return "\n".join(lines)
