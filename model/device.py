@@ -5,7 +5,8 @@ import ctypes
 import hashlib
 import os
 import re
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -69,6 +70,13 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return torch.autocast(device.type, dtype=dtype, enabled=dtype == torch.bfloat16)
 
 
+def set_up_process(seed: int, rank: int, deterministic: bool, device: torch.device) -> None:
+    """Prepares this process to compute: its random state, and on CPUs its memory."""
+    seed_everything(seed, rank, deterministic)
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
 def seed_everything(seed: int, rank: int, deterministic: bool) -> None:
     """Seeds torch (dropout, apart on every process; weights and data have generators of their own)
     and forbids nondeterministic kernels if asked. The main process has the seed itself, the others
@@ -91,12 +99,15 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: 2 GiB may lie free
 
 
-def profiler(path: Path) -> torch.profiler.profile:
-    """A started profiler that writes a trace of steps 5 to 8; call its step() after each, and
-    stop() at the end."""
+@contextmanager
+def profiled(path: Path | None) -> Iterator[Callable[[], None]]:
+    """Writes a trace of steps 5 to 8 to a file; without one it does nothing. Gives what to call
+    after each step."""
+    if path is None:
+        yield lambda: None
+        return
     schedule = torch.profiler.schedule(skip_first=3, wait=0, warmup=1, active=4, repeat=1)
-    profile = torch.profiler.profile(
+    with torch.profiler.profile(
         schedule=schedule, on_trace_ready=lambda done: done.export_chrome_trace(str(path))
-    )
-    profile.start()
-    return profile
+    ) as profile:
+        yield profile.step

@@ -25,10 +25,11 @@ from conf.schema import OptimConfig
 from data.shards import Corpus
 from data.tokenizer import bytes_tokenizer
 from launch.checkpoint import step_folder
-from launch.checkpoint.resume import State, restore, tensors_of
+from launch.checkpoint.resume import Trained as Restored
+from launch.checkpoint.resume import restore, tensors_of
 from launch.checkpoint.saver import Saver
 from launch.checkpoint.step_folder import use_newest
-from launch.track.meter import Progress
+from launch.track.progress import Progress, State
 from model import GPT, GPTConfig
 from model.checkpoint import Part, open_checkpoint
 from model.parallelize import shard
@@ -87,7 +88,7 @@ class Trained:
         state = use_newest(
             run,
             lambda saved: restore(
-                saved, self.model, self.optimizer, self.rule, CORPUS, self.layout
+                saved, Restored(self.model, self.optimizer, self.rule, CORPUS, self.layout)
             ),
             self.layout,
             said,

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 
 from data.tokenizer import bytes_tokenizer
 from launch.checkpoint import step_folder
-from launch.checkpoint.step_folder import remove_partial, save, use_newest
+from launch.checkpoint.step_folder import save, use_newest
+from launch.run.folder import remove_partial_checkpoints
 from model import checkpoint_path
 from model.checkpoint import (
     Checkpoint,
@@ -207,7 +208,7 @@ def test_crash_anywhere_in_a_save_leaves_the_old_or_the_new_checkpoint(tmp_path,
         assert found
         assert_is(found, found.step)
         outcomes.append(found.step)
-        remove_partial(run)
+        remove_partial_checkpoints(run)
         assert kept(run)[-1] == found.step
         saved(run, 12, 16, keep=keep)
         assert kept(run) == [12, 16][-keep:]
@@ -240,9 +241,9 @@ def test_partial_ones_are_ignored_and_removed(tmp_path):
         tmp_path / "checkpoints/step_00000004", tmp_path / "checkpoints/.step_00000008.partial"
     )
     assert_is(use_newest(tmp_path, as_it_is), 4)
-    remove_partial(tmp_path)
+    remove_partial_checkpoints(tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000004"]
-    remove_partial(tmp_path / "nowhere")
+    remove_partial_checkpoints(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(

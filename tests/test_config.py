@@ -24,7 +24,8 @@ from conf.overrides import CONF, LAUNCHER_KEYS, groups
 from conf.schema import KEYS, Config, LauncherConfig, OptimConfig, check_value, lookup, walk
 from launch import config
 from launch.config import checks, compose, configure
-from launch.plan.plan import describe, make_plan
+from launch.plan.description import describe
+from launch.plan.plan import make_plan
 from launch.run.identity import run_name
 from launch.sweep.sweep import check_launcher
 from optim import build_schedule

@@ -30,6 +30,7 @@ import pytest
 import torch
 
 import train
+from launch.checkpoint.checkpoints import Checkpoints
 from launch.checkpoint.saver import Saver
 from launch.config import compose
 from launch.plan.plan import make_plan
@@ -116,7 +117,7 @@ def test_a_run_compares_its_processes_at_the_start_and_before_every_save(
     tmp_path, tiny, monkeypatch
 ):
     done = []
-    for owner, name in ((train.Run, "compare"), (Saver, "begin")):
+    for owner, name in ((Checkpoints, "compare"), (Saver, "begin")):
         original = getattr(owner, name)
         monkeypatch.setattr(
             owner,

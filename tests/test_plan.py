@@ -6,8 +6,9 @@ from dataclasses import asdict
 import pytest
 
 from launch.config import compose
+from launch.plan.description import describe, describe_memory
 from launch.plan.memory import estimate
-from launch.plan.plan import describe, describe_memory, gpt_config, human, make_plan
+from launch.plan.plan import gpt_config, human, make_plan
 from model.gpt import GPTConfig
 
 SMALL = ["model=tiny", "device=cpu", "batch.length=64", "batch.sequences=8"]

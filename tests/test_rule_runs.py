@@ -29,7 +29,9 @@ from launch.config import compose
 from launch.config.checks import check_contradictions
 from launch.plan.plan import make_plan
 from launch.report.record import read_run
+from launch.run.liveness import Liveness
 from launch.run.lock import RunLock
+from launch.run.opening import OpenRun
 from launch.status import line_of
 from launch.sweep.jobs import Job
 from model import GPT, GPTConfig
@@ -145,6 +147,13 @@ def start(compose_run, tmp_path):
         return tmp_path / name
 
     return start
+
+
+def built(settings: Config, folder: Path) -> training.Run:
+    """Returns a run with its data and its model, before any step; no folder is made."""
+    layout = Layout()
+    opened = OpenRun("run", folder, layout, Liveness(layout), RunLock(folder))
+    return training.Run(settings, make_plan(settings), opened)
 
 
 def row_of(run: Path, step: int) -> dict[str, Any]:
@@ -625,15 +634,8 @@ def test_what_a_row_tells_of_g_is_about_g(compose_run, tmp_path, overrides):
         "optim.rho=0.3",
         *overrides,
     )
-    run = training.Run(
-        settings,
-        make_plan(settings),
-        "run",
-        tmp_path / "unused",
-        RunLock(tmp_path / "unused"),
-        Layout(),
-    )
-    g = independent(run.model, *run.loader.batch(0), 0.3, "full", "euclidean")[
+    run = built(settings, tmp_path / "unused")
+    g = independent(run.model, *run.data.loader.batch(0), 0.3, "full", "euclidean")[
         "sharpness/gradient_norm"
     ]
     assert training.main(settings) == 0
@@ -666,15 +668,8 @@ def test_a_row_is_what_an_independent_computation_finds(compose_run, tmp_path, p
         "optim.rho=0.3",
         "optim.diagnostics_every=1",
     )
-    run = training.Run(
-        settings,
-        make_plan(settings),
-        "run",
-        tmp_path / "unused",
-        RunLock(tmp_path / "unused"),
-        Layout(),
-    )
-    expected = independent(run.model, *run.loader.batch(0), 0.3, path, metric)
+    run = built(settings, tmp_path / "unused")
+    expected = independent(run.model, *run.data.loader.batch(0), 0.3, path, metric)
     assert training.main(settings) == 0
     row = row_of(tmp_path / "run", 1)
     assert {name for name in row if name.startswith(("sharpness/", "logits/"))} == {
@@ -972,15 +967,8 @@ def test_fidelity_is_the_cosine_of_two_changes_of_the_gradient(compose_run, tmp_
         "optim.diagnostics_every=1",
         "optim.rho=0.02",
     )
-    run = training.Run(
-        settings,
-        make_plan(settings),
-        "run",
-        tmp_path / "unused",
-        RunLock(tmp_path / "unused"),
-        Layout(),
-    )
-    micro = tuple(half[:2] for half in run.loader.batch(0))
+    run = built(settings, tmp_path / "unused")
+    micro = tuple(half[:2] for half in run.data.loader.batch(0))
     changes = []
     for dtype in (torch.bfloat16, torch.float32):
         found = []
@@ -1154,14 +1142,7 @@ def test_every_parameter_is_in_one_group(compose_run, tmp_path, tied):
     """Of each base optimiser; Muon has the matrices of the body."""
     for base in ("adamw", "sgd", "muon"):
         settings = compose_run(f"optim.base={base}", f"model.tied={tied}", "model.bias=true")
-        run = training.Run(
-            settings,
-            make_plan(settings),
-            "run",
-            tmp_path / "unused",
-            RunLock(tmp_path / "unused"),
-            Layout(),
-        )
+        run = built(settings, tmp_path / "unused")
         groups = run.optimizer.param_groups
         assert sorted(name for group in groups for name in group["names"]) == sorted(
             name for name, _ in run.model.named_parameters()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from data import Corpus
-from launch.track.meter import Progress
+from launch.track.progress import Progress
 from model import GPT
 from model.processes import Layout
 from model.sharding import local

@@ -18,8 +18,10 @@ from data.files import check
 from data.hf_tokenizer import find_folder
 from launch.checkpoint.step_folder import use_newest
 from launch.run import identity
-from launch.run.folder import Counted, counted_lines, load_config
-from launch.track.meter import Progress
+from launch.run.folder import counted_lines, load_config
+from launch.run.opening import OpenRun
+from launch.track.progress import Progress, Start, State
+from launch.track.tracker import send_rest
 from model import GPT
 from model.checkpoint import (
     PLACES,
@@ -34,7 +36,7 @@ from model.checkpoint import (
     refuse_other_run,
     together,
 )
-from model.hf import WEIGHTS
+from model.hf import WEIGHTS, start_from
 from model.processes import Layout
 from model.sharding import load_weights, reshard
 from optim import Gradient, Schedule
@@ -43,21 +45,32 @@ from optim.perturbation import random_state, set_random_state
 
 
 @dataclass
-class State:
-    """The plain values of a checkpoint, which state.json holds."""
+class Trained:
+    """What a run trains, and with what: all that its checkpoints are made of and restore."""
 
-    step: int
-    progress: Progress
-    model: dict[str, Any]  # a GPTConfig
-    tokenizer: str  # its hash
-    data: str  # the fingerprint of the corpus
-    identity: dict[str, Any]
-    wandb_id: str | None = None
-    rows: Counted | None = None  # of metrics.jsonl; None in checkpoints that are older than this
-    origin: str | None = (
-        # checksum of what the run began from: a checkpoint of init.run, or the weights of init.hf
-        None
-    )
+    model: GPT
+    optimizer: Optimizer
+    rule: Gradient
+    corpus: Corpus
+    layout: Layout
+
+
+def resume_or_start(folder: Path, settings: Config, trained: Trained, schedule: Schedule) -> Start:
+    """Goes on from the newest checkpoint of a run; else begins from another run, from the weights
+    of a Hugging Face folder, or from scratch.
+
+    Raises ValueError as `resume` and `branch` do."""
+    if found := resume(folder, settings, trained):
+        path, state = found
+        return Start(state.progress, f"resumed from {path}", state.origin, state)
+    if settings.init.run:
+        parent, progress = branch(settings, trained, schedule)
+        return Start(progress, f"branched from {parent.path}", parent.checksum)
+    if weights := settings.init.hf:
+        start_from(trained.model, weights, trained.corpus.tokenizer)
+        origin = checksum_of_weights(weights) if trained.layout.main else None
+        return Start(said=f"started from the weights of {weights}", origin=origin)
+    return Start()
 
 
 def tensors_of(
@@ -85,14 +98,7 @@ def own(layout: Layout) -> str:
 
 
 def resume(
-    folder: Path,
-    settings: Config,
-    model: GPT,
-    optimizer: Optimizer,
-    rule: Gradient,
-    corpus: Corpus,
-    layout: Layout,
-    warn: Callable[[str], Any] = print,
+    folder: Path, settings: Config, trained: Trained, warn: Callable[[str], Any] = print
 ) -> tuple[Path, State] | None:
     """Takes over the newest usable checkpoint of a run, and returns its folder and state; None
     where there is none yet.
@@ -101,14 +107,14 @@ def resume(
     run's, and where metrics.jsonl lacks rows that the checkpoint counts."""
 
     def take(saved: Checkpoint) -> tuple[Path, State]:
-        found = found_elsewhere(state_of(saved), settings, corpus, layout)
+        found = found_elsewhere(state_of(saved), settings, trained.corpus, trained.layout)
         refuse_other_run(saved, asdict(settings), found)
-        return saved.path, restore(saved, model, optimizer, rule, corpus, layout)
+        return saved.path, restore(saved, trained)
 
-    resumed = use_newest(folder, take, layout, warn)
+    resumed = use_newest(folder, take, trained.layout, warn)
     if resumed:
         state = resumed[1]
-        layout.on_main(
+        trained.layout.on_main(
             lambda: counted_lines(folder / "metrics.jsonl", state.progress.logged, state.rows)
         )
     return resumed
@@ -137,6 +143,20 @@ def found_elsewhere(state: State, settings: Config, corpus: Corpus, layout: Layo
         ):
             found.add(name)
     return found
+
+
+def confirm_finished(opened: OpenRun, settings: Config) -> None:
+    """Says that a run is done, once it is sure that it is this one, and sends W&B what it lacks of
+    it."""
+    folder = opened.folder
+    opened.layout.on_main(
+        lambda: refuse_other_places(folder, settings),
+        lambda: print(
+            f"finished already: {folder}/summary.json has its figures; another seed or dir starts"
+            " another run"
+        ),
+        lambda: send_rest(folder, settings.tracking, opened.name, identity.as_read(settings)),
+    )
 
 
 def refuse_other_places(run: Path, settings: Config) -> None:
@@ -172,18 +192,11 @@ def checksum_of_weights(name_or_dir: str) -> str:
     ).hexdigest()
 
 
-def restore(
-    saved: Checkpoint,
-    model: GPT,
-    optimizer: Optimizer,
-    rule: Gradient,
-    corpus: Corpus,
-    layout: Layout,
-) -> State:
+def restore(saved: Checkpoint, trained: Trained) -> State:
     """Takes over everything that the next step depends on. Raises DamagedFile, on all processes,
     for a checkpoint that does not fit, and ValueError where the data or the tokenizer are others by
     now."""
-    state = state_of(saved)
+    state, corpus = state_of(saved), trained.corpus
     if state.data != corpus.fingerprint:
         raise ValueError(
             f"the data have changed since {saved.path} was made; bring them back, or choose"
@@ -194,23 +207,22 @@ def restore(
             f"the tokenizer has changed since {saved.path} was made; bring it back, or choose"
             " another dir"
         )
-    refuse_other_shapes(saved, model)
+    refuse_other_shapes(saved, trained.model)
 
     def load() -> None:
-        load_weights(model, saved.tensors["model"])
-        load_state_tensors(model, optimizer, saved.tensors["optimizer"])
-        random = saved.tensors["random"]
+        load_weights(trained.model, saved.tensors["model"])
+        load_state_tensors(trained.model, trained.optimizer, saved.tensors["optimizer"])
+        random, suffix = saved.tensors["random"], own(trained.layout)
         mine = {
-            name: random[name + own(layout)][...]
-            for name in ("cpu", "cuda")
-            if name + own(layout) in random
+            name: random[name + suffix][...] for name in ("cpu", "cuda") if name + suffix in random
         }
-        if mine:  # with more processes than there were, the new ones' streams begin anew
+        # With more processes than there were, the streams of the new ones begin anew.
+        if mine:
             set_random_state(mine)
         if saved.tensors["rule"]:
-            rule.load_state_dict(saved.tensors["rule"])
+            trained.rule.load_state_dict(saved.tensors["rule"])
 
-    together(layout, load)
+    together(trained.layout, load)
     return state
 
 
@@ -238,22 +250,14 @@ def refuse_other_shapes(saved: Checkpoint, model: GPT) -> None:
             )
 
 
-def branch(
-    settings: Config,
-    model: GPT,
-    optimizer: Optimizer,
-    rule: Gradient,
-    corpus: Corpus,
-    layout: Layout,
-    schedule: Schedule,
-) -> tuple[Checkpoint, Progress]:
+def branch(settings: Config, trained: Trained, schedule: Schedule) -> tuple[Checkpoint, Progress]:
     """Starts from a checkpoint of another run: from its weights, and with init.optimizer from its
     optimiser, step and place in the data too. The rule, which may be another, starts without memory
     at that step.
 
     Raises ValueError where there is no such checkpoint, where it does not fit this model or these
     data, or lies beyond the horizon or past the beginning of what counts from there."""
-    init, ours = settings.init, identity.canonical(settings)
+    init, model, corpus, layout = settings.init, trained.model, trained.corpus, trained.layout
     try:
         saved = open_run(init.run or "", init.step, TENSORS, layout, "init.step")
     except ValueError as error:
@@ -268,44 +272,11 @@ def branch(
         refuse_other_shapes(saved, model)
         together(layout, lambda: load_weights(model, saved.tensors["model"]))
         return saved, Progress()
-    theirs = state.identity
-    if ours["optim.base"] != theirs.get("optim.base"):
-        raise ValueError(
-            f"optim.base={ours['optim.base']} differs from {theirs.get('optim.base')} in init.run,"
-            " whose state it cannot take over; keep it, or leave init.optimizer out"
-        )
-    order = {
-        key: value
-        for key, value in theirs.items()
-        if key == "seed" or key.startswith(("data.", "batch.sequences", "batch.length"))
-    }
-    if changed := differing(
-        order, asdict(settings), found_elsewhere(state, settings, corpus, layout)
-    ):
-        key, (before, now) = next(iter(changed.items()))
-        raise ValueError(
-            f"{key}={now} differs from {before} in init.run; to go on in its data order, keep it"
-        )
+    refuse_other_order(state, settings, corpus, layout)
     saved.tensors["rule"].clear()
-    done = restore(saved, model, optimizer, rule, corpus, layout).progress
-    rule.step = done.step
-    optim = settings.optim
-    unlike = theirs.get("optim.path") == "none" and schedule.first < min(done.step, schedule.stop)
-    if unlike and (optim.compute_matched or optim.rho_schedule in ("warmup", "cosine")):
-        key = (
-            "compute_matched=true"
-            if optim.compute_matched
-            else f"rho_schedule={optim.rho_schedule}"
-        )
-        raise ValueError(
-            f"optim.{key} counts from optim.start={optim.start:g}, and init.run moved nothing up to"
-            f" step {done.step}; set optim.start={done.step}"
-        )
-    if done.step >= schedule.steps:
-        raise ValueError(
-            f"schedule.steps={schedule.steps} ends before step {done.step} of init.run; lengthen"
-            " the run"
-        )
+    done = restore(saved, trained).progress
+    trained.rule.step = done.step
+    refuse_other_horizon(state, settings, schedule)
     return saved, Progress(
         done.step,
         done.tokens,
@@ -316,3 +287,45 @@ def branch(
         done.perturbed,
         done.skipped,
     )
+
+
+def refuse_other_order(state: State, settings: Config, corpus: Corpus, layout: Layout) -> None:
+    """Raises ValueError where a run would take over an optimiser of another kind than its own, or
+    go on in another order of the data."""
+    ours, theirs = identity.canonical(settings), state.identity
+    if ours["optim.base"] != theirs.get("optim.base"):
+        raise ValueError(
+            f"optim.base={ours['optim.base']} differs from {theirs.get('optim.base')} in init.run,"
+            " whose state it cannot take over; keep it, or leave init.optimizer out"
+        )
+    order = {
+        key: value
+        for key, value in theirs.items()
+        if key == "seed" or key.startswith(("data.", "batch.sequences", "batch.length"))
+    }
+    elsewhere = found_elsewhere(state, settings, corpus, layout)
+    if changed := differing(order, asdict(settings), elsewhere):
+        key, (before, now) = next(iter(changed.items()))
+        raise ValueError(
+            f"{key}={now} differs from {before} in init.run; to go on in its data order, keep it"
+        )
+
+
+def refuse_other_horizon(state: State, settings: Config, schedule: Schedule) -> None:
+    """Raises ValueError where a run would begin beyond its horizon, or past the beginning of what
+    counts from the first perturbed step."""
+    optim, step = settings.optim, state.progress.step
+    was_plain = state.identity.get("optim.path") == "none"
+    counts_from = optim.compute_matched or optim.rho_schedule in ("warmup", "cosine")
+    if was_plain and counts_from and schedule.first < min(step, schedule.stop):
+        key = f"rho_schedule={optim.rho_schedule}"
+        if optim.compute_matched:
+            key = "compute_matched=true"
+        raise ValueError(
+            f"optim.{key} counts from optim.start={optim.start:g}, and init.run moved nothing up to"
+            f" step {step}; set optim.start={step}"
+        )
+    if step >= schedule.steps:
+        raise ValueError(
+            f"schedule.steps={schedule.steps} ends before step {step} of init.run; lengthen the run"
+        )

@@ -185,12 +185,6 @@ def use_newest(
     return None
 
 
-def remove_partial(run: Path) -> None:
-    """Removes what a killed save left."""
-    for path in (run / "checkpoints").glob(".step_*.partial"):
-        shutil.rmtree(path)
-
-
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON atomically: the file is the old one or the new one, whole."""
     partial = path.with_name(f".{path.name}.partial")

@@ -7,7 +7,7 @@ from typing import Any
 
 from conf.overrides import CONF, groups
 from conf.ranks import num_processes, rank_and_world
-from conf.schema import Config, RuleConfig, check_value, is_read, lookup
+from conf.schema import Config, OptimConfig, RuleConfig, check_value, is_read, lookup
 from data.files import read_yaml
 from optim import check_axes
 
@@ -55,14 +55,32 @@ def claimed(group: str, name: str, key: str) -> Any:
 
 def check_contradictions(config: Config) -> None:
     """Raises ValueError for keys that are each in order but cannot hold together."""
-    batch, model, schedule, data = config.batch, config.model, config.schedule, config.data
+    check_model(config)
+    check_parallel(config)
+    check_batch(config)
+    check_horizon(config)
+    check_data(config)
+    check_rule(config)
+    check_folder_names(config)
+    check_init(config)
+
+
+def check_model(config: Config) -> None:
+    """Raises ValueError where heads do not share the width of the model equally."""
+    model = config.model
     if model.width % model.num_heads:
         raise ValueError(
             f"model.width={model.width} is not divisible by model.num_heads={model.num_heads};"
             " choose a divisor of the width"
         )
-    parallel, started, world = config.parallel, rank_and_world()[1], num_processes(config.parallel)
-    if parallel.processes not in (None, started) and not (config.plan_only and started == 1):
+
+
+def check_parallel(config: Config) -> None:
+    """Raises ValueError where the processes that were started are not those that were asked for."""
+    parallel, started = config.parallel, rank_and_world()[1]
+    world = num_processes(parallel)
+    is_planned = config.plan_only and started == 1
+    if parallel.processes not in (None, started) and not is_planned:
         raise ValueError(
             f"parallel.processes={world}, but {started} {'was' if started == 1 else 'were'}"
             f" started; use torchrun --nproc-per-node {world}, or plan_only=true"
@@ -72,32 +90,48 @@ def check_contradictions(config: Config) -> None:
             f"parallel=single with {world} processes: each would train the same run; use"
             " parallel=fsdp or hsdp"
         )
-    if (
-        parallel.name == "hsdp" and world > 1 and world % parallel.replicas
-    ):  # one process may be a sweep's, which trains nothing itself
+    # A single process may be that of a sweep, which trains nothing itself.
+    if parallel.name == "hsdp" and world > 1 and world % parallel.replicas:
         raise ValueError(
             f"parallel.replicas={parallel.replicas} does not divide {world} processes; choose a"
             " divisor"
         )
-    if batch.sequences % (batch.micro or 1):
+
+
+def check_batch(config: Config) -> None:
+    """Raises ValueError for a batch that cannot be parted, and for sequences that are longer than
+    the model reads."""
+    batch, world = config.batch, num_processes(config.parallel)
+    micro, longest = batch.micro or 1, config.model.max_length
+    if batch.sequences % micro:
         raise ValueError(
             f"batch.sequences={batch.sequences} is not divisible by batch.micro={batch.micro};"
             " choose a divisor of batch.sequences"
         )
-    if batch.sequences % ((batch.micro or 1) * world):
+    if batch.sequences % (micro * world):
         raise ValueError(
-            f"batch.sequences={batch.sequences} is not divisible by batch.micro={batch.micro or 1}"
-            f" x {world} processes; choose a multiple"
+            f"batch.sequences={batch.sequences} is not divisible by batch.micro={micro} x {world}"
+            " processes; choose a multiple"
         )
-    if batch.length > model.max_length:
+    if batch.length > longest:
         raise ValueError(
-            f"batch.length={batch.length} exceeds model.max_length={model.max_length}; shorten the"
-            " one or raise the other"
+            f"batch.length={batch.length} exceeds model.max_length={longest}; shorten the one or"
+            " raise the other"
         )
+
+
+def check_horizon(config: Config) -> None:
+    """Raises ValueError where nothing says how long the run is."""
+    schedule = config.schedule
     if schedule.name == "fixed" and schedule.steps is None and schedule.tokens is None:
         raise ValueError(
             "schedule.steps=null leaves no horizon; set schedule.steps or schedule.tokens"
         )
+
+
+def check_data(config: Config) -> None:
+    """Raises ValueError where the text to train on is not named, or named twice."""
+    data = config.data
     if data.source in ("text", "tokens") and (data.path is None) == (not data.sources):
         raise ValueError(
             f"data.path={data.path} with {len(data.sources)} data.sources; data={data.source} needs"
@@ -108,50 +142,53 @@ def check_contradictions(config: Config) -> None:
             f"data.path={data.path} names no dataset; data=hub needs its name on the hub, as in"
             " data.path=allenai/c4, or a folder"
         )
-    check_rule(config)
-    files_of = {} if data.path is None else {"data.path": data.path}
-    files_of |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
-    files_of |= {f"data.validation.{name}": files for name, files in data.validation.items()}
-    for name, files in files_of.items():
-        if not files or not all(
-            isinstance(file, str) for file in (files if isinstance(files, list) else [files])
-        ):
+    named = {} if data.path is None else {"data.path": data.path}
+    named |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
+    named |= {f"data.validation.{name}": files for name, files in data.validation.items()}
+    for name, files in named.items():
+        listed = files if isinstance(files, list) else [files]
+        if not files or not all(isinstance(file, str) for file in listed):
             raise ValueError(
                 f"{name}={files} names no files; give a file, a glob or a list of them"
             )
     for name, source in data.sources.items():
         check_value(f"data.sources.{name}.weight", source.weight, {"above": 0.0, "high": 1e9})
+
+
+def check_folder_names(config: Config) -> None:
+    """Raises ValueError for a name that a folder cannot have."""
     names = [(name, lookup(config, name)) for name in ("model.name", "optim.name", "data.name")]
-    for name, value in (
-        names
-        + [("data.sources", name) for name in data.sources]
-        + [("data.validation", name) for name in data.validation]
-    ):
+    names += [("data.sources", name) for name in config.data.sources]
+    names += [("data.validation", name) for name in config.data.validation]
+    for name, value in names:
         if not re.fullmatch(r"\w[\w.+-]*", str(value)):
             raise ValueError(
                 f"{name}={value} goes into a folder's name; use letters, digits and _ . + - only,"
                 " the first a letter or digit"
             )
-    if config.init.run is not None and config.init.hf is not None:
+
+
+def check_init(config: Config) -> None:
+    """Raises ValueError where it is not one place that the weights come from."""
+    init = config.init
+    if init.run is not None and init.hf is not None:
         raise ValueError(
-            f"init.hf={config.init.hf} and init.run={config.init.run} both give the weights to"
-            " start from; set one of the two"
+            f"init.hf={init.hf} and init.run={init.run} both give the weights to start from; set"
+            " one of the two"
         )
-    if config.init.run is None and config.init.step is not None:
-        raise ValueError(
-            f"init.step={config.init.step} needs a run to take it from; set init.run=DIR"
-        )
-    if config.init.run is None and config.init.optimizer:
+    if init.run is None and init.step is not None:
+        raise ValueError(f"init.step={init.step} needs a run to take it from; set init.run=DIR")
+    if init.run is None and init.optimizer:
         raise ValueError("init.optimizer=true needs a run to take it from; set init.run=DIR")
 
 
 def check_rule(config: Config) -> None:
     """Raises ValueError where the axes of the rule, its base optimiser and the batch do not fit
     each other."""
-    optim, batch = config.optim, config.batch
-    if optim.base == "muon" and config.parallel.name != "single":
+    optim, parallel = config.optim, config.parallel
+    if optim.base == "muon" and parallel.name != "single":
         raise ValueError(
-            f"optim.base=muon orthogonalises whole matrices, which parallel={config.parallel.name}"
+            f"optim.base=muon orthogonalises whole matrices, which parallel={parallel.name}"
             " keeps in shards; use parallel=single"
         )
     if optim.path == "none":
@@ -159,61 +196,71 @@ def check_rule(config: Config) -> None:
     try:
         check_axes(optim)
     except ValueError as error:
+        axes = "|".join(entry.name for entry in fields(RuleConfig))
+        raise ValueError(re.sub(rf"\b({axes})=", r"optim.\1=", str(error))) from None
+    check_window(optim)
+    check_base(optim)
+    if optim.scope == "replica" and (parallel.name != "hsdp" or parallel.replicas == 1):
         raise ValueError(
-            re.sub(
-                rf"\b({'|'.join(entry.name for entry in fields(RuleConfig))})=",
-                r"optim.\1=",
-                str(error),
-            )
-        ) from None
-    for name, value, whole in (
+            f"optim.scope=replica needs replicas, which parallel={parallel.name} does not have;"
+            " use parallel=hsdp with parallel.replicas, or optim.scope=batch or micro_batch"
+        )
+    if is_read(config, "optim.num_groups"):
+        check_groups(config)
+    if optim.compute_matched and is_read(config, "optim.cotangent") and optim.cotangent == "auto":
+        raise ValueError(
+            "optim.compute_matched=true needs to know the cost of a step, and optim.cotangent=auto"
+            " decides it on the machine; use optim.cotangent=store or rebuild"
+        )
+
+
+def check_window(optim: OptimConfig) -> None:
+    """Raises ValueError where the perturbed steps begin or end within a step, and where the period
+    leaves nothing to reuse."""
+    stop = optim.stop or 0.0
+    for name, value, is_step in (
         ("start", optim.start, optim.start >= 1),
-        ("stop", optim.stop or 0, (optim.stop or 0) > 1),
+        ("stop", stop, stop > 1),
     ):
-        if whole and value % 1:
+        if is_step and value % 1:
             raise ValueError(
                 f"optim.{name}={value:g} is no whole step; give one, or a fraction of the horizon"
                 " below 1"
             )
-    if optim.scope == "replica" and (
-        config.parallel.name != "hsdp" or config.parallel.replicas == 1
-    ):
-        raise ValueError(
-            f"optim.scope=replica needs replicas, which parallel={config.parallel.name} does not"
-            " have; use parallel=hsdp with parallel.replicas, or optim.scope=batch or micro_batch"
-        )
-    if optim.metric == "adam" and optim.base != "adamw":
-        raise ValueError(
-            f"optim.metric=adam needs Adam's second moment, which optim.base={optim.base} does not"
-            " keep of every weight; use optim.base=adamw or optim.metric=euclidean"
-        )
     if optim.combine == "reuse" and optim.period == 1:
         raise ValueError(
             "optim.combine=reuse is about the steps between perturbed ones, and optim.period=1"
             " leaves none; set optim.period=2 or more, or optim.combine=replace"
         )
+
+
+def check_base(optim: OptimConfig) -> None:
+    """Raises ValueError where the rule needs what the base optimiser does not keep."""
+    if optim.metric == "adam" and optim.base != "adamw":
+        raise ValueError(
+            f"optim.metric=adam needs Adam's second moment, which optim.base={optim.base} does not"
+            " keep of every weight; use optim.base=adamw or optim.metric=euclidean"
+        )
     if optim.direction == "momentum" and optim.base == "sgd" and optim.momentum == 0:
         raise ValueError(
             "optim.direction=momentum needs a momentum, and optim.momentum=0; raise it"
         )
-    if is_read(config, "optim.num_groups"):
-        if optim.num_groups == 1:
-            raise ValueError(
-                f"optim.num_groups=1 makes the whole batch one group, so optim.scope={optim.scope}"
-                " means nothing; set 2 or more, or optim.scope=batch"
-            )
-        size, world = batch.micro or 1, num_processes(config.parallel)
-        if batch.sequences % optim.num_groups or batch.sequences // optim.num_groups % (
-            size * world
-        ):
-            raise ValueError(
-                f"optim.num_groups={optim.num_groups}: {batch.sequences} batch.sequences /"
-                f" {optim.num_groups} groups must be a multiple of"
-                f" batch.micro={size}{f' x {world} processes' if world > 1 else ''}; choose another"
-                " number of groups or another batch.micro"
-            )
-    if optim.compute_matched and is_read(config, "optim.cotangent") and optim.cotangent == "auto":
+
+
+def check_groups(config: Config) -> None:
+    """Raises ValueError where the batch cannot be parted into groups of whole micro-batches."""
+    optim, batch, world = config.optim, config.batch, num_processes(config.parallel)
+    if optim.num_groups == 1:
         raise ValueError(
-            "optim.compute_matched=true needs to know the cost of a step, and optim.cotangent=auto"
-            " decides it on the machine; use optim.cotangent=store or rebuild"
+            f"optim.num_groups=1 makes the whole batch one group, so optim.scope={optim.scope}"
+            " means nothing; set 2 or more, or optim.scope=batch"
+        )
+    micro = batch.micro or 1
+    if batch.sequences % (optim.num_groups * micro * world):
+        of_processes = f" x {world} processes" if world > 1 else ""
+        raise ValueError(
+            f"optim.num_groups={optim.num_groups}: {batch.sequences} batch.sequences /"
+            f" {optim.num_groups} groups must be a multiple of"
+            f" batch.micro={micro}{of_processes}; choose another number of groups or another"
+            " batch.micro"
         )

@@ -14,7 +14,6 @@ from conf.schema import Config, ModelConfig, OptimConfig, is_read
 from data.hf_tokenizer import vocabulary
 from launch.plan.batch import micro_sequences, num_groups
 from launch.plan.memory import estimate, planned_device, planned_precision
-from launch.plan.memory_table import lines
 from model import GPT, GPTConfig
 from model.device import PEAK_FLOPS
 from optim import ForwardFlops, Schedule, build_schedule, forward_flops, passes
@@ -27,9 +26,12 @@ DEVICES = {
     "H100 80 GB": 79,
     "H200 141 GB": 139,
 }
+
 # of a device; the rest is for CUDA's context, NCCL's buffers and what the allocator cannot use
 USABLE = 0.93
+
 MOST_MEMORY = 2.0**46  # bytes, 64 TiB: no device has as much
+
 ASSUMED_MFU = 0.4  # of the dense bf16 peak, for the estimate of hours
 
 
@@ -152,118 +154,6 @@ def refuse_nothing_to_move(model: GPT, optim: OptimConfig) -> None:
         choose(model, dict(model.named_parameters()), optim.parameters)
     except ValueError as error:
         raise ValueError(f"optim.{error}") from None
-
-
-def describe(config: Config, plan: Plan, name: str) -> str:
-    """Everything derived, as a person reads it."""
-    schedule, shape = plan.schedule, plan.model
-    tokens, counted = schedule.steps * plan.tokens_per_step, config.schedule.parameters
-    memory, world, moved = (
-        estimate(config, shape),
-        num_processes(config.parallel),
-        schedule.perturbed_steps,
-    )
-    where = f"{planned_device(config)} in {str(planned_precision(config)).removeprefix('torch.')}"
-    fits = [f"{device}: {remedy(config, shape, size)}" for device, size in devices(config).items()]
-    rows = [
-        ("name", name),
-        (
-            "model",
-            (
-                f"{shape.num_layers} layers x {shape.width}, {shape.num_heads} heads, vocabulary"
-                f" {shape.vocab_size:,}"
-            ),
-        ),
-        (
-            "parameters",
-            f"{plan.num_parameters:,}, of which {plan.num_non_embedding:,} without embeddings",
-        ),
-        (
-            "tokens per step",
-            f"{plan.tokens_per_step:,} = {config.batch.sequences} sequences x"
-            f" {config.batch.length}, in {config.batch.sequences // plan.micro} micro-batches of"
-            f" {plan.micro}"
-            + (
-                f", {config.batch.sequences // plan.micro // world} on each of {world} processes"
-                if world > 1
-                else ""
-            ),
-        ),
-        (
-            "steps",
-            f"{schedule.steps:,}, of which {schedule.warmup:,} warm-up"
-            + (
-                f"; {config.schedule.tokens_per_parameter:g} tokens per parameter,"
-                f" {counted.replace('_', '-')} ones counted"
-                if config.schedule.name == "chinchilla"
-                else ""
-            ),
-        ),
-        ("tokens", f"{tokens:,}"),
-        (
-            "tokens per parameter",
-            (
-                f"{tokens / plan.num_non_embedding:.2f} without embeddings,"
-                f" {tokens / plan.num_parameters:.2f} with"
-            ),
-        ),
-        (
-            "evaluation",
-            (
-                f"every {plan.evaluation_every:,} steps; rows every {plan.tracking_every:,};"
-                f" checkpoints every {plan.checkpoint_every:,}"
-            ),
-        ),
-        (
-            "FLOPs",
-            (
-                f"{plan.flops:.3e} in all, {plan.flops_per_step:.3e} a {'plain ' * bool(moved)}step"
-                " (forward and backward, the head with its padded rows)"
-            ),
-        ),
-        *(
-            [
-                (
-                    "perturbed steps",
-                    (
-                        f"{moved:,}, each {plan.flops_per_perturbed_step / plan.flops_per_step:.2f}"
-                        " plain ones in FLOPs"
-                    ),
-                )
-            ]
-            if moved
-            else []
-        ),
-        (
-            "memory, about",
-            f"{human(memory.total)}{' a process' * (world > 1)} on {where}, fullest in the"
-            f" {memory.moment} = "
-            + " + ".join(f"{human(size)} {part}" for part, size in memory.parts.items() if size),
-        ),
-        *([("fits on", "; ".join(fits))] if fits else []),
-        ("checkpoint", human(12.0 * plan.num_parameters)),
-    ]
-    for device in ("A100", "H100", "H200"):
-        hours = plan.hours(device)
-        one, each = (
-            human_hours(spent, ",.2f" if spent >= 0.1 else ".2g")
-            for spent in (hours, hours / world)
-        )
-        shared = f", {each} on {world} of them," if world > 1 else ""
-        rows.append(
-            (
-                f"hours on one {device}",
-                f"{one}{shared} at an assumed {ASSUMED_MFU:.0%} of its dense bf16 peak",
-            )
-        )
-    return "\n".join(f"{label:22}{text}" for label, text in rows)
-
-
-def describe_memory(config: Config, plan: Plan) -> str:
-    """Returns the tensors of the fullest moment of a step, the largest first, as a person reads
-    them: they add up to the plan's memory."""
-    memory = estimate(config, plan.model)
-    return "\n".join([f"Tensors in the {memory.moment}:", *lines(memory.table, human)])
 
 
 def devices(config: Config) -> dict[str, float]:

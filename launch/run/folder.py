@@ -7,6 +7,7 @@ reads it here, and says in one line what is wrong."""
 import hashlib
 import json
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,12 @@ def read_summary(run: Path) -> dict[str, Any] | None:
             f"{error}; remove it, and the run's own command writes it anew from the last checkpoint"
         ) from None
     return summary
+
+
+def remove_partial_checkpoints(run: Path) -> None:
+    """Removes what killed saves left."""
+    for path in (run / "checkpoints").glob(".step_*.partial"):
+        shutil.rmtree(path)
 
 
 def lines_of(file: Path) -> list[bytes]:

@@ -11,10 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from conf.schema import TrackingConfig
+from conf.schema import Config, TrackingConfig
 from data.files import write_atomically
+from launch.plan.plan import Plan
 from launch.run.folder import Counted, Row, RowFile, read_rows, read_summary
+from launch.run.identity import as_read
+from launch.run.opening import OpenRun
 from launch.track.console import Console
+from launch.track.progress import Start
 from launch.track.wandb_run import PROJECT, Wandb, recorded_id, unsent, wandb_mode, wandb_settings
 
 NEAR = 0.05  # a run that ends within this share of a budget is read at its end
@@ -161,6 +165,23 @@ def send_rest(
         )
         wandb.send(lambda run: run.summary.update(summary))
         wandb.close(0)
+
+
+def open_tracker(opened: OpenRun, settings: Config, plan: Plan, start: Start) -> "Tracker | Silent":
+    """Returns what tells the world of a run; on all processes but the main one it says nothing."""
+    if not opened.layout.main:
+        return Silent()
+    resumed = start.resumed
+    return Tracker(
+        opened.folder,
+        settings.tracking,
+        opened.name,
+        as_read(settings),
+        resumed.wandb_id if resumed else None,
+        Console(plan.schedule.steps, plan.evaluation_every),
+        start.progress.logged,
+        resumed.rows if resumed else None,
+    )
 
 
 class Silent:

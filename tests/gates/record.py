@@ -133,7 +133,8 @@ def keys() -> dict[str, list[Any]]:
 def plans() -> dict[str, list[str]]:
     """Returns the lines that plan_only=true prints of some configurations."""
     from launch.config import compose
-    from launch.plan.plan import describe, make_plan
+    from launch.plan.description import describe
+    from launch.plan.plan import make_plan
     from launch.run.identity import run_name
 
     found = {}
