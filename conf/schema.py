@@ -23,14 +23,36 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections import ChainMap
+from collections.abc import Callable, Iterator
 from dataclasses import Field, dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-PATHS = ("full", "functional", "logit", "angle")  # optim.path of every rule that moves the weights
+T = TypeVar("T")
+
+
+class Registry(dict[str, Any]):
+    """The parts that an axis of the gradient rule may take, by name; each registers itself when
+    `optim` is imported."""
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Returns a decorator that adds a class or function under a name."""
+
+        def add(part: T) -> T:
+            self[name] = part
+            return part
+
+        return add
+
+
+PATHS = Registry()  # optim.path of every rule that moves the weights
+COTANGENT_PATHS = Registry()  # those of them that keep the clean cotangent r
+DIRECTIONS = Registry()
+METRICS = Registry()
+WEIGHTINGS = Registry()
+COMBINATIONS = Registry()
 MOVED = ("optim.path", PATHS)
 ADAM = ("optim.base", ("adamw", "muon"))
-DIRECTIONS: dict[str, Any] = {}  # optim.direction, by name; each class there registers itself
 STEPS = 2**31 - 1  # more than any run has
 TINY = 2.0**-126  # smaller numbers are 0, or nearly so, in the fp32 that all weights have
 
@@ -352,7 +374,7 @@ class RuleConfig:
     path: str = key(
         "none",
         "what is evaluated at the moved point; none: the weights are not moved",
-        choices=("none", *PATHS),
+        choices=ChainMap(PATHS, {"none": None}),
     )
     direction: str = key(
         "gradient", "what the weights move along", read_when=MOVED, choices=DIRECTIONS
@@ -361,7 +383,7 @@ class RuleConfig:
         "euclidean",
         "how the direction is scaled",
         read_when=MOVED,
-        choices=("euclidean", "adam", "adaptive"),
+        choices=METRICS,
     )
     scope: str = key(
         "batch",
@@ -373,13 +395,13 @@ class RuleConfig:
         "uniform",
         "weights of the instances in the ascent loss",
         read_when=MOVED,
-        choices=("uniform", "delta"),
+        choices=WEIGHTINGS,
     )
     combine: str = key(
         "replace",
         "what is done with the clean and the moved gradient",
         read_when=MOVED,
-        choices=("replace", "reuse", "orthogonal"),
+        choices=COMBINATIONS,
     )
     rho: float = key(0.05, "radius of the perturbation", low=0.0, high=1e6, read_when=MOVED)
     start: float = key(
@@ -505,7 +527,7 @@ class RuleConfig:
     cotangent: str = key(
         "auto",
         "keep the clean cotangent, or rebuild it chunk by chunk",
-        read_when=("optim.path", ("functional", "angle")),
+        read_when=("optim.path", COTANGENT_PATHS),
         choices=("auto", "store", "rebuild"),
     )
     cotangent_share: float = key(

@@ -2,12 +2,12 @@
 
 from optim.adamw import build_optimizer
 from optim.adapter import Adapter
-from optim.axes import check_axes, passes
 from optim.bar import BAR
 from optim.flops import ForwardFlops, forward_flops
 from optim.gradient import Gradient, RuleResult
+from optim.rule.axes import check_axes, passes
+from optim.rule.sharpness import SharpnessAware, build_rule
 from optim.schedule import Schedule, build_schedule
-from optim.sharpness import SharpnessAware, build_rule
 
 __all__ = [
     "BAR",

@@ -11,10 +11,10 @@ from model.sharding import shard_of, sharded_as
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, split: bool = False) -> list[dict]:
-    """Two groups: matrices (embeddings among them), which decay, and vectors (norms, biases), which
-    do not. With `split` the matrices of the body come first, in a group of their own. Every
-    trainable parameter is in exactly one group, tied ones once. Each group has a `name` and the
-    `names` of its parameters."""
+    """Returns two groups: matrices (embeddings among them), which decay, and vectors (norms,
+    biases), which do not. With `split` the matrices of the body come first, in a group of their
+    own. Every trainable parameter is in exactly one group, tied ones once. Each group has a `name`
+    and the `names` of its parameters."""
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     tables = ("embedding.", "positions.", "head.")
     matrices = [
@@ -47,15 +47,13 @@ class MuonAndAdamW(Optimizer):
 
     def __init__(self, muon: Muon, adamw: AdamW) -> None:
         self.parts = (muon, adamw)
-        self.defaults, self.state, self.param_groups = (
-            {},
-            adamw.state,
-            [*muon.param_groups, *adamw.param_groups],
-        )
+        self.defaults = {}
+        self.state = adamw.state
+        self.param_groups = [*muon.param_groups, *adamw.param_groups]
         muon.state = adamw.state
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step of both."""
+        """Takes one step of both."""
         for part in self.parts:
             part.step()
 
@@ -66,14 +64,13 @@ class MuonAndAdamW(Optimizer):
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """The base optimiser over `parameter_groups`.
+    """Returns the base optimiser over `parameter_groups`.
 
     adamw   torch's fused: m = b1 m + (1-b1) g, v = b2 v + (1-b2) g^2, w -= lr (m^ / (sqrt(v^) +
             eps) + decay w)
     sgd     torch's fused: b = momentum b + g + decay w, w -= lr b
     muon    torch's, for the matrices of the body (2502.16982: steps of AdamW's root mean square, so
-            that they share lr and decay), and
-            AdamW for embeddings, head and vectors"""
+            that they share lr and decay), and AdamW for embeddings, head and vectors"""
     groups = parameter_groups(model, config.weight_decay, split=config.base == "muon")
     adam: dict[str, Any] = {
         "lr": config.lr,
@@ -85,22 +82,21 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     if config.base == "sgd":
         optimizer = SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
     elif config.base == "muon":
-        body, rest = groups[:1], groups[1:]
         muon = Muon(
-            body,
+            groups[:1],
             lr=config.lr,
             momentum=config.muon_momentum,
             weight_decay=config.weight_decay,
             adjust_lr_fn="match_rms_adamw",
         )
-        optimizer = MuonAndAdamW(muon, AdamW(rest, **adam))
+        optimizer = MuonAndAdamW(muon, AdamW(groups[1:], **adam))
     else:
         optimizer = AdamW(groups, **adam)
     return optimizer
 
 
 def describe_groups(optimizer: Optimizer) -> str:
-    """One line that says which group holds how many parameters and how they decay."""
+    """Returns one line that says which group holds how many parameters and how they decay."""
     parts = (
         f"{g['name']} {len(g['params'])} tensors, {sum(p.numel() for p in g['params']):,} numbers,"
         f" decay {g['weight_decay']:g}"
@@ -110,8 +106,8 @@ def describe_groups(optimizer: Optimizer) -> str:
 
 
 def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as tensors by `<parameter name>.<key>`, in the form that a checkpoint
-    keeps."""
+    """Returns the optimiser's state as tensors by `<parameter name>.<key>`, in the form that a
+    checkpoint keeps."""
     return {
         f"{name}.{key}": value
         for name, p in model.named_parameters()
@@ -120,8 +116,8 @@ def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def load_state_tensors(model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `state_tensors`. Raises KeyError where the tensors name a parameter that the
-    model does not have."""
+    """Restores what `state_tensors` returned. Raises KeyError where the tensors name a parameter
+    that the model does not have."""
     parameters = dict(model.named_parameters())
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition(".")

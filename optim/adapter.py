@@ -36,7 +36,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def is_counted(targets: Tensor) -> Tensor:
-    """Which targets count: those that are not -100."""
+    """Returns which targets count: those that are not -100."""
     return targets != IGNORED
 
 
@@ -54,7 +54,7 @@ def logits_of(module: nn.Module, inputs: Any) -> Tensor:
 
 
 class Adapter:
-    """How a rule sees a module that is no GPT:
+    """Makes a module that is no GPT one that a rule can differentiate:
 
     logits(module, inputs) -> logits      default: module(inputs), by names where inputs are a dict,
                                           and of its output the `.logits`
@@ -73,10 +73,13 @@ class Adapter:
         losses: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
         counted: Callable[[Tensor], Tensor] = is_counted,
     ) -> None:
-        self.module, self.logits, self.losses, self.counted = module, logits, losses, counted
+        self.module = module
+        self.logits = logits
+        self.losses = losses
+        self.counted = counted
 
     def lazy_logits(self, inputs: Any) -> "DenseLogits":
-        """The logits of a micro-batch, behind the interface of the lazy ones."""
+        """Returns the logits of a micro-batch, behind the interface of the lazy ones."""
         return DenseLogits(self.logits(self.module, inputs), self.losses, self.counted)
 
 
@@ -165,41 +168,16 @@ def is_micro_batch(element: Any) -> bool:
 
 
 def as_pair(micro: Any, module: nn.Module) -> tuple[Any, Tensor]:
-    """Returns the inputs and targets of a micro-batch. Labels in a dict are those of transformers,
-    whose language models compare them with the logits of the position before. Raises ValueError,
-    with the remedy, for what is not a micro-batch of this module."""
+    """Returns the inputs and targets of a micro-batch. Raises ValueError, with the remedy, for what
+    is not a micro-batch of this module."""
     if not is_micro_batch(micro):
         raise ValueError(
             f"a {type(micro).__name__} is no micro-batch; give pairs (inputs, targets), or dicts"
             " with labels"
         )
-    if not hasattr(micro, "items"):
-        inputs, targets = micro
-    elif not isinstance(micro.get("labels"), Tensor):
-        raise ValueError(
-            f"a dict of {', '.join(micro)} has no labels; add them, or give a pair (inputs,"
-            " targets)"
-        )
-    elif getattr(getattr(module, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(module).__name__} makes its decoder's inputs of its labels; give pairs, and"
-            " optim.Adapter(model, logits=...)"
-        )
-    else:
-        inputs, targets = (
-            {name: value for name, value in micro.items() if name != "labels"},
-            micro["labels"],
-        )
-        if is_causal(module) and targets.ndim == 2:
-            targets = nn.functional.pad(targets[:, 1:], (0, 1), value=IGNORED)
+    inputs, targets = split_labels(micro, module) if hasattr(micro, "items") else micro
     if isinstance(module, GPT):
-        if hasattr(inputs, "items"):
-            if [*inputs] != ["input_ids"]:
-                raise ValueError(
-                    f"a GPT reads tokens, and no {', '.join(inputs.keys() - {'input_ids'})}; give"
-                    " pairs (tokens, targets)"
-                )
-            inputs = inputs["input_ids"]
+        inputs = tokens_of(inputs)
         if inputs.shape != targets.shape or targets.is_floating_point():
             raise ValueError(
                 f"targets {tuple(targets.shape)} of {targets.dtype} do not fit tokens"
@@ -208,6 +186,38 @@ def as_pair(micro: Any, module: nn.Module) -> tuple[Any, Tensor]:
     if targets.ndim == 0:
         raise ValueError("targets have no dimension of instances; give a target for every instance")
     return inputs, targets
+
+
+def split_labels(micro: Any, module: nn.Module) -> tuple[dict[str, Any], Tensor]:
+    """Returns a dict without its labels, and targets made of these. Labels are those of
+    transformers, whose language models compare them with the logits of the position before."""
+    if not isinstance(micro.get("labels"), Tensor):
+        raise ValueError(
+            f"a dict of {', '.join(micro)} has no labels; add them, or give a pair (inputs,"
+            " targets)"
+        )
+    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(module).__name__} makes its decoder's inputs of its labels; give pairs, and"
+            " optim.Adapter(model, logits=...)"
+        )
+    inputs = {name: value for name, value in micro.items() if name != "labels"}
+    targets = micro["labels"]
+    if is_causal(module) and targets.ndim == 2:
+        targets = nn.functional.pad(targets[:, 1:], (0, 1), value=IGNORED)
+    return inputs, targets
+
+
+def tokens_of(inputs: Any) -> Tensor:
+    """Returns the tokens that a GPT reads. Raises ValueError for a dict of anything else."""
+    if not hasattr(inputs, "items"):
+        return inputs
+    if [*inputs] != ["input_ids"]:
+        raise ValueError(
+            f"a GPT reads tokens, and no {', '.join(inputs.keys() - {'input_ids'})}; give"
+            " pairs (tokens, targets)"
+        )
+    return inputs["input_ids"]
 
 
 def is_causal(module: nn.Module) -> bool:

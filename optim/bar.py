@@ -30,8 +30,8 @@ class Pair:
 
 
 def _factors(member: nn.Module | Tensor) -> dict[str, Tensor | None]:
-    """By adapter, "" where the layer has but one: a parameter is a factor, a linear layer or
-    convolution holds one."""
+    """Returns the factors by adapter, "" where the layer has but one: a parameter is a factor, a
+    linear layer or convolution holds one."""
     entries = (
         dict(member.items())
         if isinstance(member, (nn.ModuleDict, nn.ParameterDict))
@@ -44,8 +44,8 @@ def _factors(member: nn.Module | Tensor) -> dict[str, Tensor | None]:
 
 
 def lora_pairs(module: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
-    """(name, X, Y) of every layer and adapter of which both factors are trainable, wherever in
-    `module` it is.
+    """Returns (name, X, Y) of every layer and adapter of which both factors are trainable, wherever
+    in `module` it is.
 
     Raises ValueError where a layer's two members are not factors of the same adapters."""
     found = []
@@ -73,10 +73,46 @@ def lora_pairs(module: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
 
 
 def _norms(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Euclidean norms, accumulated in `dtype`. Those of sharded tensors (DTensors) are of the whole
-    tensor, by one all-reduce."""
+    """Returns Euclidean norms, accumulated in `dtype`. Those of sharded tensors (DTensors) are
+    of the whole tensor, by one all-reduce."""
     norms = torch.stack(torch._foreach_norm(tensors, 2, dtype))
     return norms.full_tensor() if is_sharded(norms) else norms  # type: ignore[attr-defined]
+
+
+def _check_options(mu: float, form: str, schedule: str, steps: int | None) -> None:
+    """Raises ValueError for an option that is out of range."""
+    if form not in ("nbar", "obar"):
+        raise ValueError(f"form={form!r}; choose nbar or obar")
+    if schedule not in ("constant", "linear", "cosine"):
+        raise ValueError(f"schedule={schedule!r}; choose constant, linear or cosine")
+    if not 0 <= mu < math.inf:
+        raise ValueError(f"mu={mu:g}; choose a finite number of at least 0, 0.5 for a start")
+    if schedule != "constant" and (steps is None or steps < 1):
+        raise ValueError(
+            f"steps={steps}; schedule={schedule!r} needs the number of steps after which mu is zero"
+        )
+
+
+def _check_factor(name: str, p: Tensor, groups: dict[int, int], owners: dict[int, str]) -> None:
+    """Raises ValueError for a factor that is not in the optimiser, is too narrow to be scaled, or
+    belongs to another pair of `owners`, to which it is added."""
+    if id(p) not in groups:
+        raise ValueError(
+            f"optimizer: it does not hold a factor of {name!r}; make it after the adapters, or"
+            " freeze that pair"
+        )
+    if p.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"module: a factor of {name!r} is {p.dtype}, where scales of 1 + s round to 1 (bfloat16"
+            " at s = 1e-3); keep the factors in float32, autocast may compute in bfloat16"
+        )
+    # Views of one tensor are one factor, too.
+    owner = owners.setdefault(local(p).data_ptr() or id(p), name)
+    if owner != name:
+        raise ValueError(
+            f"module: {owner!r} and {name!r} share a factor, which would be scaled twice; untie"
+            " them or freeze one pair"
+        )
 
 
 class BAR:
@@ -116,52 +152,21 @@ class BAR:
         schedule: str = "constant",
         steps: int | None = None,
     ) -> None:
-        if form not in ("nbar", "obar"):
-            raise ValueError(f"form={form!r}; choose nbar or obar")
-        if schedule not in ("constant", "linear", "cosine"):
-            raise ValueError(f"schedule={schedule!r}; choose constant, linear or cosine")
-        if not 0 <= mu < math.inf:
-            raise ValueError(f"mu={mu:g}; choose a finite number of at least 0, 0.5 for a start")
-        if schedule != "constant" and (steps is None or steps < 1):
-            raise ValueError(
-                f"steps={steps}; schedule={schedule!r} needs the number of steps after which mu is"
-                " zero"
-            )
-        self.optimizer, self.mu, self.form, self.schedule, self.steps = (
-            optimizer,
-            mu,
-            form,
-            schedule,
-            steps,
-        )
+        _check_options(mu, form, schedule, steps)
+        self.optimizer = optimizer
+        self.mu = mu
+        self.form = form
+        self.schedule = schedule
+        self.steps = steps
         self.done = 0
-        groups = {
-            id(p): index
-            for index, group in enumerate(optimizer.param_groups)
-            for p in group["params"]
-        }
+        groups: dict[int, int] = {}
+        for index, group in enumerate(optimizer.param_groups):
+            groups |= {id(p): index for p in group["params"]}
         owners: dict[int, str] = {}
         self.pairs = []
         for name, x, y in lora_pairs(module):
             for p in (x, y):
-                if id(p) not in groups:
-                    raise ValueError(
-                        f"optimizer: it does not hold a factor of {name!r}; make it after the"
-                        " adapters, or freeze that pair"
-                    )
-                if p.dtype not in (torch.float32, torch.float64):
-                    raise ValueError(
-                        f"module: a factor of {name!r} is {p.dtype}, where scales of 1 + s round to"
-                        " 1 (bfloat16 at s = 1e-3); keep the factors in float32, autocast may"
-                        " compute in bfloat16"
-                    )
-                # views of one tensor, too
-                owner = owners.setdefault(local(p).data_ptr() or id(p), name)
-                if owner != name:
-                    raise ValueError(
-                        f"module: {owner!r} and {name!r} share a factor, which would be scaled"
-                        " twice; untie them or freeze one pair"
-                    )
+                _check_factor(name, p, groups, owners)
             self.pairs.append(Pair(name, x, y, groups[id(x)], groups[id(y)]))
             self._lr(self.pairs[-1])
         if not self.pairs:
@@ -171,9 +176,9 @@ class BAR:
             )
 
     def _lr(self, pair: Pair) -> float | Tensor:
-        x_lr, y_lr = (
-            self.optimizer.param_groups[index]["lr"] for index in (pair.x_group, pair.y_group)
-        )
+        """Returns the learning rate of a pair. Raises ValueError where its factors have two."""
+        x_lr = self.optimizer.param_groups[pair.x_group]["lr"]
+        y_lr = self.optimizer.param_groups[pair.y_group]["lr"]
         if pair.x_group != pair.y_group and x_lr != y_lr:
             raise ValueError(
                 f"optimizer: lr={float(x_lr):g} for X (B) and {float(y_lr):g} for Y (A) of"
@@ -182,7 +187,7 @@ class BAR:
         return x_lr
 
     def mu_at(self, step: int) -> float:
-        """mu_t of the call after `step` others."""
+        """Returns mu_t of the call after `step` others."""
         progress = min(1.0, step / self.steps) if self.steps else 0.0
         fraction = {
             "constant": 1.0,
@@ -201,39 +206,37 @@ class BAR:
         at once: `torch.stack([*balancedness.values()]).tolist()`."""
         batches = defaultdict(list)
         for pair in self.pairs:
-            if not isinstance(lr := self._lr(pair), Tensor) and self.mu_at(self.done) * lr >= 1:
+            lr = self._lr(pair)
+            if not isinstance(lr, Tensor) and self.mu_at(self.done) * lr >= 1:
                 raise ValueError(
                     f"mu={self.mu:g}: s = mu lr reaches 1 at lr={lr:g}, where 1 - s is no scale;"
                     " lower mu"
                 )
             batches[pair.x.device, pair.x.dtype, pair.x_group].append(pair)
         balancedness: dict[str, Tensor] = {}
-        for (_, dtype, group), pairs in batches.items():
-            factors = [pair.x for pair in pairs] + [pair.y for pair in pairs]
-            gradients = [
-                torch.full_like(p, math.nan) if p.grad is None else p.grad for p in factors
-            ]
-            x, y, gx, gy = norms = _norms(factors + gradients, dtype).view(4, -1)
-            grows = gx >= gy if self.form == "nbar" else x < y
-            acts = norms.isfinite().all(dim=0) & (gx + gy > 0)
-            s = (
-                (2 * grows.to(dtype) - 1)
-                * acts
-                * (self.mu_at(self.done) * self.optimizer.param_groups[group]["lr"])
-            )
-            torch._foreach_mul_(
-                [local(p) for p in factors], list(torch.cat([1 + s, 1 - s]).unbind())
-            )
-            balancedness.update(
-                zip((pair.name for pair in pairs), ((x - y) * (x + y) / 2).unbind(), strict=True)
-            )
+        for pairs in batches.values():
+            names = [pair.name for pair in pairs]
+            balancedness |= zip(names, self._rescale(pairs).unbind(), strict=True)
         self.done += 1
         return {pair.name: balancedness[pair.name] for pair in self.pairs}
 
+    def _rescale(self, pairs: list[Pair]) -> Tensor:
+        """Rescales pairs of one device, dtype and group; returns their balancedness before."""
+        factors = [pair.x for pair in pairs] + [pair.y for pair in pairs]
+        gradients = [torch.full_like(p, math.nan) if p.grad is None else p.grad for p in factors]
+        dtype = pairs[0].x.dtype
+        x, y, gx, gy = norms = _norms(factors + gradients, dtype).view(4, -1)
+        grows = gx >= gy if self.form == "nbar" else x < y
+        acts = norms.isfinite().all(dim=0) & (gx + gy > 0)
+        scale = self.mu_at(self.done) * self.optimizer.param_groups[pairs[0].x_group]["lr"]
+        s = (2 * grows.to(dtype) - 1) * acts * scale
+        torch._foreach_mul_([local(p) for p in factors], list(torch.cat([1 + s, 1 - s]).unbind()))
+        return (x - y) * (x + y) / 2
+
     def state_dict(self) -> dict[str, Any]:
-        """How many steps were taken, on which mu_t depends."""
+        """Returns the number of steps taken, on which mu_t depends."""
         return {"step": self.done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """Restores what `state_dict` returned."""
         self.done = int(state["step"])

@@ -31,18 +31,16 @@ class ForwardFlops:
         return self.body + self.attention + self.head
 
     def of(self, forwards: float, backwards: float, head_products: float) -> float:
-        """FLOPs per token of so many passes through the body and products with the head."""
+        """Returns the FLOPs per token of passes through the body and products with the head."""
         return (self.body + self.attention) * (forwards + 2 * backwards) + self.head * head_products
 
 
 def forward_flops(config: GPTConfig, length: int) -> ForwardFlops:
-    """The forward FLOPs per token of a model on sequences of `length` tokens."""
-    D, M, L, kv = (
-        config.width,
-        config.hidden_width,
-        config.num_layers,
-        config.kv_heads * config.head_width,
-    )
+    """Returns the forward FLOPs per token of a model on sequences of `length` tokens."""
+    D = config.width
+    M = config.hidden_width
+    L = config.num_layers
+    kv = config.kv_heads * config.head_width
     maps = 3 if config.activation == "swiglu" else 2
     body = 2 * (2 * D * D + 2 * D * kv + maps * D * M) * L
     return ForwardFlops(body, attention=4 * length * D * L, head=2 * D * config.padded_vocab_size)

@@ -45,11 +45,11 @@ class Schedule:
     rho_warmup: float = 0.1
 
     def lr(self, step: int) -> float:
-        """Learning rate of the update from `step` to `step + 1`."""
+        """Returns the learning rate of the update from `step` to `step + 1`."""
         return self.peak * self.fraction(step)
 
     def radius(self, step: int) -> float:
-        """Radius of the perturbation in the same update."""
+        """Returns the radius of the perturbation in the same update."""
         progress = max(0, step - self.first) / max(1, self.stop - self.first)
         fractions = {
             "constant": 1.0,
@@ -61,16 +61,16 @@ class Schedule:
         )
 
     def moves(self, step: int) -> bool:
-        """Whether the rule moves the weights in the same update."""
+        """Returns whether the rule moves the weights in the same update."""
         return step in range(self.first, self.stop, self.period)
 
     @property
     def perturbed_steps(self) -> int:
-        """How many steps move the weights."""
+        """The number of steps that move the weights."""
         return len(range(self.first, self.stop, self.period))
 
     def fraction(self, step: int) -> float:
-        """Learning rate as a fraction of the peak."""
+        """Returns the learning rate as a fraction of the peak."""
         if step < self.warmup:
             return self.start + (1 - self.start) * step / self.warmup
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
@@ -90,72 +90,67 @@ def build_schedule(
     num_parameters: int,
     perturbed_cost: float = 1.0,
 ) -> Schedule:
-    """The schedule of a run of `num_parameters` counted parameters. A horizon in tokens is rounded
-    up to whole steps. With optim.compute_matched it is the longest one whose FLOPs do not exceed
-    those of the plain gradient over the full horizon, where a perturbed step costs `perturbed_cost`
-    plain ones; what rows measure (logit statistics, diagnostics) is not counted there.
+    """Returns the schedule of a run of `num_parameters` counted parameters. A horizon in tokens is
+    rounded up to whole steps. With optim.compute_matched it is the longest one whose FLOPs do not
+    exceed those of the plain gradient over the full horizon, where a perturbed step costs
+    `perturbed_cost` plain ones; what rows measure (logit statistics, diagnostics) is not counted
+    there.
 
     Raises ValueError where the horizon is longer than any, or the warm-up, the decay or the first
     perturbed step lies beyond the horizon."""
+    steps = horizon(config, tokens_per_step, num_parameters)
+    if optim.path != "none" and optim.compute_matched:
+        steps = matched(steps, optim, perturbed_cost)
+    return make_schedule(steps, config, optim)
+
+
+def horizon(config: ScheduleConfig, tokens_per_step: int, num_parameters: int) -> int:
+    """Returns the steps of a full run. Raises ValueError for more than any run has."""
     if config.name == "chinchilla":
+        given = f"tokens_per_parameter={config.tokens_per_parameter:g}"
         steps = math.ceil(config.tokens_per_parameter * num_parameters / tokens_per_step)
     elif config.tokens is not None:
+        given = f"tokens={config.tokens:g}"
         steps = math.ceil(config.tokens / tokens_per_step)
     else:
         assert config.steps is not None
-        steps = config.steps
-
+        return config.steps
     if steps > STEPS:
-        given = (
-            f"tokens_per_parameter={config.tokens_per_parameter:g}"
-            if config.name == "chinchilla"
-            else f"tokens={config.tokens:g}"
-        )
         raise ValueError(
             f"schedule.{given} makes {steps:.3g} steps of {tokens_per_step:,} tokens, where"
             f" {STEPS:,} are the most; lower it"
         )
+    return steps
+
+
+def matched(steps: int, optim: OptimConfig, perturbed_cost: float) -> int:
+    """Returns the longest horizon whose cost does not exceed that of `steps` plain ones."""
 
     def cost(horizon: int) -> float:
         return horizon + (perturbed_cost - 1) * len(range(*span(optim, horizon), optim.period))
 
-    if optim.path != "none" and optim.compute_matched:
-        budget = steps * (1 + 1e-12)
-        # The cost rises with the horizon but for the rounding of the first and last perturbed step,
-        # which a few horizons make up for.
-        near = bisect_right(range(1, steps + 1), budget, key=cost) + math.ceil(4 * perturbed_cost)
-        steps = next(
-            (horizon for horizon in range(min(steps, near), 0, -1) if cost(horizon) <= budget), 1
-        )
-    return over(steps, config, optim)
+    budget = steps * (1 + 1e-12)
+    # The cost rises with the horizon but for the rounding of the first and last perturbed step,
+    # which a few horizons make up for.
+    near = bisect_right(range(1, steps + 1), budget, key=cost) + math.ceil(4 * perturbed_cost)
+    return next((steps for steps in range(min(steps, near), 0, -1) if cost(steps) <= budget), 1)
 
 
 def span(optim: OptimConfig, steps: int) -> tuple[int, int]:
-    """The first perturbed step and the first no longer perturbed, of a horizon."""
+    """Returns the first perturbed step and the first no longer perturbed, of a horizon."""
     first = optim.start if optim.start >= 1 else optim.start * steps
-    stop = steps if optim.stop is None else optim.stop if optim.stop > 1 else optim.stop * steps
+    if optim.stop is None:
+        stop: float = steps
+    else:
+        stop = optim.stop if optim.stop > 1 else optim.stop * steps
     return round(first), min(steps, round(stop))
 
 
-def over(steps: int, config: ScheduleConfig, optim: OptimConfig) -> Schedule:
-    """The schedule over a horizon."""
+def make_schedule(steps: int, config: ScheduleConfig, optim: OptimConfig) -> Schedule:
+    """Returns the schedule over a horizon."""
     warmup = round(config.warmup * steps) if config.warmup_steps is None else config.warmup_steps
     decay_steps = max(1, round(config.decay * steps)) if config.shape == "wsd" else 0
-    if warmup >= steps:
-        given = (
-            f"schedule.warmup={config.warmup:g}"
-            if config.warmup_steps is None
-            else f"schedule.warmup_steps={warmup}"
-        )
-        raise ValueError(
-            f"{given} reaches beyond the horizon of {steps} steps; shorten the warm-up or lengthen"
-            " the run"
-        )
-    if warmup + decay_steps > steps:
-        raise ValueError(
-            f"schedule.decay={config.decay:g} overlaps the warm-up of {warmup} steps in {steps};"
-            " lower schedule.decay or the warm-up"
-        )
+    check_phases(steps, warmup, decay_steps, config)
     plain = Schedule(steps, warmup, optim.lr, config.shape, config.start, config.final, decay_steps)
     if optim.path == "none":
         return plain
@@ -179,3 +174,20 @@ def over(steps: int, config: ScheduleConfig, optim: OptimConfig) -> Schedule:
         rho_shape=optim.rho_schedule,
         rho_warmup=optim.rho_warmup,
     )
+
+
+def check_phases(steps: int, warmup: int, decay_steps: int, config: ScheduleConfig) -> None:
+    """Raises ValueError where the warm-up and the decay do not fit into the horizon."""
+    if warmup >= steps:
+        given = f"schedule.warmup_steps={warmup}"
+        if config.warmup_steps is None:
+            given = f"schedule.warmup={config.warmup:g}"
+        raise ValueError(
+            f"{given} reaches beyond the horizon of {steps} steps; shorten the warm-up or lengthen"
+            " the run"
+        )
+    if warmup + decay_steps > steps:
+        raise ValueError(
+            f"schedule.decay={config.decay:g} overlaps the warm-up of {warmup} steps in {steps};"
+            " lower schedule.decay or the warm-up"
+        )

@@ -14,8 +14,9 @@ from torch.func import functional_call, grad, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import chunked_head
-from optim import Adapter, Gradient, SharpnessAware, delta
-from optim.direction import noise
+from optim import Adapter, Gradient, SharpnessAware
+from optim.rule.delta import Delta
+from optim.rule.directions import noise
 from tests.problems import (
     PROBLEMS,
     Reference,
@@ -761,9 +762,9 @@ def weighing(monkeypatch, weights):
     order."""
     left = list(weights)
     monkeypatch.setattr(
-        delta,
+        Delta,
         "weigh",
-        lambda axes, offsets_B, which, losses_b: torch.stack([left.pop(0) for _ in losses_b]),
+        lambda self, *rest: torch.stack([left.pop(0) for _ in rest[-1]]),
     )
 
 
@@ -809,13 +810,13 @@ def test_32_33_the_ascent_is_that_of_the_weighted_loss(name, monkeypatch):
 
 def weights_found(rule, batches):
     """w_i of every instance of a step, in the batch's order, as the moved pass has them."""
-    found, original = [], rule.moved_pass
+    found, original = [], rule.descend
 
-    def noting(group, *rest):
-        found.extend(weight for micro in group for weight in micro.weights_B)
-        return original(group, *rest)
+    def noting(ascent, *rest):
+        found.extend(weight for micro in ascent.group for weight in micro.weights_B)
+        return original(ascent, *rest)
 
-    rule.moved_pass = noting
+    rule.descend = noting
     rule.gradient(batches)
     return torch.stack(found)
 

@@ -20,7 +20,7 @@ from model.parallelize import parallelize, shard
 from model.processes import Layout
 from model.sharding import is_sharded
 from optim import build_optimizer, build_rule
-from optim.axes import takes_ieee_passes
+from optim.rule.axes import takes_ieee_passes
 from tests.fake import fake_processes
 
 SMALL = [

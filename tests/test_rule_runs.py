@@ -37,8 +37,8 @@ from launch.sweep.jobs import Job
 from model import GPT, GPTConfig
 from model.processes import Layout
 from optim import Schedule, SharpnessAware, passes
-from optim.axes import needs_gradient
 from optim.gradient import Gradient, named_gradients
+from optim.rule.axes import needs_gradient
 from tests.runs import ROOT, assert_same_tensors, rows, tensors
 from tests.test_train import Crash, after_step, assert_unharmed, crash, terminate
 
@@ -290,7 +290,8 @@ def test_what_cotangent_auto_took_is_kept(compose_run, tmp_path, monkeypatch, ca
     # r in fp32, the vocabulary padded to a multiple of 64
     needed = 4 * settings.batch.sequences * settings.batch.length * 320
     monkeypatch.setattr(
-        "optim.sharpness.free_memory", lambda device: needed / 0.4 + (1 if next(asked) else -1)
+        "optim.rule.cotangents.free_memory",
+        lambda device: needed / 0.4 + (1 if next(asked) else -1),
     )
     assert training.main(settings) == 0
     killed_and_resumed(replace(settings, dir=str(tmp_path / "run")))
@@ -812,7 +813,8 @@ def poison(monkeypatch, bad: set[int], which: str) -> None:
     def poisoned(self, *arguments):
         found = original(self, *arguments)
         if self.direction.step in bad:
-            for gradient in (found or named_gradients(self.parameters)).values():
+            gradients = found.gradients if found else named_gradients(self.parameters)
+            for gradient in gradients.values():
                 gradient.view(-1)[3] = math.nan
         return found
 
@@ -822,15 +824,15 @@ def poison(monkeypatch, bad: set[int], which: str) -> None:
 @pytest.mark.parametrize(
     ("name", "which"),
     [
-        ("sam", "clean_pass"),
-        ("sam", "moved_pass"),
-        ("friendly_sam", "clean_pass"),
-        ("friendly_sam", "moved_pass"),
-        ("stale_sam", "moved_pass"),
-        ("looking", "moved_pass"),
-        ("gsam", "moved_pass"),
-        ("functional_sam", "moved_pass"),
-        ("msam", "clean_pass"),
+        ("sam", "ascend"),
+        ("sam", "descend"),
+        ("friendly_sam", "ascend"),
+        ("friendly_sam", "descend"),
+        ("stale_sam", "descend"),
+        ("looking", "descend"),
+        ("gsam", "descend"),
+        ("functional_sam", "descend"),
+        ("msam", "ascend"),
     ],
 )
 def test_step_that_is_not_finite_is_skipped(
@@ -860,7 +862,7 @@ def test_step_that_is_not_finite_is_skipped(
 
 def test_move_that_is_not_finite_ends_no_run(start, monkeypatch, capsys):
     """Where nothing was looked at, there is no loss to tell of."""
-    original = SharpnessAware.along
+    original = SharpnessAware.directions
 
     def along(self, gradients):
         return {
@@ -868,7 +870,7 @@ def test_move_that_is_not_finite_ends_no_run(start, monkeypatch, capsys):
             for name, q in original(self, gradients).items()
         }
 
-    monkeypatch.setattr(SharpnessAware, "along", along)
+    monkeypatch.setattr(SharpnessAware, "directions", along)
     run = start("optim=sam", "optim.direction=random")
     assert "skipped batch 2: loss nan, gradient norm nan\n" in capsys.readouterr().out
     assert (
@@ -1009,7 +1011,7 @@ def test_look_ups_are_not_rounded(tied):
             )
             seen[name] = (now - then, p.detach() - before[name])
 
-    rule.moved_pass = lambda *arguments: (note(), SharpnessAware.moved_pass(rule, *arguments))
+    rule.descend = lambda *arguments: (note(), SharpnessAware.descend(rule, *arguments))
     tokens = torch.randint(0, 57, (2, 17))
     with torch.autocast("cpu", torch.bfloat16):
         metrics = rule.gradient([(tokens[:, :-1], tokens[:, 1:])]).metrics
@@ -1081,9 +1083,9 @@ def test_probes_of_a_bf16_run_are_in_fp32(probe):
             return original(inputs, caches)
 
         model.hidden = hidden
-        rule.moved_pass = lambda group, *rest, weights=weights, rule=rule: (
-            weights.append(group[0].weights_B),
-            SharpnessAware.moved_pass(rule, group, *rest),
+        rule.descend = lambda ascent, *rest, weights=weights, rule=rule: (
+            weights.append(ascent.group[0].weights_B),
+            SharpnessAware.descend(rule, ascent, *rest),
         )
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             result = rule.gradient([(tokens[:, :-1], tokens[:, 1:])], logged=False)
@@ -1243,7 +1245,7 @@ def test_a_method_of_ones_own(tmp_path, tiny):
         tmp_path / "project",
         ignore=shutil.ignore_patterns(".*", "runs", "tests", "local", "__pycache__"),
     )
-    with (project / "optim/direction.py").open("a") as file:
+    with (project / "optim/rule/directions.py").open("a") as file:
         file.write(f"\n\n{code}")
     (project / f"conf/optim/{name}.yaml").write_text(content)
     command = [sys.executable, "train.py", *tiny, *SHORT, f"optim={name}", "dir=mine"]

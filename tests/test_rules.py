@@ -32,9 +32,10 @@ from optim import (
     forward_flops,
     passes,
 )
-from optim.axes import make_axes
-from optim.direction import Direction
-from optim.perturbation import moved
+from optim.rule.axes import make_axes
+from optim.rule.directions import Direction
+from optim.rule.metrics import Metric
+from optim.rule.perturbation import moved
 from tests.problems import (
     T,
     V,
@@ -350,7 +351,7 @@ def test_weights_survive_a_pass_that_raises(name, forward, where):
     optimizer.zero_grad()
     untouched.step = rule.step
     if name == "look_sam":  # let go of for the one that the step would have left
-        untouched.memory = {}
+        untouched.combination.state = {}
     rule.gradient(token_batches(2))
     untouched.gradient(token_batches(2))
     assert torch.equal(taken(model), taken(other))
@@ -368,8 +369,8 @@ def test_weights_survive_a_move_that_stops_half_way(path, monkeypatch):
     model = gpt(dtype=torch.float32)
     rule = SharpnessAware(model, adamw(model), path=path, direction="broken", rho=0.5)
     weights, moves = bits(model.parameters()), []
-    monkeypatch.setattr("optim.sharpness.length", lambda axes, d, q: torch.ones(()))
-    monkeypatch.setattr("optim.sharpness.dot", lambda ones, others: torch.ones(()))
+    monkeypatch.setattr(Metric, "norm", lambda self, d, q: torch.ones(()))
+    monkeypatch.setattr("optim.rule.diagnostics.dot", lambda ones, others: torch.ones(()))
     with pytest.raises(RuntimeError, match=r"size|shape|broadcast"):
         rule.gradient(token_batches(0))
     assert same_bits(model.parameters(), weights)
@@ -1212,4 +1213,4 @@ def test_making_a_rule_computes_no_weight():
     before = [buffer.clone() for buffer in model.buffers()]
     rule = SharpnessAware(model, torch.optim.AdamW(model.parameters()))
     assert before and all(map(torch.equal, before, model.buffers()))
-    assert rule.multiplied == rule.parameters.keys()
+    assert rule.diagnostics.multiplied == rule.parameters.keys()

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from conf.schema import OptimConfig
 from model import GPT, GPTConfig
 from optim import SharpnessAware, build_optimizer
-from optim.direction import noise
+from optim.rule.directions import noise
 from tests.plain_rules import AdamW, Axes, Loss, MicroBatch, PlainModel, PlainRule
 
 # torch's own, where it differentiates twice

@@ -41,7 +41,7 @@ from model.processes import Layout
 from model.sharding import load_weights, reshard
 from optim import Gradient, Schedule
 from optim.adamw import load_state_tensors, state_tensors
-from optim.perturbation import random_state, set_random_state
+from optim.rule.conditions import random_state, set_random_state
 
 
 @dataclass

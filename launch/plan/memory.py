@@ -21,7 +21,8 @@ from launch.plan.memory_passes import Passes, parameter_counts
 from launch.plan.memory_table import Moment, Table, by_part, larger, tensor, total
 from model.config import GPTConfig
 from model.device import choose_precision
-from optim.axes import Terms, needs_gradient, takes_ieee_passes, terms_of
+from optim.rule.axes import Copies, copies, needs_gradient, takes_ieee_passes
+from optim.rule.descent import Terms, terms_of
 
 COPIES = "copies of the rule"
 MEMORY = "memory of the rule"
@@ -154,6 +155,11 @@ class PerturbedStep:
         return terms_of(self.optim)
 
     @property
+    def copies(self) -> Copies:
+        """Returns the tensors that the parts of the rule keep, as they declare them."""
+        return copies(self.optim)
+
+    @property
     def stores(self) -> bool:
         """Returns whether r is kept whole."""
         return bool(self.terms.functional) and self.optim.cotangent != "rebuild"
@@ -203,18 +209,16 @@ class PerturbedStep:
         """Returns what stays over the whole step."""
         head = self.passes.head
         table = list(self.always)
-        if self.optim.direction in ("stale", "friendly"):
-            table += tensor(MEMORY, "direction", self.moved)
+        table += tensor(MEMORY, "direction", self.copies.direction_memory * self.moved)
         if self.stores:
             table += tensor("cotangents", "r", self.tokens, head.V, size=head.size)
         return table
 
     @property
     def before(self) -> Table:
-        """Returns the same with LookSAM's g_v, until there is another."""
-        if self.optim.combine != "reuse":
-            return self.staying
-        return self.staying + tensor(MEMORY, "g_v", self.P)
+        """Returns the same with what the combination remembers, as LookSAM's g_v, until there is
+        another."""
+        return self.staying + tensor(MEMORY, "g_v", self.copies.combination_memory * self.P)
 
     @property
     def of_other_groups(self) -> Table:
@@ -236,7 +240,7 @@ class PerturbedStep:
     def clean(self) -> Table:
         """Returns the clean weights, and g where it is combined with the moved gradient."""
         table = tensor(COPIES, "clean weights", self.moved)
-        if self.optim.combine != "replace":
+        if self.copies.combines_g:
             table += tensor(COPIES, "g", self.P)
         return table
 
@@ -253,11 +257,10 @@ class PerturbedStep:
 
     def probe(self) -> Iterator[Moment]:
         """Yields delta-SAM's passes between probes, in IEEE fp32."""
-        if self.optim.weights != "delta":
+        if not self.copies.noise:
             return
-        num_noises = 1 if self.optim.delta_probe == "central" else 3
         live = self.before + self.of_other_groups
-        live += tensor(COPIES, "noise", num_noises, self.moved)
+        live += tensor(COPIES, "noise", self.copies.noise, self.moved)
         live += tensor(COPIES, "clean weights", self.moved)
         exact = passes_of(self.config, self.passes.shape, exact=True)
         yield "probe", exact.forward(live, gradients=False)
@@ -276,10 +279,8 @@ class PerturbedStep:
         table = self.staying + self.kept + self.passes.casts + self.of_other_groups
         if needs_gradient(self.optim):
             table += tensor("gradients", "g", self.P)
-        if self.optim.direction in ("friendly", "random"):
-            table += tensor(COPIES, "direction", self.moved)
-        if self.optim.metric != "euclidean":
-            table += tensor(COPIES, "direction in its metric", self.moved)
+        table += tensor(COPIES, "direction", self.copies.direction * self.moved)
+        table += tensor(COPIES, "direction in its metric", self.copies.metric * self.moved)
         yield "move", table + tensor(COPIES, "clean weights", self.moved)
 
     def moved_passes(self) -> Iterator[Moment]:

@@ -18,7 +18,7 @@ from launch.plan.memory_layers import Block, Head, PerToken, of_tokens
 from launch.plan.memory_table import Moment, Row, Table, tensor
 from model.config import GPTConfig
 from model.gpt import GPT
-from optim.axes import choose
+from optim.rule.parameters import choose
 
 DESCRIBED_TOKENS = 512  # whose logits a logged row describes (model.logits.LazyLogits.statistics)
 

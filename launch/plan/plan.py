@@ -17,7 +17,7 @@ from launch.plan.memory import estimate, planned_device, planned_precision
 from model import GPT, GPTConfig
 from model.device import PEAK_FLOPS
 from optim import ForwardFlops, Schedule, build_schedule, forward_flops, passes
-from optim.axes import choose
+from optim.rule.parameters import choose
 
 # GiB that torch sees
 DEVICES = {

@@ -18,7 +18,7 @@ from launch.run.lock import is_in_use, owner_in
 from launch.run.watchdog import Failure
 from launch.sweep.jobs import Job, read_jobs, reason
 from model.checkpoint import checkpoints, read_state
-from optim.diagnostics import unfaithful
+from optim.rule.diagnostics import unfaithful
 
 # Rows with one of these are always read: they are few.
 KEPT = (b'"val/loss"', b'"sharpness/delta_func"', b'"sharpness/fidelity"')

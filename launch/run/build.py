@@ -12,7 +12,7 @@ from launch.run.liveness import Liveness
 from model import GPT
 from model.parallelize import parallelize, shard
 from model.processes import Layout
-from optim.axes import takes_ieee_passes
+from optim.rule.axes import takes_ieee_passes
 
 FIRST = 6.0  # times parallel.timeout that may pass until the first step is done: it compiles
 

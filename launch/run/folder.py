@@ -17,7 +17,7 @@ from conf.composition import name_files
 from conf.schema import KEYS, Config, check_value, lookup
 from data.files import DamagedFile, check, parse_json, read_bytes, read_json
 from model.checkpoint import read_config
-from optim.diagnostics import unfaithful
+from optim.rule.diagnostics import unfaithful
 
 MOST = 2**34  # bytes of metrics.jsonl
 REMEDY = (

@@ -19,7 +19,7 @@ from launch.run.folder import load_config
 from model import load
 from model.device import autocast
 from optim import Gradient, SharpnessAware
-from optim.perturbation import ieee_fp32
+from optim.rule.conditions import ieee_fp32
 
 RADII = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5)
 CPU = torch.device("cpu")

@@ -31,7 +31,8 @@ from launch.config import compose
 from model import GPT, GPTConfig
 from model.device import autocast, choose_precision, keep_freed_memory
 from optim import Schedule, build_optimizer, build_rule, forward_flops
-from optim.perturbation import moved, norm
+from optim.rule.perturbation import moved
+from optim.rule.tensors import norm
 
 TOKENS, LAYERS, HEADS, WIDTH = 3072, 6, 6, 384
 WARM_UP = 4  # rounds that are not counted: malloc's memory grows in the first steps
