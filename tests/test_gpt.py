@@ -382,9 +382,9 @@ def test_no_two_weights_share_their_numbers():
 
 
 def test_weights_do_not_depend_on_padding_or_depth(monkeypatch):
-    monkeypatch.setattr(gpt, "VOCAB_MULTIPLE", 1)
+    monkeypatch.setattr("model.config.VOCAB_MULTIPLE", 1)
     narrow = dict(GPT(NANODO).named_parameters())
-    monkeypatch.setattr(gpt, "VOCAB_MULTIPLE", 256)
+    monkeypatch.setattr("model.config.VOCAB_MULTIPLE", 256)
     padded = dict(GPT(GPTConfig(**asdict(NANODO) | {"num_layers": 3})).named_parameters())
     for name, p in narrow.items():
         assert torch.equal(p, padded[name][: len(p)])
