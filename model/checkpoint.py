@@ -11,7 +11,7 @@ Its writer builds a whole file in memory before it writes and names files by no 
 a load costs more than the few lines here.
 
 state.json says what else a checkpoint is: counters, shape, the identity of its run, size and sha256
-of every other file, and its own checksum. `launch.checkpoint` writes them."""
+of every other file, and its own checksum. launch/checkpoint/step_folder.py writes them."""
 
 import hashlib
 import json

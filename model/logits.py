@@ -114,7 +114,7 @@ class LazyLogits:
             weigh: weights of the instances (sequences) in the gradient, and in no other result
             into: memory for r, used where it fits
         """
-        # Where `compute` runs, both autocast and gradients are off.
+        # Where `compute` runs, both autocast and gradients are off: it needs what holds here.
         dtype = compute_dtype(self.h_BxTxD)
         with_gradients = torch.is_grad_enabled()
         head = self.config

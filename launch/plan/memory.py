@@ -270,6 +270,7 @@ class PerturbedStep:
         if not needs_gradient(self.optim):
             return
         live = self.before + self.kept
+        # A stored r counts as a cotangent already.
         head = self.passes.head.tensors(stored=self.stores)
         yield from self.passes.moments(live, 0, self.logged, head)
         yield from self.passes.moments(live + self.of_other_groups, 0, False, head)
@@ -288,8 +289,10 @@ class PerturbedStep:
         passes, terms = self.passes, self.terms
         live = self.staying + self.clean + self.kept + self.clean_head
         if terms.full or terms.functional:
+            # The logit term's, summed over the micro-batches until its own pass.
             sums = tensor("head", "dW of r~", passes.head.V, passes.head.width)
             beside = live + sums if terms.logit else live
+            # A logged row describes the first logits of a step, which may be these.
             is_first = self.logged and not needs_gradient(self.optim)
             head = passes.head.tensors(stored=self.stores, rebuilt=self.rebuilds)
             yield from passes.moments(beside, self.known, is_first, head)

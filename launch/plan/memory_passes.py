@@ -52,6 +52,7 @@ def parameter_counts(shape: GPTConfig, pattern: str, shards: int) -> ParameterCo
         model = GPT(shape)
     parameters = dict(model.named_parameters())
     part = {name: -(-p.shape[0] // shards) * prod(p.shape[1:]) for name, p in parameters.items()}
+    # Norms are gathered with the root: in bf16 their perturbation would be rounded away.
     norms = set()
     for module in model.modules():
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
@@ -180,9 +181,11 @@ class Passes:
             head: what lives in the head
         """
         live = live + self.casts
+        # All later micro-batches are alike, so the second stands for them.
         for later in (False, True)[: min(2, self.micros)]:
             known = before
             if later and self.waits:
+                # Every process keeps its own sum of whole gradients until the last micro-batch.
                 known = before + self.counts.whole(self.shape.num_layers)
             elif later:
                 known = max(before, self.gradients)
@@ -231,14 +234,16 @@ class Passes:
         done = (self.shape.num_layers - left) * block
         head = tensor("head", "dW", self.head.V, self.shape.width)
         if self.shards is None and known:
+            # A gradient of its own, until it is added.
             matrix = tensor("gradients", "of a matrix", self.shape.width, self.shape.hidden_width)
             table = tensor("gradients", "added up so far", known) + matrix
             return table + self.gradients_of_casts(done, later) + head
         if self.shards is None:
             return tensor("gradients", "of the blocks done", done + grown) + head
-        blocks = left if self.staying else min(left, 2)
-        table = self.gathered(blocks)
+        # The block itself and the one before it, which FSDP gathers ahead.
+        table = self.gathered(left if self.staying else min(left, 2))
         if done and not self.waits:
+            # Those of the block after it, in fp32, on their way to the other processes.
             table += tensor("gathered", "gradients being reduced", block)
         table += tensor("gathered", "gradients of the block", grown, size=self.gathered_size)
         return table + self.gradients_so_far(known, done) + head
