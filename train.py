@@ -123,7 +123,7 @@ class Run:
             self.evaluate_if_due()
             stopping = None
             if progress.step < steps or self.evaluation_due():
-                stopping = self.layout.agreed(self.preemption.requested)
+                stopping = self.layout.any_rank(self.preemption.requested)
             if progress.row and not self.evaluation_due():
                 self.log()
             self.checkpoints.end_save_if_done(say)

@@ -70,7 +70,7 @@ def total_loss(
     device = compute_device(model.embedding.weight)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for turn in batched(batches, layout.world):
-        if layout.agreed(stop()):
+        if layout.any_rank(stop()):
             return None
         tokens_BxT, targets_BxT = (
             turn[layout.rank]

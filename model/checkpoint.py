@@ -287,7 +287,7 @@ def together(layout: Layout, action: Callable[[], T]) -> T:
         # RecursionError is a RuntimeError, and so is what torch says of tensors that it cannot
         # take.
         error = " ".join(f"{type(damage).__name__}: {damage}".split())
-    if error := layout.agreed(error):
+    if error := layout.any_rank(error):
         raise DamagedCheckpoint(error)
     return result  # type: ignore[return-value]
 
@@ -313,7 +313,7 @@ def open_run(
     """
     layout = layout or Layout()
     # The run may be under way, and the newest of one process may not be that of another.
-    path = layout.agreed(checkpoint_path(run, step))
+    path = layout.any_rank(checkpoint_path(run, step))
     config = read_config(Path(run))
     try:
         saved = open_checkpoint(path, only, layout)

@@ -136,13 +136,13 @@ class LazyLogits:
         again = partial(differentiable_gradients, labels=labels, head=head)
         return self._apply(compute, again), cotangent
 
-    def pull(self, cotangent: Cotangent, made_at_VxD: Tensor | None = None) -> Tensor:
+    def vjp(self, cotangent: Cotangent, source_VxD: Tensor | None = None) -> Tensor:
         """Returns a zero whose backward hands on J^T r: J is that of these logits, r a cotangent of
         any other weights. Neither these logits nor their loss are computed.
 
         Args:
             cotangent: r, in any of its three forms
-            made_at_VxD: the unembedding that r was made with, needed where r is to be rebuilt
+            source_VxD: the unembedding that r was made with, needed where r is to be rebuilt
         """
         dtype = compute_dtype(self.h_BxTxD)
         labels = Labels(cotangent.targets_N, cotangent.factor_N)
@@ -160,14 +160,14 @@ class LazyLogits:
             here = Point(h_NxD.to(dtype), weight_VxD.to(dtype))
             if cotangent.r_NxV is not None:
                 return zero, *stored_products(cotangent.r_NxV, here, labels)
-            assert cotangent.h_NxD is not None and made_at_VxD is not None
-            source = Point(cotangent.h_NxD, made_at_VxD.to(dtype))
+            assert cotangent.h_NxD is not None and source_VxD is not None
+            source = Point(cotangent.h_NxD, source_VxD.to(dtype))
             return zero, *rebuilt_products(source, here, labels, self.config, cotangent.lse_N)
 
         return self._apply(compute, None)
 
     @torch.no_grad()
-    def spend(
+    def products_at(
         self, targets_BxT: Tensor, scale: float, h_NxD: Tensor, weight_VxD: Tensor
     ) -> tuple[Tensor, Cotangent]:
         """Returns `scale` times the summed loss of these logits, and their r as its products with

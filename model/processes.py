@@ -53,7 +53,7 @@ class Layout:
             torch.distributed.all_reduce(gradient, group=self.replicas)
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
+    def without_replica_sync(self) -> Iterator[None]:
         """Keeps each replica's gradient to itself."""
         self.summing = False
         try:
@@ -71,7 +71,7 @@ class Layout:
                     action()
             except ValueError as error:
                 failure = str(error)
-        if failure := self.agreed(failure):
+        if failure := self.any_rank(failure):
             raise AgreedError(failure)
 
     def writes_to_checkpoint(self, tensor: Tensor) -> bool:
@@ -84,14 +84,14 @@ class Layout:
             return False
         return local(tensor).numel() > 0
 
-    def collected(self, value: T, group: Any = None) -> list[T]:
+    def all_gather(self, value: T, group: Any = None) -> list[T]:
         """Returns the values of all processes, in the order of their ranks."""
         values: list[Any] = [value] * self.world
         if self.mesh is not None:
             torch.distributed.all_gather_object(values, value, group=group)
         return values
 
-    def agreed(self, value: T, group: Any = None) -> T:
+    def any_rank(self, value: T, group: Any = None) -> T:
         """Returns the first true value of all processes, in the order of their ranks; else this
         process's.
 
@@ -108,4 +108,4 @@ class Layout:
         torch.distributed.all_reduce(num_true, group=group)
         if not num_true:
             return value
-        return next(found for found in self.collected(value, group) if found)
+        return next(found for found in self.all_gather(value, group) if found)

@@ -115,13 +115,13 @@ class DenseLogits:
                 cotangent.weights_B = weights_B
         return _Surrogate.apply(self.z, r, total.detach()), cotangent
 
-    def pull(self, cotangent: Cotangent, made_at_VxD: Tensor | None = None) -> Tensor:
+    def vjp(self, cotangent: Cotangent, source_VxD: Tensor | None = None) -> Tensor:
         assert cotangent.r_NxV is not None
         return _Surrogate.apply(
             self.z, cotangent.r_NxV, torch.zeros_like(cotangent.r_NxV.flatten()[0])
         )
 
-    def spend(
+    def products_at(
         self, targets: Tensor, scale: float, h_NxD: Tensor | None, weight_VxD: Tensor | None
     ) -> tuple[Tensor, Cotangent]:
         total, cotangent = self.cross_entropy_and_cotangent(targets, scale)

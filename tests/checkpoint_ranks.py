@@ -266,7 +266,7 @@ def main(folder: Path) -> None:
         "apart": apart(folder, layouts["hsdp"]),
     }
     found["damage"] = damage(folder, layouts["fsdp"])
-    everyone = layouts["fsdp"].collected(found)
+    everyone = layouts["fsdp"].all_gather(found)
     if rank == 0:
         (folder / "found.json").write_text(json.dumps(everyone))
     dist.destroy_process_group()

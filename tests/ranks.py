@@ -506,9 +506,9 @@ def find_out(rank: int, world: int, folder: Path) -> None:
                 "bf16": wandering(layout, 50, compute=torch.bfloat16),
             }
             found["skipped"] = {
-                f"{name}, {bad}": layout.collected(skipped(name, bad, layout)) for name, bad in BAD
+                f"{name}, {bad}": layout.all_gather(skipped(name, bad, layout)) for name, bad in BAD
             }
-            found["diverged"] = layout.collected(diverged(layout))
+            found["diverged"] = layout.all_gather(diverged(layout))
     if rank == 0:
         (folder / f"{world}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

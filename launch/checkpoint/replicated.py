@@ -62,8 +62,8 @@ def refuse_divergence(
         held = sum_of_bits([*model.parameters(), *state, *rule.state_dict().values()])
         weights[f"the weights, optimizer and rule of shard {layout.mesh.get_local_rank()}"] = held
     digest = hashlib.sha256(repr(values).encode()).hexdigest()
-    if differences(layout.collected({"digest": digest} | weights)):
-        found = "; ".join(differences(layout.collected(values | weights)))
+    if differences(layout.all_gather({"digest": digest} | weights)):
+        found = "; ".join(differences(layout.all_gather(values | weights)))
         raise ValueError(
             f"the processes do not hold the same any more: {found}. Give all of them the same"
             " command and the same code; where that is so, suspect a device. The same command goes"

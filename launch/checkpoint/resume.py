@@ -139,7 +139,7 @@ def found_elsewhere(state: State, settings: Config, corpus: Corpus, layout: Layo
         if (
             moved
             and state.origin
-            and layout.agreed(layout.main and state.origin in origins(name, ours))
+            and layout.any_rank(layout.main and state.origin in origins(name, ours))
         ):
             found.add(name)
     return found

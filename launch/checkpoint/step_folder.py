@@ -59,7 +59,7 @@ def save(
     layout = layout or Layout()
     final = run / "checkpoints" / f"step_{state['step']:08d}"
     partial = final.with_name(f".{final.name}.partial")
-    found = layout.collected(attempt(lambda: write(partial, tensors, layout)), layout.saving)
+    found = layout.all_gather(attempt(lambda: write(partial, tensors, layout)), layout.saving)
     error = next((error for _, error in found if error), None)
     if layout.main and not error:
         files = {
@@ -70,7 +70,7 @@ def save(
             _, error = attempt(lambda: remove_old(run, state["step"], keep, milestones))
     if layout.main and error:
         shutil.rmtree(partial, ignore_errors=True)
-    if error := layout.agreed(error, layout.saving):
+    if error := layout.any_rank(error, layout.saving):
         raise OSError(error)
     return final
 
@@ -166,7 +166,7 @@ def use_newest(
     """
     layout = layout or Layout()
     refusals: list[DamagedFile] = []
-    for path in reversed(layout.agreed(list(checkpoints(run).values()))):
+    for path in reversed(layout.any_rank(list(checkpoints(run).values()))):
         try:
             return use(open_checkpoint(path, layout=layout))
         except DamagedFile as error:

@@ -62,7 +62,7 @@ def open_run_folder(settings: Config) -> Iterator[OpenRun]:
             lambda: identity.refuse_another(folder, settings),
             lambda: read_summary(folder),
         )
-        finished = layout.agreed((folder / "summary.json").exists())
+        finished = layout.any_rank((folder / "summary.json").exists())
         if not finished:
             stack.enter_context(watchdog.heartbeats())
             layout.on_main(lambda: clear(folder))

@@ -12,7 +12,7 @@ process is doing:
 
 in the run folder, which all processes share. Until the tasks of a Slurm step have met, heartbeats
 and a failure lie in a hidden folder beside that one, for it may be another run's yet. The main
-thread counts whenever it gets on (`Liveness.report_phase`, `Layout.agreed`), the same in the same
+thread counts whenever it gets on (`Liveness.report_phase`, `Layout.any_rank`), the same in the same
 order on all processes, so that the one with the lowest count is the one that the others wait for.
 Clocks of different hosts are not compared, and a stopped or sleeping machine counts no time."""
 
@@ -140,11 +140,11 @@ class Watchdog:
         if self.layout.main:
             shutil.rmtree(self.heartbeat, ignore_errors=True)
             self.heartbeat.mkdir()
-        self.layout.agreed(None)
+        self.layout.any_rank(None)
         self.place = self.heartbeat
         self.shown = True
         self._write()
-        self.layout.agreed(None)  # nobody writes where they met any more
+        self.layout.any_rank(None)  # nobody writes where they met any more
         self._end_meeting()
         try:
             yield

@@ -92,7 +92,7 @@ class Functional(Term):
 
     def evaluate(self, logits: Any, micro: MicroBatch, ascent: Ascent) -> Evaluated:
         # r was made for the mean over the group, of which the step's mean has this share.
-        product = logits.pull(micro.cotangent, ascent.clean_head)
+        product = logits.vjp(micro.cotangent, ascent.clean_head)
         return self.coefficient * ascent.weight * product, None
 
 
@@ -108,7 +108,7 @@ class Logit(Term):
 
     def evaluate(self, logits: Any, micro: MicroBatch, ascent: Ascent) -> Evaluated:
         assert micro.cotangent is not None
-        loss, spent = logits.spend(
+        loss, spent = logits.products_at(
             micro.targets, ascent.scale, micro.cotangent.h_NxD, ascent.clean_head
         )
         ascent.spent.append(spent)
@@ -123,7 +123,7 @@ class Logit(Term):
         set_random_state(ascent.random)
         for micro, spent in zip(ascent.group, ascent.spent, strict=True):
             logits = rule.forward(micro, step)
-            rule.backward(self.coefficient * logits.pull(spent), micro is ascent.group[-1])
+            rule.backward(self.coefficient * logits.vjp(spent), micro is ascent.group[-1])
             step.result.count(micro.share, backwards=1)
             spent.free()
 

@@ -97,14 +97,14 @@ class ReplicaScope(Scope):
         return summed(values, self.moving)
 
     def any(self, flag: bool) -> bool:
-        return any(self.rule.layout.collected(flag))
+        return any(self.rule.layout.all_gather(flag))
 
     def place(self) -> tuple[int, int]:
         mesh = self.rule.layout.mesh
         return mesh.get_local_rank(), mesh.size()
 
     def alone(self) -> AbstractContextManager:
-        return self.rule.layout.apart()
+        return self.rule.layout.without_replica_sync()
 
     def reduce(self, gradient: Tensor) -> Tensor:
         self.rule.layout.sum_over_replicas(local(gradient))

@@ -112,7 +112,7 @@ class SharpnessAware(Gradient):
         self.diagnostics = Diagnostics(self)
 
         # Each process cuts its shards out of the same noise.
-        self.direction.seed = self.layout.collected(self.direction.seed)[0]
+        self.direction.seed = self.layout.all_gather(self.direction.seed)[0]
         self.direction.rows = self.module.unpadded_rows if isinstance(self.module, GPT) else {}
         self.needs_gradient = needs_gradient(self.axes)
         self.observes_gradient = self.direction.observes_gradient()
