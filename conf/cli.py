@@ -3,7 +3,6 @@
 A mistake ends with exit code 2 and a line that names the key, the value and the remedy."""
 
 import errno
-import io
 import os
 import re
 import sys
@@ -21,7 +20,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from conf.composition import defaults
 from conf.exit_codes import EXIT_USER_ERROR
-from conf.output import end_quietly
+from conf.output import end_quietly, open_output, print_error
 from conf.overrides import HELP, asks_for_help, explain, no_such_option, wrong_type
 from conf.ranks import rank_and_world
 from conf.schema import check_value, expand
@@ -34,10 +33,7 @@ T = TypeVar("T")
 def user_errors() -> Iterator[None]:
     """Turns a user's mistake into one line on stderr and exit code 2, and Ctrl-C into exit code
     130. Ends quietly where nobody reads on."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A character that the terminal lacks is shown as an escape.
-            stream.reconfigure(errors="backslashreplace")
+    open_output()
     try:
         yield
         sys.stdout.flush()
@@ -54,7 +50,7 @@ def user_errors() -> Iterator[None]:
             raise
         fail(refused(error))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print_error("interrupted")
         sys.exit(130)
 
 
@@ -71,14 +67,16 @@ def refused(error: OSError) -> str:
         if error.errno in forbidden
         else "mend that"
     )
-    place = f"{error.filename}: " if error.filename else ""
-    return f"{place}{error.strerror or error}; {remedy}, and give the same command again"
+    # What a file refuses is told with its name where it is written; a stream has none.
+    place = error.filename or ("stdout" if error.errno in full else "")
+    said = f"{error.strerror or error}; {remedy}, and give the same command again"
+    return f"{place}: {said}" if place else said
 
 
 def fail(line: str) -> NoReturn:
     """Ends the process as a user's mistake."""
     if rank_and_world()[0] == 0:  # the others would say the same
-        print(f"error: {line}", file=sys.stderr)
+        print_error(f"error: {line}")
     sys.exit(EXIT_USER_ERROR)
 
 

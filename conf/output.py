@@ -1,11 +1,31 @@
 """Stdout and stderr as views of a command: what cannot be shown ends nothing."""
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
+
+
+def open_output() -> None:
+    """Makes stdout and stderr take any character, as an escape where the terminal lacks it, and
+    anything at all where the shell has closed them."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open as long as the process
+        elif isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError):  # what it holds back is written first
+                stream.reconfigure(errors="backslashreplace")
+
+
+def print_error(line: str) -> None:
+    """Prints a line on stderr, if it can be written there."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+    end_quietly(sys.stderr)
 
 
 class Harmless:

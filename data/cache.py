@@ -80,6 +80,9 @@ AnyCorpus = TextCorpus | HubCorpus
 AnyPiece = Piece | HubPiece
 job: tuple[Tokenizer, Path]  # what a worker process makes shards with, and where
 EMPTY_SPLIT = "empty_split.json"
+# What to do about a shard that is damaged, where the text that it was made of is gone.
+GONE = "bring its text back and delete the shard, which is rebuilt from that, or bring a copy of it"
+FILES_LOOKED_AT = 100  # of each source, by `check`
 SIGN_OF_LIFE = 30.0  # seconds between lines while a tokenizer is trained
 
 
@@ -145,10 +148,10 @@ def check(data: DataConfig, tokenizer: TokenizerConfig, length: int) -> None:
 
 
 def check_text(text: TextCorpus, name: str, files: list[File], length: int) -> None:
-    """Raises ValueError where files hold too little text for a sequence, or the first of them
-    begins with rows that cannot be read."""
-    first = next((file for file in files if file.size), None)
-    if first is None:
+    """Raises ValueError where files hold too little text for a sequence, or one of them, of the
+    first FILES_LOOKED_AT, begins with rows that cannot be read."""
+    filled = [file for file in files if file.size]
+    if not filled:
         raise ValueError(f"{files[0].path} has no text; give files with some")
     # A token is a byte at least, but for those that begin and end a document.
     most = sum(file.size for file in files) + 2 * len(files)
@@ -157,10 +160,11 @@ def check_text(text: TextCorpus, name: str, files: list[File], length: int) -> N
             f"batch.length={length} needs {length + 1} tokens but the source {name} has {most} at"
             " most; shorten it or give more text"
         )
-    for span, _ in itertools.islice(spans(first, 0, extent(first), text.layout), 1):
-        for _, found in itertools.islice(documents(span, text.layout), 100):
-            if isinstance(found, BadRow):
-                skip(found, text.data.bad_rows, None)
+    for file in filled[:FILES_LOOKED_AT]:
+        for span, _ in itertools.islice(spans(file, 0, extent(file), text.layout), 1):
+            for _, found in itertools.islice(documents(span, text.layout), 100):
+                if isinstance(found, BadRow):
+                    skip(found, text.data.bad_rows, None)
 
 
 def open_text(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, cache: Path) -> Corpus:
@@ -175,7 +179,7 @@ def open_text(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, cache: P
         if known is None:
             raise
         note_once([f"{str(error).partition(';')[0]}; what was prepared from it is used: {known}"])
-        return open_prepared(known, data, Tokenizer.load(known))
+        return open_prepared(known, data, Tokenizer.load(known), GONE)
     digests = digest_files(text.files, cache)
     try:
         folder, chosen = prepare_text(text, digests, tokenizer, cache)
@@ -219,9 +223,11 @@ def prepare_text(
     return folder, chosen
 
 
-def open_prepared(folder: Path, data: DataConfig, tokenizer: Tokenizer) -> Corpus:
-    """The corpus in a folder that is complete. Raises ValueError for shards that are damaged, and
-    for rows that were skipped when it was prepared but are not to be."""
+def open_prepared(
+    folder: Path, data: DataConfig, tokenizer: Tokenizer, remedy: str = REBUILT
+) -> Corpus:
+    """The corpus in a folder that is complete. Raises ValueError for shards that are damaged, with
+    the remedy, and for rows that were skipped when it was prepared but are not to be."""
     meta = read_json(folder / "meta.json", Meta)
     if data.bad_rows == "error" and (num_skipped := sum(meta.get("skipped", {}).values())):
         raise ValueError(
@@ -229,7 +235,7 @@ def open_prepared(folder: Path, data: DataConfig, tokenizer: Tokenizer) -> Corpu
             f" {meta.get('first_skipped')}; set data.bad_rows=skip to use it, or mend the rows"
         )
     shards = open_shards(
-        folder, {part: entry["shards"] for part, entry in meta["parts"].items()}, tokenizer
+        folder, {part: entry["shards"] for part, entry in meta["parts"].items()}, tokenizer, remedy
     )
     verify_once(folder, [shard for part in shards.values() for shard in part], data.verify_days)
     note_once(meta.get("notes", []))
@@ -444,10 +450,13 @@ def is_complete(folder: Path) -> bool:
 
 
 def open_shards(
-    folder: Path, num_shards: dict[str, int], tokenizer: Tokenizer
+    folder: Path, num_shards: dict[str, int], tokenizer: Tokenizer, remedy: str = REBUILT
 ) -> dict[str, list[Shard]]:
     return {
-        part: [Shard.open(folder / part / shard_name(index), tokenizer) for index in range(number)]
+        part: [
+            Shard.open(folder / part / shard_name(index), tokenizer, remedy)
+            for index in range(number)
+        ]
         for part, number in num_shards.items()
     }
 

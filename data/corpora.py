@@ -399,7 +399,8 @@ def find_files(key: str, paths: Any, suffixes: tuple[str, ...] = SUFFIXES) -> li
                     f"{key}={pattern} holds no {kinds} file; give a file, a folder of such, or a"
                     f" glob like FOLDER/*{suffixes[0]}"
                 )
-            brackets = "; [ ] in a name are written [[] and []]" if "[" in path else ""
+            missing = path.removeprefix(there(path))
+            brackets = "; [ ] in a name are written [[] and []]" if "[" in missing else ""
             raise NoText(
                 f"{key}={pattern} matches no file; give a file or a glob like"
                 f" FOLDER/*{suffixes[0]}{brackets}"
@@ -415,11 +416,15 @@ def find_files(key: str, paths: Any, suffixes: tuple[str, ...] = SUFFIXES) -> li
 def as_glob(path: str) -> str:
     """Returns a pattern in which the folders that are there stand for themselves, whatever
     characters they have in their names."""
-    literal, rest = path, ""
-    while literal and not os.path.exists(literal):
-        literal, _, last = literal.rpartition("/")
-        rest = f"/{last}{rest}"
-    return glob.escape(literal) + rest
+    literal = there(path)
+    return glob.escape(literal) + path.removeprefix(literal)
+
+
+def there(path: str) -> str:
+    """Returns the beginning of a path that is there, up to a whole name."""
+    while path and not os.path.exists(path):
+        path = path.rpartition("/")[0]
+    return path
 
 
 def files_below(folder: str, suffixes: tuple[str, ...]) -> Iterator[str]:
@@ -687,16 +692,22 @@ def jsonl_documents(
 ROWS = json.JSONDecoder(parse_int=float)
 
 
-def row_text(line: bytes, field: str) -> str | BadRow:
-    """Returns the text of a line of .jsonl, or what is wrong with it."""
+def json_object(line: bytes) -> dict[str, Any] | BadRow:
+    """Returns the object in a line of .jsonl, or what is wrong with it."""
     try:
         row = ROWS.decode(line.decode("utf-8", "surrogatepass").removeprefix(BOM))
     except ValueError:
         return BadRow("is not JSON in UTF-8")
     except RecursionError:
         return BadRow("is nested too deeply to be read")
-    if not isinstance(row, dict):
-        return BadRow("is no object with a text in a field")
+    return row if isinstance(row, dict) else BadRow("is no object with a text in a field")
+
+
+def row_text(line: bytes, field: str) -> str | BadRow:
+    """Returns the text of a line of .jsonl, or what is wrong with it."""
+    row = json_object(line)
+    if isinstance(row, BadRow):
+        return row
     if field not in row:
         return BadRow(
             f"has no text in field {field!r} (its fields are {', '.join(row)[:200]})", SET_FIELD

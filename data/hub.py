@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from conf.schema import DataConfig, expand
-from data.corpora import BadRow, File, NoText, Text, column_texts, is_held_out, list_files, skip
+from data.corpora import (
+    BadRow,
+    File,
+    NoText,
+    Text,
+    column_texts,
+    is_held_out,
+    json_object,
+    list_files,
+    skip,
+)
 from data.files import parse_json, read_bytes, write_atomically
 from data.shards import key, shard_name
 
@@ -276,7 +286,9 @@ class HubCorpus:
             row = 0
             tables = iter(dataset.iter(batch_size=BATCH))
             while True:
-                with self._reading(f"{split}, row {row} or soon after of file {file}: {name}"):
+                with self._reading(
+                    f"{split}, row {row} or soon after of file {file}: {name}", name
+                ):
                     table = next(tables, None)
                 if table is None:
                     break
@@ -346,11 +358,14 @@ class HubCorpus:
         return known
 
     @contextmanager
-    def _reading(self, what: str) -> Iterator[None]:
-        """Turns what `datasets` may raise, which is anything, into a line with a remedy."""
+    def _reading(self, what: str, path: str = "") -> Iterator[None]:
+        """Turns what `datasets` may raise, which is anything, into a line with a remedy; a local
+        .jsonl file is searched for its first row that is none."""
         try:
             yield
         except Exception as error:
+            if row := bad_row(path):
+                raise ValueError(f"{row}; mend or remove it; what is prepared is kept") from error
             reason = next(iter(str(error).splitlines()), "")[:300].rstrip(". ")
             raise ValueError(
                 f"data.path={self.data.path} ({what}) cannot be read: {type(error).__name__}:"
@@ -378,6 +393,17 @@ class HubCorpus:
             "check data.config, data.split and the network, or use a data.cache that was prepared"
             " where there is one"
         )
+
+
+def bad_row(path: str) -> str:
+    """Returns the first line of a local .jsonl file that is no JSON object, and what is wrong with
+    it; nothing where there is none."""
+    if path.endswith(".jsonl") and os.path.isfile(path):
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip() and isinstance(row := json_object(line), BadRow):
+                    return f"{path}: line {number} {row.problem}"
+    return ""
 
 
 def read_journal(path: Path) -> list[tuple[int, int, int] | None]:

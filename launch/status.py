@@ -63,6 +63,10 @@ def main(arguments: list[str]) -> int:
     if len(options.folders) != 1:
         raise ValueError(f"{len(options.folders)} folders; name one, python -m launch.status DIR")
     folder = Path(options.folders[0]).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(
+            f"{options.folders[0]} is no folder; name the folder of a sweep, or of runs"
+        )
     if options.resubmit:
         return resubmit(folder)
     jobs = read_jobs(folder)

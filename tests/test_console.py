@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import train as training
-from conf.output import Harmless, harmless_output
+from conf.cli import user_errors
+from conf.output import Harmless, end_quietly, harmless_output
 from launch import config
 from tests.runs import ROOT
 
@@ -53,19 +54,23 @@ def test_a_reader_that_goes_a_full_disk_and_a_poor_encoding_end_no_run(tiny, tmp
     closed = train(
         tiny, tmp_path / "closed", subprocess.DEVNULL, "import os; os.close(1); sys.stdout = None"
     )
-    ascii_only = train(tiny, tmp_path / "ascii", subprocess.PIPE, PYTHONIOENCODING="ascii")
+    quoted = "a run [v2]"
+    ascii_only = train(tiny, tmp_path / quoted, subprocess.PIPE, PYTHONIOENCODING="ascii")
     said = ascii_only.communicate(timeout=200)[0].decode("ascii")
     for name, run in {
         "unread": unread,
         "left": left,
         "full": full_disk,
         "closed": closed,
-        "ascii": ascii_only,
+        quoted: ascii_only,
     }.items():
         assert run.wait(timeout=200) == 0, (name, said)
         assert json.loads((tmp_path / name / "summary.json").read_text())["step"] == 2, name
         assert (tmp_path / name / "checkpoints/step_00000002").exists(), name
     assert "a sample:" in said and "\\ufffd" in said and "run folder: " in said, said
+    # The commands to try next are quoted for the shell.
+    assert f"python -m model.sample 'run={tmp_path}/{quoted}' prompt=" in said
+    assert f"python -m launch.evaluate 'run={tmp_path}/{quoted}'\n" in said
 
 
 def test_the_summary_is_there_before_anything_is_shown(tiny, tmp_path, monkeypatch):
@@ -100,3 +105,35 @@ def test_streams_come_back_and_lose_only_what_cannot_be_written(capsys, tmp_path
         pass
     assert Harmless(closed).write("four") == 4
     Harmless(closed).flush()
+
+
+def ended(run) -> int:
+    """The exit code of what is run as a command."""
+    try:
+        with user_errors():
+            run()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def mistake() -> None:
+    raise ValueError("a mistake")
+
+
+def test_a_command_whose_shell_has_closed_its_output_ends_as_any_other(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert ended(lambda: print("a line", flush=True)) == 0
+    assert ended(mistake) == 2
+
+
+def test_a_full_disk_under_a_command_is_named_and_changes_no_exit_code(monkeypatch, capsys):
+    with open("/dev/full", "w") as full, open("/dev/full", "w") as other:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert ended(lambda: print("a line")) == 2
+        assert "error: stdout: No space left on device; make room" in capsys.readouterr().err
+        monkeypatch.setattr(sys, "stderr", other)
+        assert ended(mistake) == 2
+        for stream in (full, other):
+            end_quietly(stream)

@@ -585,6 +585,8 @@ def test_characters_of_globs_in_a_folders_name(tmp_path, name):
         ValueError, match=r"matches no file; .*; \[ \] in a name are written \[\[\] and \[\]\]"
     ):
         TextCorpus(text_config(str(tmp_path / "no [v3]" / "*.txt")))
+    with pytest.raises(ValueError, match=r"matches no file; give a file or a glob like \S+$"):
+        TextCorpus(text_config(str(tmp_path / name / "none.txt")))
 
 
 def test_the_home_folder_may_be_missing(tmp_path, monkeypatch):
@@ -705,6 +707,11 @@ def test_what_a_run_would_refuse_a_plan_refuses(tmp_path):
     refused(
         "rows.jsonl: line 1 has no text in field 'body'",
         text_config(rows, field="body", cache=cache),
+    )
+    (tmp_path / "second.jsonl").write_text('{"text": "good"}\n{"text": null}\n')
+    refused(
+        "second.jsonl: line 2 has no text in field 'text': it is null",
+        text_config([rows, str(tmp_path / "second.jsonl")], cache=cache),
     )
     (tmp_path / "short.txt").write_text("short")
     refused(

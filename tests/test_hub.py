@@ -522,6 +522,19 @@ def test_latin_1_in_a_dataset_is_named_or_skipped(tmp_path):
     assert documents(prepare(config, BYTES).train["hub"]) == ["x", "ok", "end"]
 
 
+@pytest.mark.parametrize("row", ['{"text": "cut', '"a line"'])
+def test_a_row_of_a_dataset_that_is_no_json_is_named(tmp_path, row):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    lines = ['{"text": "one"}', '{"text": "two"}', row, '{"text": "four"}']
+    (folder / "train.jsonl").write_text("\n".join(lines))
+    with pytest.raises(
+        ValueError, match=f"{folder}/train.jsonl: line 3 is no.*; mend or remove it"
+    ) as caught:
+        prepare(hub_config(folder, tmp_path / "cache"), BYTES)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_folder_with_a_script_has_a_remedy(tmp_path):
     (tmp_path / "F").mkdir()
     (tmp_path / "F" / "F.py").write_text("import datasets\n")

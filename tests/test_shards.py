@@ -516,6 +516,21 @@ def test_text_that_was_moved_is_the_same_corpus(config, tmp_path, monkeypatch):
     assert (again.folder, again.fingerprint) == (first.folder, first.fingerprint)
 
 
+def test_a_shard_that_is_damaged_after_its_text_is_gone_has_another_remedy(config, tmp_path):
+    corpus, text = prepare(config, BYTES), (tmp_path / "rows.jsonl").read_bytes()
+    path = corpus.folder / "train/text/00000.bin"
+    rot(path, HEADER.size + 10)
+    (tmp_path / "rows.jsonl").unlink()
+    config.verify_days = 0
+    with pytest.raises(
+        ValueError, match=rf"{path} does not have its checksum.*; bring its text back and delete"
+    ):
+        prepare(config, BYTES)
+    (tmp_path / "rows.jsonl").write_bytes(text)
+    path.unlink()
+    assert prepare(config, BYTES).fingerprint == corpus.fingerprint
+
+
 def test_text_that_is_gone_is_not_needed(config, tmp_path, capsys):
     bpe = TokenizerConfig(name="bpe", vocab_size=280)
     first = prepare(config, bpe)

@@ -2,6 +2,8 @@
 on."""
 
 import json
+import os
+import pwd
 import re
 import shutil
 import signal
@@ -15,6 +17,7 @@ import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 from conf.schema import LauncherConfig
+from launch import status
 from launch.config import compose
 from launch.plan.plan import human_hours, make_plan
 from launch.sweep import local
@@ -499,6 +502,21 @@ def test_where_slurm_cannot_be_asked_nothing_is_taken_for_failed(tmp_path, monke
     assert queue([a_job(tmp_path)]) == set()
     with pytest.raises(ValueError, match="squeue does not say which jobs are waiting"):
         queue([a_job(tmp_path, job_id="7")])
+
+
+def test_slurm_is_asked_for_this_user_by_number(tmp_path, monkeypatch):
+    """In a container the user may have no name."""
+    monkeypatch.setattr(pwd, "getpwuid", None)
+    (tmp_path / "squeue").write_text('#!/bin/sh\necho "$@" | grep -o "user=[0-9]*"\n')
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert queue([a_job(tmp_path, job_id="7")]) == {f"user={os.getuid()}"}
+
+
+def test_status_of_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is no folder; name the folder of a sweep"):
+        status.main([str(tmp_path / "file")])
 
 
 def test_any_text_survives_in_an_override():

@@ -12,7 +12,6 @@ leaves in the run's folder
 """
 
 import contextlib
-import getpass
 import json
 import os
 import re
@@ -163,7 +162,7 @@ def queue(jobs: Iterable[Job]) -> set[str]:
     asked and does not answer."""
     if not any(job.job_id and not (job.run / "summary.json").exists() for job in jobs):
         return set()
-    command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%i"]
+    command = ["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i"]
     try:
         return set(
             subprocess.run(

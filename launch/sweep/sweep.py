@@ -8,6 +8,7 @@ one run. So the same command again starts what is new, goes on with what stopped
 leaves alone what is done, running or waiting."""
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -100,7 +101,8 @@ def start(jobs: list[Job], folder: Path) -> int:
         submit(array, folder)
         note(array, folder)
         print(
-            f"submitted {len(array)} runs; python -m launch.status {folder} tells how they fare",
+            f"submitted {len(array)} runs; python -m launch.status"
+            f" {shlex.quote(str(folder))} tells how they fare",
             flush=True,
         )
     if not local:

@@ -104,9 +104,10 @@ def last_words(
             model = load(folder).to(device)
             yield f"a sample:\n{sample(model, data.corpus.tokenizer, num_tokens, settings.seed)}"
     prompt = shlex.quote(opening(data.corpus.tokenizer, next(iter(data.sets.values()))))
+    run = shlex.quote(f"run={folder}")
     yield (
-        f"run folder: {folder}\ntry next:\n    python -m model.sample run={folder}"
-        f" prompt={prompt}\n    python -m launch.evaluate run={folder}"
+        f"run folder: {folder}\ntry next:\n    python -m model.sample {run}"
+        f" prompt={prompt}\n    python -m launch.evaluate {run}"
     )
 
 

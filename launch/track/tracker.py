@@ -6,6 +6,7 @@ truth, and the console and W&B are views of it that may fail without harm."""
 import json
 import math
 import secrets
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ class Tracker:
         mode, why = wandb_mode(config.mode)
         if mode == "offline":
             self.message(
-                f"W&B: recording offline, {why}; `wandb sync {dir}/wandb/offline-run-*` uploads it"
+                f"W&B: recording offline, {why}; `wandb sync"
+                f" {shlex.quote(str(dir))}/wandb/offline-run-*` uploads it"
             )
         elif mode == "off" and config.mode != "off":
             self.message(f"W&B: tracking off, {why}")

@@ -2,6 +2,7 @@
 does."""
 
 import contextlib
+import shlex
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -205,8 +206,8 @@ class Wandb:
     def _remedy(self) -> str:
         if self._mode == "offline":
             return (
-                f"; `wandb sync {self._arguments['dir']}/wandb/offline-run-*` uploads what was"
-                " recorded"
+                f"; `wandb sync {shlex.quote(str(self._arguments['dir']))}/wandb/offline-run-*`"
+                " uploads what was recorded"
             )
         dir = self._arguments["dir"]
         return (
