@@ -20,10 +20,10 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from conf.composition import defaults
 from conf.exit_codes import EXIT_USER_ERROR
+from conf.key import check_value, expand
 from conf.output import end_quietly, open_output, print_error
 from conf.overrides import HELP, asks_for_help, explain, no_such_option, wrong_type
 from conf.ranks import rank_and_world
-from conf.schema import check_value, expand
 from conf.usage import command_help, default_of
 
 T = TypeVar("T")

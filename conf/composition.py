@@ -7,8 +7,10 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf.launcher import LauncherConfig, SweeperConfig
 from conf.overrides import CONF, for_hydra
-from conf.schema import Config, DataConfig, LauncherConfig, SourceConfig, SweeperConfig
+from conf.schema import Config
+from conf.text import DataConfig, SourceConfig
 
 ConfigStore.instance().store(name="schema", node=Config)
 

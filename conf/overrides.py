@@ -26,7 +26,9 @@ from hydra.core.override_parser.types import (
 )
 from hydra.errors import HydraException
 
-from conf.schema import KEYS, LauncherConfig, check_value, expand, meaning, type_name
+from conf.key import check_value, expand, type_name
+from conf.keys import KEYS, meaning
+from conf.launcher import LauncherConfig
 
 CONF = str(Path(__file__).resolve().parent)
 SWEEP_DIR = "hydra.sweep.dir"

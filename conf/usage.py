@@ -11,8 +11,11 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from conf.key import type_name
+from conf.keys import KEYS, lookup, meaning
+from conf.launcher import LauncherConfig
 from conf.overrides import LAUNCHER_KEYS, groups
-from conf.schema import KEYS, Config, LauncherConfig, lookup, meaning, type_name
+from conf.schema import Config
 
 RUN = """Trains a decoder-only language model, and goes on with a run that stopped.
 

@@ -40,7 +40,8 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from conf.schema import DataConfig, TokenizerConfig, expand
+from conf.key import expand
+from conf.text import DataConfig, TokenizerConfig
 from data.corpora import (
     BadRow,
     EmptySplit,

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conf.schema import DataConfig, expand
+from conf.key import expand
+from conf.text import DataConfig
 from data.files import open_regular
 
 # Large enough that a shard is worth a file, small enough that a process holds its text and tokens.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict, TypeVa
 import msgspec
 import numpy as np
 
-from conf.schema import TokenizerConfig
+from conf.text import TokenizerConfig
 from data.files import DamagedFile, NotDownloaded, check, parse_json, read_bytes, read_json
 from data.tokenizer import (
     BYTES_PATTERN,

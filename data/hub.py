@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conf.schema import DataConfig, expand
+from conf.key import expand
+from conf.text import DataConfig
 from data.corpora import (
     BadRow,
     File,

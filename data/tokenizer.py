@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from conf.schema import expand
+from conf.key import expand
 from data.files import DamagedFile, read_bytes, read_json, write_atomically
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from conf.schema import DataConfig, TokenizerConfig, expand
+from conf.key import expand
+from conf.text import DataConfig, TokenizerConfig
 from data.corpora import find_files
 from data.files import DamagedFile, open_regular, read_json, write_atomically
 from data.hf_tokenizer import known_tokenizer

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conf.schema import key
+from conf.key import key
 from data.files import write_result
 from launch.track.wandb_run import PROJECT, wandb_mode, wandb_settings
 

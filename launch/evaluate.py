@@ -17,7 +17,7 @@ import torch
 from omegaconf import MISSING
 from torch import Tensor
 
-from conf.schema import STEPS, key
+from conf.key import STEPS, key
 from data import Validation, prepare
 from model import GPT
 from model.gpt import evaluating

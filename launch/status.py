@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.cli import parse, user_errors
-from conf.schema import key
+from conf.key import key
 from data.files import DamagedFile
 from launch.report.record import find_runs, read_run
 from launch.run.folder import harm, read_rows

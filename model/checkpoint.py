@@ -29,7 +29,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from conf.schema import KEYS, Config, lookup
+from conf.keys import KEYS, lookup
+from conf.schema import Config
 from data.files import DamagedFile, check, open_regular, parse_json, read_json, read_yaml
 from model.config import GPTConfig
 from model.gpt import GPT

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from conf.schema import STEPS, key
+from conf.key import STEPS, key
 from data import Tokenizer
 from data.hf_tokenizer import to_files
 from model.checkpoint import checkpoint_path, load

@@ -10,8 +10,9 @@ from typing import Any
 
 import msgspec
 
-from conf.schema import KEYS, check_value, type_name
-from conf.schema import key as declare
+from conf.key import check_value, type_name
+from conf.key import key as declare
+from conf.keys import KEYS
 from data.hf_tokenizer import LARGEST_VOCABULARY
 from model.config import GPTConfig
 from model.hf_formats import FORMATS, GELU, ROPE, SCALING, Format

@@ -11,7 +11,7 @@ import torch
 from omegaconf import MISSING
 from torch import Tensor
 
-from conf.schema import STEPS, key
+from conf.key import STEPS, key
 from model.gpt import GPT, KeyValueCache, evaluating
 from model.trained import open_trained
 

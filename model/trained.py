@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from conf.schema import KEYS, check_value
+from conf.key import check_value
+from conf.keys import KEYS
 from data import Tokenizer
 from data.hf_tokenizer import read_settings, read_tokenizer
 from model.checkpoint import checkpoint_path, load

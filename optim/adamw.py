@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
-from conf.schema import OptimConfig
+from conf.rule import OptimConfig
 from model.sharding import shard_of, sharded_as
 
 

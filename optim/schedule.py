@@ -4,7 +4,9 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass, replace
 
-from conf.schema import STEPS, OptimConfig, ScheduleConfig
+from conf.key import STEPS
+from conf.rule import OptimConfig
+from conf.schema import ScheduleConfig
 
 
 @dataclass(frozen=True)

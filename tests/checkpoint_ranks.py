@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from conf.schema import OptimConfig
+from conf.rule import OptimConfig
 from data.shards import Corpus
 from data.tokenizer import bytes_tokenizer
 from launch.checkpoint import step_folder

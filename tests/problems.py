@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp
 
-from conf.schema import RuleConfig
+from conf.rule import RuleConfig
 from model import GPT, GPTConfig
 from optim import Adapter, RuleResult, SharpnessAware
 

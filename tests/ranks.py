@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conf.schema import OptimConfig
+from conf.rule import OptimConfig
 from launch.checkpoint.replicated import refuse_divergence
 from model import GPT, GPTConfig
 from model.device import seed_everything

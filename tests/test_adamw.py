@@ -4,7 +4,7 @@ checkpoint's form."""
 import pytest
 import torch
 
-from conf.schema import OptimConfig
+from conf.rule import OptimConfig
 from model import GPT, GPTConfig
 from optim import build_optimizer
 from optim.adamw import describe_groups, load_state_tensors, parameter_groups, state_tensors

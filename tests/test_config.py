@@ -20,8 +20,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 import train
 from conf import composition, overrides
+from conf.key import check_value
+from conf.keys import KEYS, lookup, walk
+from conf.launcher import LauncherConfig
 from conf.overrides import CONF, LAUNCHER_KEYS, groups
-from conf.schema import KEYS, Config, LauncherConfig, OptimConfig, check_value, lookup, walk
+from conf.rule import OptimConfig
+from conf.schema import Config
 from launch import config
 from launch.config import checks, compose, configure
 from launch.plan.description import describe

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import train
-from conf.schema import DataConfig, SourceConfig, TokenizerConfig
+from conf.text import DataConfig, SourceConfig, TokenizerConfig
 from data import corpora, prepare
 from data.cache import check
 from data.corpora import TextCorpus, is_held_out

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import train as training
-from conf.schema import KEYS
+from conf.keys import KEYS
 from launch import dashboard
 from launch.config import compose
 from launch.report import charts

@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from conf.schema import DataConfig, TokenizerConfig
+from conf.text import DataConfig, TokenizerConfig
 from data import Validation, cache, corpora, prepare
 from data.hf_tokenizer import HFTokenizer, find_folder, read_tokenizer, vocabulary
 from data.tokenizer import Tokenizer

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from conf.schema import DataConfig
+from conf.text import DataConfig
 from data import cache, hub, prepare
 from data.corpora import is_held_out
 from data.hub import HubCorpus
@@ -34,7 +34,7 @@ from tests.test_shards import BYTES, ROOT, alive, contents, descendants, finish,
 # fingerprint.
 PREPARE = """
 import sys
-from conf.schema import DataConfig, TokenizerConfig
+from conf.text import DataConfig, TokenizerConfig
 from data import cache, hub, prepare
 
 path, cache, name, workers = sys.argv[1:]

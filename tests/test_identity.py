@@ -10,7 +10,9 @@ from typing import Any, get_args
 
 import pytest
 
-from conf.schema import KEYS, Config, SourceConfig, is_read, lookup
+from conf.keys import KEYS, is_read, lookup
+from conf.schema import Config
+from conf.text import SourceConfig
 from launch.config import compose
 from launch.run.folder import load_config
 from launch.run.identity import as_read, canonical, claim, run_name

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conf.schema import OptimConfig, ScheduleConfig
+from conf.rule import OptimConfig
+from conf.schema import ScheduleConfig
 from model import GPT, GPTConfig
 from optim import Gradient, build_optimizer, build_schedule
 

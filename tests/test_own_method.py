@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from conf.schema import COMBINATIONS, COTANGENT_PATHS, DIRECTIONS, METRICS, PATHS, WEIGHTINGS
+from conf.rule import (
+    COMBINATIONS,
+    COTANGENT_PATHS,
+    DIRECTIONS,
+    METRICS,
+    PATHS,
+    WEIGHTINGS,
+)
 from optim import SharpnessAware, passes
 from optim.rule.axes import copies
 from tests.problems import (

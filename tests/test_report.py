@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import yaml
 
-from conf.schema import LauncherConfig
+from conf.launcher import LauncherConfig
 from launch.report import charts, comparison, estimates, exports, meanings, tables
 from launch.report.__main__ import main
 from launch.report.record import SAMPLED, find_runs, read_run

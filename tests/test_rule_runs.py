@@ -23,8 +23,9 @@ from torch.nn.functional import cross_entropy
 
 import train as training
 from conf.exit_codes import EXIT_PREEMPTED
+from conf.launcher import LauncherConfig
 from conf.overrides import groups
-from conf.schema import Config, LauncherConfig
+from conf.schema import Config
 from launch.config import compose
 from launch.config.checks import check_contradictions
 from launch.plan.plan import make_plan

@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from conf.schema import DIRECTIONS, OptimConfig, RuleConfig, ScheduleConfig
+from conf.rule import DIRECTIONS, OptimConfig, RuleConfig
+from conf.schema import ScheduleConfig
 from launch.run.preemption import Preemption
 from model import GPT, GPTConfig
 from optim import (

@@ -10,7 +10,7 @@ import torch
 from torch.func import grad, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from conf.schema import OptimConfig
+from conf.rule import OptimConfig
 from model import GPT, GPTConfig
 from optim import SharpnessAware, build_optimizer
 from optim.rule.directions import noise

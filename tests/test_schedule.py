@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from conf.schema import OptimConfig, ScheduleConfig
+from conf.rule import OptimConfig
+from conf.schema import ScheduleConfig
 from optim import build_schedule
 
 OPTIM = OptimConfig(lr=2.0)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from filelock import SoftFileLease
 
-from conf.schema import DataConfig, TokenizerConfig
+from conf.text import DataConfig, TokenizerConfig
 from data import Tokenizer, cache, corpora, prepare, shards
 from data.cache import check
 from data.corpora import TextCorpus
@@ -30,7 +30,7 @@ EOT = 256
 # fingerprint.
 PREPARE = """
 import sys
-from conf.schema import DataConfig, TokenizerConfig
+from conf.text import DataConfig, TokenizerConfig
 from data import corpora, prepare
 
 path, cache, name, workers = sys.argv[1:]

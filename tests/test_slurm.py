@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from conf.schema import LauncherConfig
+from conf.launcher import LauncherConfig
 from launch.sweep.jobs import Job, read_jobs, write_jobs
 from tests.runs import ROOT, assert_same_tensors, rows, tensors
 from tests.slurm import Slurm, missing

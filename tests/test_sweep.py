@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
-from conf.schema import LauncherConfig
+from conf.launcher import LauncherConfig
 from launch import status
 from launch.config import compose
 from launch.plan.plan import human_hours, make_plan

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conf.schema import DataConfig, SourceConfig, TokenizerConfig
+from conf.text import DataConfig, SourceConfig, TokenizerConfig
 from data import prepare, tokens
 from data.overlap import print_note
 from data.shards import HEADER, Shard

@@ -5,9 +5,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from conf.key import check_value
+from conf.keys import is_read, lookup
 from conf.overrides import CONF, groups
 from conf.ranks import num_processes, rank_and_world
-from conf.schema import Config, OptimConfig, RuleConfig, check_value, is_read, lookup
+from conf.rule import OptimConfig, RuleConfig
+from conf.schema import Config
 from data.files import read_yaml
 from optim import check_axes
 

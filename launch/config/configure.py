@@ -15,6 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from conf.cli import expanded, user_errors
 from conf.composition import composed, defaults, name_files
+from conf.key import check_value
+from conf.keys import KEYS, is_read, lookup
 from conf.overrides import (
     CONF,
     asks_for_help,
@@ -22,13 +24,7 @@ from conf.overrides import (
     for_hydra,
     no_such_option,
 )
-from conf.schema import (
-    KEYS,
-    Config,
-    check_value,
-    is_read,
-    lookup,
-)
+from conf.schema import Config
 from conf.usage import run_help
 from launch.config.checks import check_contradictions, check_given_names, check_names
 from launch.config.plugins import register

@@ -1,7 +1,8 @@
 """How the global batch is parted into groups and micro-batches."""
 
+from conf.keys import is_read
 from conf.ranks import num_processes
-from conf.schema import Config, is_read
+from conf.schema import Config
 
 
 def num_groups(config: Config) -> int:

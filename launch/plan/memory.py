@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from conf.ranks import num_processes
-from conf.schema import Config, OptimConfig
+from conf.rule import OptimConfig
+from conf.schema import Config
 from launch.plan.batch import micro_sequences, num_groups
 from launch.plan.memory_layers import Block, Head
 from launch.plan.memory_passes import Passes, parameter_counts

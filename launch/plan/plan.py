@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from conf.keys import is_read
 from conf.ranks import num_processes
-from conf.schema import Config, ModelConfig, OptimConfig, is_read
+from conf.rule import OptimConfig
+from conf.schema import Config, ModelConfig
 from data.hf_tokenizer import vocabulary
 from launch.plan.batch import micro_sequences, num_groups
 from launch.plan.memory import estimate, planned_device, planned_precision

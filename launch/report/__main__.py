@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conf.schema import key
+from conf.key import key
 
 PICTURES = (".png", ".svg", ".pdf")
 

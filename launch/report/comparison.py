@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from conf.schema import KEYS, Config, lookup
+from conf.keys import KEYS, lookup
+from conf.schema import Config
 from launch.report.estimates import Estimate, PairedTest, estimate, holm, paired_test
 from launch.report.record import Record
 from launch.track.tracker import NEAR

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from conf.composition import name_files
-from conf.schema import KEYS, Config, check_value, lookup
+from conf.key import check_value
+from conf.keys import KEYS, lookup
+from conf.schema import Config
 from data.files import DamagedFile, check, parse_json, read_bytes, read_json
 from model.checkpoint import read_config
 from optim.rule.diagnostics import unfaithful

@@ -11,7 +11,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from conf.schema import KEYS, Config, is_read, lookup
+from conf.keys import KEYS, is_read, lookup
+from conf.schema import Config
 from data.files import write_atomically
 from launch.run.folder import load_config
 from model.checkpoint import PLACES, checkpoints, without_places

@@ -24,8 +24,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from conf.exit_codes import EXIT_PREEMPTED
+from conf.launcher import LauncherConfig
 from conf.overrides import quoted
-from conf.schema import LauncherConfig
 from data.files import DamagedFile, read_bytes, read_json, write_atomically
 from launch.run.folder import read_summary
 from launch.run.lock import is_in_use

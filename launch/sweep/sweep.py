@@ -19,10 +19,12 @@ from pathlib import Path
 from omegaconf import DictConfig, flag_override
 
 from conf.exit_codes import EXIT_USER_ERROR
+from conf.key import check_value
+from conf.launcher import LauncherConfig
 from conf.output import harmless_output
 from conf.overrides import quoted
 from conf.ranks import rank_and_world
-from conf.schema import Config, LauncherConfig, check_value
+from conf.schema import Config
 from data.files import remove_temporary
 from launch.config import check
 from launch.plan.plan import ASSUMED_MFU, Plan, human_hours, make_plan

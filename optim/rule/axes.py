@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from conf.schema import (
+from conf.key import check_value
+from conf.rule import (
     COMBINATIONS,
     DIRECTIONS,
     METRICS,
     WEIGHTINGS,
     OptimConfig,
     RuleConfig,
-    check_value,
 )
 from optim.rule import combine, delta, descent, directions, metrics  # noqa: F401 - they register
 from optim.rule.descent import terms_of

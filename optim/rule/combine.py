@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from conf.schema import COMBINATIONS, RuleConfig
+from conf.rule import COMBINATIONS, RuleConfig
 from optim.rule.tensors import dot, norm
 
 combination = COMBINATIONS.register

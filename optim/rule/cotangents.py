@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from conf.schema import RuleConfig
+from conf.rule import RuleConfig
 from model.logits import compute_dtype
 from model.sharding import all_min, gathered, local
 from optim.adapter import Adapter

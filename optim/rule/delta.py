@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from conf.schema import RuleConfig
+from conf.rule import RuleConfig
 from model.sharding import compute_device
 from optim.gradient import MicroBatch
 from optim.rule.conditions import ieee_fp32, rounds, same_buffers

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from conf.schema import COTANGENT_PATHS, PATHS, RuleConfig
+from conf.rule import COTANGENT_PATHS, PATHS, RuleConfig
 from optim.gradient import Gradient, MicroBatch, Step, add_loss
 from optim.rule.ascent import Ascent
 from optim.rule.conditions import set_random_state

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from conf.schema import DIRECTIONS, RuleConfig
+from conf.rule import DIRECTIONS, RuleConfig
 from model.randomness import named_generator
 from model.sharding import shard_of, sharded_as
 from optim.rule.tensors import blocks

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from conf.schema import METRICS, RuleConfig
+from conf.rule import METRICS, RuleConfig
 from model.sharding import local
 from optim.rule.tensors import blocks, dot, norm
 

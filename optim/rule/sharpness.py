@@ -22,7 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from conf.schema import COMBINATIONS, DIRECTIONS, METRICS, WEIGHTINGS, OptimConfig, RuleConfig
+from conf.rule import (
+    COMBINATIONS,
+    DIRECTIONS,
+    METRICS,
+    WEIGHTINGS,
+    OptimConfig,
+    RuleConfig,
+)
 from model.gpt import GPT
 from model.sharding import shard_of, sharded_as
 from optim.adapter import Adapter
@@ -84,7 +91,7 @@ class SharpnessAware(Gradient):
     Args:
         model: a GPT, an Adapter, or any module that gives logits
         optimizer: which steps on the rule's gradient; its moments are read, never written
-        axes: see `conf.schema.RuleConfig`; path is full where it is not given
+        axes: see `conf.rule.RuleConfig`; path is full where it is not given
 
     Raises:
         ValueError: for an axis that does not exist, a value out of range, a combination that means

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from conf.schema import WEIGHTINGS, RuleConfig
+from conf.rule import WEIGHTINGS, RuleConfig
 from optim.gradient import MicroBatch
 from optim.rule.directions import Direction
 

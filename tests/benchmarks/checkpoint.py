@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from conf.schema import OptimConfig
+from conf.rule import OptimConfig
 from data.tokenizer import bytes_tokenizer
 from launch.checkpoint.resume import tensors_of
 from launch.checkpoint.saver import Saver

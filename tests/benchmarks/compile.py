@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from train_step import HEADS, LAYERS, WIDTH, T, batch
 
-from conf.schema import OptimConfig
+from conf.rule import OptimConfig
 from model import GPT, GPTConfig
 from model.device import autocast, choose_precision, keep_freed_memory
 from model.parallelize import parallelize

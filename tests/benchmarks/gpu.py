@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from conf.schema import OptimConfig
+from conf.rule import OptimConfig
 from model import GPT, GPTConfig
 from model.device import autocast, peak_flops
 from model.parallelize import parallelize

@@ -29,7 +29,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from conf.schema import DataConfig
+from conf.text import DataConfig
 from data import prepare
 from data.cache import num_cores
 from data.corpora import TextCorpus

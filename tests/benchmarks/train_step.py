@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from conf.schema import OptimConfig
+from conf.rule import OptimConfig
 from model import GPT, GPTConfig
 from model.device import autocast, choose_precision, keep_freed_memory
 from optim import Gradient, build_optimizer

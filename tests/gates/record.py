@@ -119,7 +119,8 @@ def names() -> dict[str, str]:
 
 def keys() -> dict[str, list[Any]]:
     """Returns type, default and choices of every key."""
-    from conf.schema import KEYS, lookup, type_name
+    from conf.key import type_name
+    from conf.keys import KEYS, lookup
     from launch.config import compose
 
     config = compose([])
