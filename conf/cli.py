@@ -55,20 +55,14 @@ def user_errors() -> Iterator[None]:
 
 
 def refused(error: OSError) -> str:
-    """What to say where the system refuses: the file, why, and the remedy."""
-    full, forbidden = (
-        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-        (errno.EACCES, errno.EPERM, errno.EROFS),
-    )
-    remedy = (
-        "make room there"
-        if error.errno in full
-        else "name a place that can be written"
-        if error.errno in forbidden
-        else "mend that"
-    )
-    # What a file refuses is told with its name where it is written; a stream has none.
-    place = error.filename or ("stdout" if error.errno in full else "")
+    """Returns what is said where the system refuses: the file, why, and the remedy."""
+    place, remedy = error.filename or "", "mend that"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        remedy = "name a place that can be written"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        remedy = "make room there"
+        # What a file refuses is told with its name where it is written; a stream has none.
+        place = place or "stdout"
     said = f"{error.strerror or error}; {remedy}, and give the same command again"
     return f"{place}: {said}" if place else said
 

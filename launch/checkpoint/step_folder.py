@@ -42,7 +42,7 @@ from model.processes import Layout
 T = TypeVar("T")
 
 
-def save(
+def save(  # noqa: PLR0913 - a call names what a checkpoint is made of
     run: Path,
     tensors: Mapping[str, Mapping[str, Part]],
     state: dict[str, Any],

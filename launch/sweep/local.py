@@ -80,52 +80,88 @@ def run_all(jobs: list[Job], n_jobs: int | None) -> int:
     A signal is passed on to the runs, which save and exit, and no more are started; a second one is
     passed on too. Returns the exit code of the sweep: 0, 1 where a run failed, EXIT_PREEMPTED where
     a signal stopped it or a run stopped by itself."""
-    devices, each = visible_devices(), max(job.processes for job in jobs)
-    slots = list(range(n_jobs or max(1, len(devices) // each)))
-    # threads that wait for a busy core spin
-    cores = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // (len(slots) * each)))}
-    waiting, running, signals = deque(jobs), dict[int, Running](), list[int]()
-    ended: dict[str, list[Job]] = {"done": [], "stopped": [], "failed": []}
+    pool = Pool(jobs, n_jobs)
 
     def note(number: int, frame: FrameType | None) -> None:
-        signals.append(number)  # and no more: it may be a start that is interrupted here
+        # No more than this: it may be the start of a run that is interrupted here.
+        pool.signals.append(number)
 
-    previous, told = {number: signal.signal(number, note) for number in SIGNALS}, 0
+    previous = {number: signal.signal(number, note) for number in SIGNALS}
     try:
-        while running or (waiting and not signals):
-            while waiting and slots and not signals:
-                job = waiting.popleft()
-                if run := begin(
-                    job, cores | visible(devices, slots[0], job.processes), len(waiting)
-                ):
-                    running[slots.pop(0)] = run
-                else:
-                    ended["failed"].append(job)
-            for number in signals[told:]:
-                for process in (process for run in running.values() for process in run.processes):
-                    process.send_signal(number)
-                told += 1
-            for slot, run in list(running.items()):
-                if (code := run.poll()) is not None:
-                    run.job.ended(code)
-                    del running[slot]
-                    slots.append(slot)
-                    how = (
-                        "done"
-                        if not code
-                        else "stopped"
-                        if signals or code == EXIT_PREEMPTED
-                        else "failed"
-                    )
-                    ended[how].append(run.job)
-                    print(f"{how} {run.job.run.name}", flush=True)
-                    if text := harm(run.job.run / "metrics.jsonl"):
-                        print(f"warning: {run.job.run.name}: {text}", flush=True)
+        while pool.running or (pool.waiting and not pool.signals):
+            pool.start_what_fits()
+            pool.pass_on_signals()
+            pool.look_at_runs()
             time.sleep(POLL)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return conclude(ended, signals)
+    return conclude(pool.ended, pool.signals)
+
+
+class Pool:
+    """The runs of a sweep on this machine.
+
+    waiting     jobs that are not started yet
+    running     runs by the slot that they take; a slot has devices of its own, where there are any
+    slots       slots that are free
+    ended       jobs that have ended, by how they did
+    signals     signals that came
+    num_told    how many of them the runs were sent
+    """
+
+    def __init__(self, jobs: list[Job], n_jobs: int | None) -> None:
+        self.devices, each = visible_devices(), max(job.processes for job in jobs)
+        self.slots = list(range(n_jobs or max(1, len(self.devices) // each)))
+        # Threads that wait for a busy core spin.
+        threads = torch.get_num_threads() // (len(self.slots) * each)
+        self.cores = {"OMP_NUM_THREADS": str(max(1, threads))}
+        self.waiting = deque(jobs)
+        self.running: dict[int, Running] = {}
+        self.ended: dict[str, list[Job]] = {"done": [], "stopped": [], "failed": []}
+        self.signals: list[int] = []
+        self.num_told = 0
+
+    def start_what_fits(self) -> None:
+        """Starts the next jobs while there is a slot, and until a signal came."""
+        while self.waiting and self.slots and not self.signals:
+            job = self.waiting.popleft()
+            shared = self.cores | visible(self.devices, self.slots[0], job.processes)
+            if run := begin(job, shared, len(self.waiting)):
+                self.running[self.slots.pop(0)] = run
+            else:
+                self.ended["failed"].append(job)
+
+    def pass_on_signals(self) -> None:
+        """Sends every process the signals that came since the last time."""
+        for number in self.signals[self.num_told :]:
+            for run in self.running.values():
+                for process in run.processes:
+                    process.send_signal(number)
+            self.num_told += 1
+
+    def look_at_runs(self) -> None:
+        """Notes and says how runs ended that have."""
+        for slot, run in list(self.running.items()):
+            code = run.poll()
+            if code is None:
+                continue
+            run.job.ended(code)
+            del self.running[slot]
+            self.slots.append(slot)
+            how = self.how_it_ended(code)
+            self.ended[how].append(run.job)
+            print(f"{how} {run.job.run.name}", flush=True)
+            if text := harm(run.job.run / "metrics.jsonl"):
+                print(f"warning: {run.job.run.name}: {text}", flush=True)
+
+    def how_it_ended(self, code: int) -> str:
+        """Returns done, stopped or failed for the exit code of a run."""
+        if code == 0:
+            return "done"
+        if self.signals or code == EXIT_PREEMPTED:
+            return "stopped"
+        return "failed"
 
 
 def conclude(ended: dict[str, list[Job]], signals: list[int]) -> int:

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from conf.exit_codes import EXIT_PREEMPTED, IN_ORDER
+from conf.launcher import LauncherConfig
 from data.files import read_json, write_atomically
 from launch.run.snapshot import ROOT
 from launch.sweep.jobs import PATIENCE, Job
@@ -54,10 +55,30 @@ def submit(jobs: list[Job], folder: Path) -> None:
         slurm_max_num_timeout=settings.max_num_timeout,
         slurm_python=PYTHON,
     )
-    # srun does not take over sbatch's
+    executor.update_parameters(**parameters(settings, folder.name))
+    try:
+        # What sbatch says is the error's text, too.
+        with contextlib.redirect_stderr(io.StringIO()):
+            handles = executor.submit_array([Task(job) for job in jobs])
+    except submitit.core.utils.FailedJobError as error:
+        remove_unsent(files)
+        raise ValueError(f"Slurm refuses: {error}") from None
+    for job, handle in zip(jobs, handles, strict=True):
+        job.job_id, job.scheduler_log = handle.job_id, str(handle.paths.stdout)
+        # An array has one script for all its jobs.
+        array = job.job_id.split("_")[0]
+        script = submitit.core.utils.JobPaths(executor.folder, array).submission_file
+        job.run.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(script, job.run / "submission.sh")
+
+
+def parameters(settings: LauncherConfig, name: str) -> dict[str, Any]:
+    """Returns submitit's parameters of an array, those that are set."""
+    # srun does not take over sbatch's number of cores.
     cores = [f"--cpus-per-task={settings.cpus_per_task}"] if settings.cpus_per_task else []
+    path = f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"
     wanted = {
-        "name": folder.name,
+        "name": name,
         "timeout_min": settings.timeout_min,
         "nodes": settings.nodes,
         "tasks_per_node": settings.tasks,
@@ -70,34 +91,22 @@ def submit(jobs: list[Job], folder: Path) -> None:
         "slurm_constraint": settings.constraint,
         "slurm_signal_delay_s": settings.signal_delay_s,
         "slurm_array_parallelism": settings.array_parallelism,
-        "slurm_setup": [
-            *settings.setup,
-            f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        ],
+        "slurm_setup": [*settings.setup, path],
         "slurm_srun_args": [*SRUN, *cores],
         "slurm_additional_parameters": {"requeue": True, **settings.additional_parameters},
         "stderr_to_stdout": True,
     }
-    executor.update_parameters(
-        **{name: value for name, value in wanted.items() if value is not None}
-    )
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # what sbatch says is the error's text, too
-            handles = executor.submit_array([Task(job) for job in jobs])
-    except submitit.core.utils.FailedJobError as error:
-        for left in files.iterdir():
-            if left.is_file():
-                left.unlink()
-        with contextlib.suppress(OSError):  # of jobs submitted before
-            files.rmdir()
-        raise ValueError(f"Slurm refuses: {error}") from None
-    for job, handle in zip(jobs, handles, strict=True):
-        job.job_id, job.scheduler_log = handle.job_id, str(handle.paths.stdout)
-        script = submitit.core.utils.JobPaths(
-            executor.folder, job.job_id.split("_")[0]
-        ).submission_file  # an array has one for all
-        job.run.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(script, job.run / "submission.sh")
+    return {name: value for name, value in wanted.items() if value is not None}
+
+
+def remove_unsent(files: Path) -> None:
+    """Removes what submitit wrote for an array that Slurm refused; the folders of jobs submitted
+    before stay."""
+    for left in files.iterdir():
+        if left.is_file():
+            left.unlink()
+    with contextlib.suppress(OSError):
+        files.rmdir()
 
 
 class Task:

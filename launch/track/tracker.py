@@ -50,7 +50,7 @@ class Tracker:
     counted          the rows that it counts, where it tells
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - `open_tracker` is how a run makes one
         self,
         dir: Path,
         config: TrackingConfig,
