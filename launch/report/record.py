@@ -13,9 +13,9 @@ import numpy as np
 from conf.schema import Config
 from data.files import DamagedFile, read_bytes, read_json
 from launch.run.folder import Row, lines_of, load_config, parse_row, read_summary
+from launch.run.heartbeats import Failure
 from launch.run.identity import canonical
 from launch.run.lock import is_in_use, owner_in
-from launch.run.watchdog import Failure
 from launch.sweep.jobs import Job, read_jobs, reason
 from model.checkpoint import checkpoints, read_state
 from optim.rule.diagnostics import unfaithful

@@ -29,13 +29,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Self, TypedDict
-
-import msgspec
-import torch
+from typing import Any, NoReturn, Self
 
 from conf.exit_codes import EXIT_LOST, EXIT_USER_ERROR
 from data.files import read_json
+from launch.run.heartbeats import (
+    Beat,
+    Failure,
+    Heartbeat,
+    has_died,
+    lost_contact,
+    meeting_place,
+    missing_tasks,
+    names,
+)
 from launch.run.liveness import Liveness
 from model.processes import AgreedError, Layout
 
@@ -52,28 +59,6 @@ FAR = 60  # the same for a process of another host: NFS may show a file as it wa
 FAR_AT_FIRST = 35  # the same until they have met: there is no training to lose
 
 GO_ON = "the same command goes on from the last checkpoint"
-
-Beat = dict[str, Any]  # a heartbeat, as the file holds it
-
-
-class Heartbeat(TypedDict):
-    """What a heartbeat must hold where it is read."""
-
-    host: str
-    pid: Annotated[int, msgspec.Meta(gt=0, lt=2**31)]
-    phase: str
-    step: int
-    overdue: bool
-    progress_count: int
-    time: float
-
-
-class Failure(TypedDict):
-    """What ends a run, as failure.json holds it."""
-
-    by: int
-    code: int
-    line: str
 
 
 class Watchdog:
@@ -172,35 +157,51 @@ class Watchdog:
     # What a process says when it leaves
 
     def _leave(self, error: Exception) -> None:
-        """Lets an error of this process end it, or, where the cause is another process, ends it
-        with that one's code."""
-        self.left, mine, main = True, self.layout.rank, self.layout.main
+        """Ends this process for an error:
+
+        of a process alone, or agreed on by all    it is raised
+        a collective that failed                   the process that was lost is to blame
+        a user's mistake                           what all find wrong the main process says
+        anything else                              it is raised, and ends the others
+        """
+        self.left = True
         if self.layout.world == 1 or isinstance(error, AgreedError):
             raise error
         if lost_contact(error):
-            found = self._find_lost()
-            if found is None:  # all are there: no process is to blame
-                raise error
-            failure, speak = found, found["by"] == mine
-        elif isinstance(error, ValueError):
-            # what all find wrong the main process says
-            end = time.monotonic() + (0.0 if main else 1.0)
-            while time.monotonic() < end and not self._find_failure():
-                time.sleep(0.05)
-            failure = self._publish(EXIT_USER_ERROR, str(error))
-            if failure["by"] == mine and (main or os.environ.get("FLATGPT_TRACEBACK")):
-                raise error
-            speak = failure["by"] == mine
-        else:
-            self._publish(EXIT_LOST, f"{type(error).__name__}: {error}")
-            say(f"rank {mine}: {type(error).__name__}, which ends the run")
+            self._leave_for_another(error)
+        if isinstance(error, ValueError):
+            self._leave_for_a_mistake(error)
+        self._publish(EXIT_LOST, f"{type(error).__name__}: {error}")
+        say(f"rank {self.layout.rank}: {type(error).__name__}, which ends the run")
+        raise error
+
+    def _leave_for_another(self, error: Exception) -> NoReturn:
+        """Ends this process with the code of the one that was lost."""
+        failure = self._find_lost()
+        # All are there: no process is to blame.
+        if failure is None:
             raise error
-        if speak:
-            say(
-                f"rank {mine}: {failure['line']}"
-                if failure["code"] == EXIT_USER_ERROR
-                else failure["line"]
-            )
+        self._end_by(failure)
+
+    def _leave_for_a_mistake(self, error: Exception) -> NoReturn:
+        """Ends this process for a user's mistake, of which the first to find it speaks; the main
+        process, where all find it."""
+        main = self.layout.main
+        end = time.monotonic() + (0.0 if main else 1.0)
+        while time.monotonic() < end and not self._find_failure():
+            time.sleep(0.05)
+        failure = self._publish(EXIT_USER_ERROR, str(error))
+        is_first = failure["by"] == self.layout.rank
+        if is_first and (main or os.environ.get("FLATGPT_TRACEBACK")):
+            raise error
+        self._end_by(failure)
+
+    def _end_by(self, failure: dict[str, Any]) -> NoReturn:
+        """Ends this process with the code of a failure, which the process that failed tells."""
+        rank, line = self.layout.rank, failure.get("line", "")
+        if failure["by"] == rank:
+            is_mistake = failure["code"] == EXIT_USER_ERROR
+            say(f"rank {rank}: {line}" if is_mistake else line)
         raise SystemExit(failure["code"]) from None
 
     def _find_lost(self) -> dict[str, Any] | None:
@@ -420,71 +421,6 @@ class Watchdog:
             with contextlib.suppress(OSError, ValueError):
                 found[rank] = dict(read_json(self.place / f"rank_{rank}.json", Heartbeat))
         return found
-
-
-def meeting_place(folder: Path) -> Path | None:
-    """Returns where the tasks of a Slurm step show themselves until they have met: beside the run
-    folder, or what there is of its path.
-
-    Other processes than tasks were started by torchrun or a sweep on this machine, which notice by
-    themselves that one died."""
-    if "RANK" in os.environ or "SLURM_JOB_ID" not in os.environ:
-        return None
-    parent = next(parent for parent in folder.absolute().parents if parent.is_dir())
-    start = "-".join(
-        os.environ.get(name, "0")
-        for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
-    )
-    return parent / f".{folder.name}.meeting_{start}"
-
-
-def missing_tasks(layout: Layout) -> list[int]:
-    """Returns the ranks of a Slurm step on one host that have no process there; none where that
-    cannot be told."""
-    nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", ""))
-    if "," in nodes or "[" in nodes:
-        return []
-    step = tuple(os.environ.get(name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    ranks = {}  # by process
-    for file in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):  # another user's, or it has ended meanwhile
-            variables = dict(
-                entry.partition("=")[::2]
-                for entry in file.read_bytes().decode(errors="replace").split("\0")
-            )
-            if tuple(variables.get(name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")) == step:
-                ranks[file.parent.name] = variables.get("SLURM_PROCID")
-    # In a container of its own a task does not see the others, nor itself under the number that
-    # Slurm knows.
-    own = ranks.get(os.environ.get("SLURM_TASK_PID", str(os.getpid())))
-    if own != str(layout.rank):
-        return []
-    return [rank for rank in range(layout.world) if str(rank) not in ranks.values()]
-
-
-def lost_contact(error: Exception) -> bool:
-    """Whether a collective failed, as it does where another process is gone. gloo's errors have no
-    type of their own."""
-    return isinstance(error, torch.distributed.DistError) or "gloo/" in str(error)
-
-
-def has_died(seen: Beat) -> bool:
-    """Whether a process of this host is no more."""
-    if seen["host"] == socket.gethostname():
-        try:
-            os.kill(seen["pid"], 0)
-        except (ProcessLookupError, PermissionError):  # its number may be another user's by now
-            return True
-    return False
-
-
-def names(beats: dict[int, Beat], ranks: list[int]) -> str:
-    """Ranks with what they were last seen doing."""
-    known = {
-        rank: "{host}, process {pid}, {phase} at step {step}".format(**seen)
-        for rank, seen in beats.items()
-    }
-    return " and ".join(f"rank {rank} ({known.get(rank, 'never seen')})" for rank in ranks)
 
 
 def say(line: str) -> None:
