@@ -145,15 +145,21 @@ def main(arguments: list[str]) -> None:
         )
         assert row is not None
         print(f"{trained.path}, {length} tokens per sequence, {str(dtype).removeprefix('torch.')}")
-        for name, validation in sets.items():
-            prefix = "val/" if name == next(iter(sets)) else f"val/{name}/"
-            loss, perplexity, bits = (
-                row[prefix + part] for part in ("loss", "perplexity", "bits_per_byte")
-            )
-            print(
-                f"{name}: loss {loss:.4f}, perplexity {perplexity:.2f}, {bits:.4f} bits per byte"
-                f" over {validation.num_tokens:,} tokens"
-            )
+        for line in described(row, sets):
+            print(line)
+
+
+def described(row: dict[str, float], sets: dict[str, Validation]) -> Iterator[str]:
+    """Yields what was found on each validation set, in a line."""
+    for name, validation in sets.items():
+        prefix = "val/" if name == next(iter(sets)) else f"val/{name}/"
+        loss = row[prefix + "loss"]
+        perplexity = row[prefix + "perplexity"]
+        bits = row[prefix + "bits_per_byte"]
+        yield (
+            f"{name}: loss {loss:.4f}, perplexity {perplexity:.2f}, {bits:.4f} bits per byte"
+            f" over {validation.num_tokens:,} tokens"
+        )
 
 
 if __name__ == "__main__":

@@ -45,37 +45,44 @@ def processes(
             f" --nproc-per-node {replicas} or by srun"
         )
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.rendezvous import rendezvous
 
     liveness.report_phase("meeting the other processes")
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-        # Slurm may show each task no device but its own
+        # Slurm may show each task no device but its own.
         torch.cuda.set_device(local % torch.cuda.device_count())
-    rank, world = layout.rank, layout.world
-    store: torch.distributed.Store = torch.distributed.HashStore()
-    if world > 1 or "MASTER_ADDR" in os.environ:
-        for name, value in meeting_point(os.environ).items():
-            os.environ.setdefault(name, value)
-        store, _, _ = next(rendezvous("env://", rank, world, timeout=PATIENCE))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            store = of_this_start(store, rank, world)
     torch.distributed.init_process_group(
-        BACKENDS[device.type], store=store, rank=rank, world_size=world, timeout=PATIENCE
+        BACKENDS[device.type],
+        store=met(layout.rank, layout.world),
+        rank=layout.rank,
+        world_size=layout.world,
+        timeout=PATIENCE,
     )
     try:
         mesh = init_device_mesh(
             device.type, (replicas, layout.world // replicas), mesh_dim_names=("replica", "shard")
         )
-        layout.mesh, layout.replicas = (
-            mesh["shard"],
-            mesh["replica"].get_group() if replicas > 1 else None,
-        )
+        layout.mesh = mesh["shard"]
+        layout.replicas = mesh["replica"].get_group() if replicas > 1 else None
         layout.saving = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         layout.sync = parallel.sync
         yield
     finally:
         torch.distributed.destroy_process_group()
+
+
+def met(rank: int, world: int) -> torch.distributed.Store:
+    """Returns the store by which the processes of a run have met."""
+    from torch.distributed.rendezvous import rendezvous
+
+    if world == 1 and "MASTER_ADDR" not in os.environ:
+        return torch.distributed.HashStore()
+    for name, value in meeting_point(os.environ).items():
+        os.environ.setdefault(name, value)
+    store, _, _ = next(rendezvous("env://", rank, world, timeout=PATIENCE))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return of_this_start(store, rank, world)
+    return store
 
 
 def of_this_start(store: torch.distributed.Store, rank: int, world: int) -> torch.distributed.Store:
