@@ -143,6 +143,22 @@ class Wandb:
                 _teardown()
 
     def _start(self) -> Any:
+        """Returns W&B's run, with the axes of its charts and the code of the run."""
+        dir, wandb_id = Path(self._arguments["dir"]), self._arguments["id"]
+        records = (path for path in records_of(dir) if id_of(path) == wandb_id)
+        recorded = max((last_step(path) for path in records), default=-1)
+        run = self._begin(dir)
+        self._last = recorded if self._mode == "offline" else run.starting_step - 1
+        for name in AXES:
+            run.define_metric(name)
+        run.define_metric("*", step_metric="step")
+        for path in sorted((dir / "code").rglob("*")):
+            if path.is_file():
+                run.save(path, base_path=dir, policy="now", glob=False)
+        return run
+
+    def _begin(self, dir: Path) -> Any:
+        """Returns W&B's run, recorded offline where the network fails and that is allowed."""
         import wandb
 
         wandb_settings()
@@ -153,36 +169,28 @@ class Wandb:
             # W&B's service dies at once of the SIGTERM that Slurm sends to every process of a job,
             # and takes with it what it has not yet written: by default the last 15 seconds.
             x_transaction_log_flush_interval=1.0,
-            console="off",  # it would catch each redraw of the live line
+            # It would catch each redraw of the live line.
+            console="off",
             silent=True,
-        )
-        dir, wandb_id = Path(self._arguments["dir"]), self._arguments["id"]
-        recorded = max(
-            (last_step(path) for path in records_of(dir) if id_of(path) == wandb_id), default=-1
         )
         try:
             run = wandb.init(mode=self._mode, settings=settings, **self._arguments)  # type: ignore[arg-type]
             if self._mode == "online":
                 self._notice(f"W&B: {run.url}")
+            return run
         except Exception as error:
             if self._mode != "online" or not self._fall_back:
                 raise
             self._mode = "offline"
+            folder = shlex.quote(str(dir))
             self._notice(
                 f"W&B: recording offline, {_first_line(error)}; `wandb sync"
-                f" {dir}/wandb/offline-run-*` uploads it"
+                f" {folder}/wandb/offline-run-*` uploads it"
             )
-            _teardown()  # the failed run would still hold the id
+            # The failed run would still hold the id.
+            _teardown()
             wandb_settings()
-            run = wandb.init(mode="offline", settings=settings, **self._arguments)
-        self._last = recorded if self._mode == "offline" else run.starting_step - 1
-        for name in AXES:
-            run.define_metric(name)
-        run.define_metric("*", step_metric="step")
-        for path in sorted((dir / "code").rglob("*")):
-            if path.is_file():
-                run.save(path, base_path=dir, policy="now", glob=False)
-        return run
+            return wandb.init(mode="offline", settings=settings, **self._arguments)
 
     def _log(self, run: Any, row: dict[str, Any]) -> None:
         """Sends a row that W&B does not have."""
