@@ -369,7 +369,8 @@ def test_speeds_are_those_of_all_processes(tmp_path, overrides, kind):
     name, world = kind.split()
     program = tmp_path / "with_a_peak.py"
     program.write_text(
-        "import launch.state\nimport train\nfrom launch import config\nif __name__ == '__main__':\n"
+        "import launch.track.meter\nimport train\nfrom launch import config\n"
+        "if __name__ == '__main__':\n"
         "    launch.track.meter.peak_flops = lambda device: 1e12\n    config.main(train.main)\n"
     )
     keys = [
