@@ -96,8 +96,7 @@ def test_what_is_typed_in_a_shell_of_several_tasks_is_one_process():
         ("os.environ['SLURM_TASK_PID'] = str(os.getpid())", slave, (0, 4)),
     ):
         command = (
-            f"import os\n{script}\nfrom launch.process import"
-            " rank_and_world\nprint(rank_and_world())"
+            f"import os\n{script}\nfrom conf.ranks import rank_and_world\nprint(rank_and_world())"
         )
         done = subprocess.run(
             [sys.executable, "-c", command],
