@@ -13,6 +13,7 @@ import train as training
 from conf.cli import user_errors
 from conf.output import Harmless, end_quietly, harmless_output
 from launch import config
+from launch.track import messages
 from tests.runs import ROOT
 
 
@@ -78,7 +79,7 @@ def test_the_summary_is_there_before_anything_is_shown(tiny, tmp_path, monkeypat
         assert (tmp_path / "run/summary.json").exists()
         raise OSError("no room for a sample")
 
-    monkeypatch.setattr(training, "generate", sample)
+    monkeypatch.setattr(messages, "generate", sample)
     with pytest.raises(OSError, match="no room for a sample"):
         training.main(
             config.compose(

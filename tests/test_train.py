@@ -16,7 +16,9 @@ import launch.evaluate
 import model.sample
 import train as training
 from conf.exit_codes import EXIT_PREEMPTED
+from data import Validation
 from launch import config
+from launch.checkpoint import resume
 from model import load
 from model.checkpoint import checkpoints, open_checkpoint
 from optim import Gradient
@@ -164,7 +166,7 @@ def test_rows_after_the_checkpoint_are_cut(start, stopped, reference):
 
 def interrupt_evaluation(monkeypatch, at: int) -> None:
     """A signal comes with the third batch of the evaluation at that step."""
-    original, batches, now = training.Run.evaluate_if_due, training.Validation.batches, []
+    original, batches, now = training.Run.evaluate_if_due, Validation.batches, []
 
     def evaluate_if_due(self):
         now[:] = [self.progress.step]
@@ -177,7 +179,7 @@ def interrupt_evaluation(monkeypatch, at: int) -> None:
             yield batch
 
     monkeypatch.setattr(training.Run, "evaluate_if_due", evaluate_if_due)
-    monkeypatch.setattr(training.Validation, "batches", interrupted)
+    monkeypatch.setattr(Validation, "batches", interrupted)
 
 
 @pytest.mark.parametrize("at", [0, 12, STEPS])
@@ -383,7 +385,7 @@ def test_branch_with_the_same_settings_is_the_parent(branch, run, reference, mon
         after_step(patch, 15, terminate)
         assert branch("init.optimizer=true") == EXIT_PREEMPTED
     assert f"branched from {step_folder(reference, 10)}\n" in capsys.readouterr().out
-    monkeypatch.delattr(training, "branch")  # from here on it stands on its own
+    monkeypatch.delattr(resume, "branch")  # from here on it stands on its own
     assert branch("init.optimizer=true") == 0
     assert_same_tensors(tensors(run), tensors(reference))
     first, *others = rows(run)
