@@ -37,18 +37,20 @@ def is_read(config: Config, name: str) -> bool:
 
 def meaning(entry: Field) -> str:
     """The meaning of a key with its choices and when it is read."""
-    rules = entry.metadata
-    text = rules["meaning"]
-    if "choices" in rules:
-        text += f" [{' | '.join(rules['choices'])}]"
-    if "read_when" in rules:
-        other, values = rules["read_when"]
-        idle = [
-            choice for choice in KEYS[other].metadata.get("choices", ()) if choice not in values
-        ]
-        shown = [
-            f"{other}={'null' if value is None else value}"
-            for value in (idle if 0 < len(idle) < len(values) else values)
-        ]
-        text += f" ({'unless' if 0 < len(idle) < len(values) else 'with'} {' or '.join(shown)})"
-    return text
+    text = entry.metadata["meaning"]
+    if "choices" in entry.metadata:
+        text += f" [{' | '.join(entry.metadata['choices'])}]"
+    condition = when_read(entry)
+    return f"{text} ({condition})" if condition else text
+
+
+def when_read(entry: Field) -> str:
+    """When a key is read, as "with KEY=VALUE" or "unless KEY=VALUE"; empty for always."""
+    if "read_when" not in entry.metadata:
+        return ""
+    other, values = entry.metadata["read_when"]
+    choices = KEYS[other].metadata.get("choices", ())
+    idle = [choice for choice in choices if choice not in values]
+    word, listed = ("unless", idle) if 0 < len(idle) < len(values) else ("with", values)
+    shown = [f"{other}={'null' if value is None else value}" for value in listed]
+    return f"{word} {' or '.join(shown)}"
