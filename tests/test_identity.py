@@ -31,7 +31,7 @@ def where_read(name: str) -> Config:
     config, needs = Config(), []
     while "read_when" in KEYS[name].metadata:
         name, values = KEYS[name].metadata["read_when"]
-        needs.append((name, values[0]))
+        needs.append((name, next(iter(values))))
     for other, value in reversed(needs):
         put(config, other, value)
     return config
