@@ -2,8 +2,8 @@
 optimisers."""
 
 from data.baselines import training_sample, unigram_bigram
-from data.cache import prepare
 from data.loader import Loader, Prefetcher, Validation
+from data.prepared import prepare
 from data.shards import Corpus, Tokens
 from data.tokenizer import Tokenizer
 

@@ -96,8 +96,8 @@ class HubPiece:
 
 
 class HubCorpus:
-    """The text that a DataConfig of source "hub" names, for `data.cache` to make shards of, as of a
-    TextCorpus.
+    """The text that a DataConfig of source "hub" names, for `data.prepared` to make shards of, as
+    of a TextCorpus.
 
     The network is asked only when text is wanted. Raises ValueError for a dataset, configuration,
     split or field that there is not, for text that cannot be reached, and for rows that hold

@@ -13,9 +13,9 @@ import pytest
 import train
 from conf.text import DataConfig, SourceConfig, TokenizerConfig
 from data import corpora, prepare
-from data.cache import check
 from data.corpora import TextCorpus, is_held_out
 from data.overlap import print_note
+from data.prepared import check
 from data.tokenizer import train_bpe
 from launch.config import compose
 

@@ -16,7 +16,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from conf.text import DataConfig, TokenizerConfig
-from data import Validation, cache, corpora, prepare
+from data import Validation, corpora, prepare, prepared
 from data.hf_tokenizer import HFTokenizer, find_folder, read_tokenizer, vocabulary
 from data.tokenizer import Tokenizer
 from launch.config import compose
@@ -449,7 +449,9 @@ def test_long_document_is_cut_without_a_space(folders, tmp_path, texts, monkeypa
             for tokens in (corpus.train["text"], corpus.validation["validation"])
         ]
         assert "".join(corpus.tokenizer.decode(ids[1:-1]) for ids in stream) == whole
-        assert cache.is_complete(corpus.folder) and corpus.meta["parts"]["train/text"]["shards"] > 2
+        assert (
+            prepared.is_complete(corpus.folder) and corpus.meta["parts"]["train/text"]["shards"] > 2
+        )
 
 
 def test_what_begins_a_document_is_no_target(folders, tmp_path, texts):

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from conf.text import DataConfig
-from data import cache, hub, prepare
+from data import hub, prepare, prepared
 from data.corpora import is_held_out
 from data.hub import HubCorpus
 from data.tokenizer import bytes_tokenizer
@@ -35,7 +35,7 @@ from tests.test_shards import BYTES, ROOT, alive, contents, descendants, finish,
 PREPARE = """
 import sys
 from conf.text import DataConfig, TokenizerConfig
-from data import cache, hub, prepare
+from data import hub, prepare
 
 path, cache, name, workers = sys.argv[1:]
 hub.PIECE_BYTES, hub.BATCH = 40_000, 16
@@ -471,7 +471,7 @@ def test_what_is_about_a_dataset_is_no_part_of_it(tmp_path, monkeypatch):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("after, and longer")
     with monkeypatch.context() as patched:
-        patched.setattr(cache, "fill", None)
+        patched.setattr(prepared, "fill", None)
         assert (
             prepare(hub_config(folder, tmp_path / "cache", validation={"v": "train"}), BYTES).folder
             == first.folder

@@ -14,10 +14,10 @@ import pytest
 from filelock import SoftFileLease
 
 from conf.text import DataConfig, TokenizerConfig
-from data import Tokenizer, cache, corpora, prepare, shards
-from data.cache import check
+from data import Tokenizer, corpora, prepare, prepared, shards
 from data.corpora import TextCorpus
 from data.overlap import print_note
+from data.prepared import check
 from data.shards import HEADER, Shard, Tokens, key, write_shard
 from data.tokenizer import RankedTokenizer, bytes_tokenizer
 from tests.test_corpora import SHAKESPEARE, TEXTS, text_config, write_rows
@@ -285,7 +285,7 @@ def test_what_is_prepared_is_the_text(config):
 
 def test_preparing_again_reads_the_cache(config, monkeypatch):
     first = prepare(config, BYTES)
-    monkeypatch.setattr(cache, "fill", None)
+    monkeypatch.setattr(prepared, "fill", None)
     monkeypatch.setattr(Shard, "verify", None)
     again = prepare(config, BYTES)
     assert (again.fingerprint, again.folder) == (first.fingerprint, first.folder)
@@ -510,8 +510,8 @@ def test_text_that_was_moved_is_the_same_corpus(config, tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     config.path = str(tmp_path / "there" / "rows.jsonl")
     Path(config.path).write_bytes((tmp_path / "rows.jsonl").read_bytes())  # of another time
-    monkeypatch.setattr(cache, "fill", None)
-    monkeypatch.setattr(cache, "train_apart", None)
+    monkeypatch.setattr(prepared, "fill", None)
+    monkeypatch.setattr(prepared, "train_apart", None)
     again = prepare(config, TokenizerConfig(name="bpe", vocab_size=280))
     assert (again.folder, again.fingerprint) == (first.folder, first.fingerprint)
 
@@ -562,7 +562,7 @@ def test_what_was_prepared_under_the_times_of_files_is_found(config, monkeypatch
     old = first.folder.rename(
         first.folder.parent / f"{key(text.identity)}-{first.tokenizer.hash[:16]}"
     )
-    monkeypatch.setattr(cache, "fill", None)
+    monkeypatch.setattr(prepared, "fill", None)
     assert (prepare(config, BYTES).folder, prepare(config, BYTES).fingerprint) == (
         old,
         first.fingerprint,
@@ -654,7 +654,7 @@ def test_a_file_system_without_locks_is_prepared_in(config, tmp_path, monkeypatc
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(cache.fcntl, "lockf", refuse)
+    monkeypatch.setattr(prepared.fcntl, "lockf", refuse)
     corpus = prepare(config, TokenizerConfig(name="bpe", vocab_size=280))
     assert len(corpus.train["text"]) and "waiting" not in capsys.readouterr().err
     assert not [*tmp_path.rglob("*.lease")]
@@ -685,9 +685,9 @@ def test_a_cache_that_is_read_only_is_used(config, tmp_path, monkeypatch):
     def refuse(path: Path, *_: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
-    for module in (cache, shards):
+    for module in (prepared, shards):
         monkeypatch.setattr(module, "write_atomically", refuse)
-    monkeypatch.setattr(cache, "locked", refuse)
+    monkeypatch.setattr(prepared, "locked", refuse)
     config.verify_days = 0
     copy = tmp_path / "copy" / "rows.jsonl"
     copy.parent.mkdir()
@@ -705,7 +705,7 @@ def test_training_a_tokenizer_is_told_and_ends_at_ctrl_c(tmp_path):
     path = tmp_path / "letters.txt"
     path.write_text("".join(map(chr, generator.integers(97, 123, 8_000_000))))
     script = (
-        "import data.prepare as tool, sys; from data import cache; cache.SIGN_OF_LIFE = 0.5;"
+        "import data.prepare as tool, sys; from data import prepared; prepared.SIGN_OF_LIFE = 0.5;"
         " tool.main(sys.argv[1:])"
     )
     overrides = [

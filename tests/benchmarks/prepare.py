@@ -31,9 +31,9 @@ import pyarrow.parquet as pq
 
 from conf.text import DataConfig
 from data import prepare
-from data.cache import num_cores
 from data.corpora import TextCorpus
 from data.overlap import overlap
+from data.prepared import num_cores
 from data.tokenizer import RankedTokenizer, gpt2_tokenizer, head, train_bpe
 
 
