@@ -21,7 +21,7 @@ from conf.exit_codes import EXIT_DIVERGED, EXIT_PREEMPTED
 from conf.output import harmless_output
 from conf.schema import Config
 from data import Prefetcher
-from data.prepared import check as check_data
+from data.checks import check_data
 from launch import config
 from launch.checkpoint.checkpoints import Checkpoints
 from launch.checkpoint.resume import Trained, confirm_finished, resume_or_start

@@ -1,5 +1,5 @@
-"""Text to batches: corpora, tokenizers, token shards and the loader. Knows nothing of models or
-optimisers."""
+"""From text to batches: corpora, tokenizers, token shards and the loader. Nothing here knows of
+models or optimisers."""
 
 from data.baselines import training_sample, unigram_bigram
 from data.loader import Loader, Prefetcher, Validation

@@ -1,4 +1,4 @@
-"""What counting reaches: the losses of a unigram and a bigram model, for a trained model to be held
+"""The losses that counting reaches, of a unigram and a bigram model, for a trained model to be held
 against."""
 
 from collections.abc import Mapping
@@ -8,27 +8,33 @@ import numpy as np
 from data.loader import IGNORED, Validation
 from data.shards import Tokens
 
-NUM_TOKENS = 10_000_000  # training tokens counted: enough for a bigram, and a second's work
+# Training tokens counted: enough for a bigram, and a second's work.
+NUM_TOKENS = 10_000_000
 
 
 def training_sample(
     sources: Mapping[str, Tokens], weights: Mapping[str, float] | None, num_tokens: int = NUM_TOKENS
 ) -> np.ndarray:
-    """About num_tokens training tokens (int64): from the start of each source, in the sources'
-    shares."""
+    """Returns about num_tokens training tokens (int64), from the start of each source.
+
+    Args:
+        sources: the tokens of each training source
+        weights: relative shares of the sources; None where there is one
+        num_tokens: tokens in all
+    """
     total = sum(weights.values()) if weights else len(sources)
-    parts = [
-        tokens.read(0, int(num_tokens * (weights[name] if weights else 1) / total))
-        for name, tokens in sources.items()
-    ]
+    parts = []
+    for name, tokens in sources.items():
+        weight = weights[name] if weights else 1
+        parts.append(tokens.read(0, int(num_tokens * weight / total)))
     return np.concatenate(parts)
 
 
 def unigram_bigram(
     train_tokens: np.ndarray, validation: Validation, vocab_size: int
 ) -> tuple[float, float]:
-    """Mean loss (nats per token) of an add-one unigram and of a Witten-Bell bigram on the windows
-    of a validation set.
+    """Returns the mean loss (nats per token) of an add-one unigram and of a Witten-Bell bigram on
+    the windows of a validation set.
 
     With N training tokens, c(w) and c(h, w) the counts of tokens and of pairs, c(h) = sum_w c(h,
     w), t(h) the number of different tokens seen after h, and V the size of the vocabulary:
@@ -37,32 +43,41 @@ def unigram_bigram(
         p2(w | h) = (c(h, w) + t(h) p1(w)) / (c(h) + t(h)),  and p1(w) after an h that was never
         seen
 
-    Counted on the first NUM_TOKENS of train_tokens; both see exactly the (input, target) pairs that
-    the model sees. Source: Witten and Bell 1991, method C, as interpolation (Chen and Goodman
-    1998)."""
+    Both see exactly the (input, target) pairs that the model sees. Source: Witten and Bell 1991,
+    method C, as interpolation (Chen and Goodman 1998).
+
+    Args:
+        train_tokens: training tokens, of which the first NUM_TOKENS are counted
+        validation: the windows
+        vocab_size: V
+    """
     tokens = train_tokens[:NUM_TOKENS].astype(np.int64)
-    inputs, targets = (
-        np.concatenate(parts) for parts in zip(*counted_pairs(validation), strict=True)
-    )
+    batches = counted_pairs(validation)
+    inputs = np.concatenate([inputs for inputs, _ in batches])
+    targets = np.concatenate([targets for _, targets in batches])
     unigram = (np.bincount(tokens, minlength=vocab_size) + 1) / (len(tokens) + vocab_size)
 
     pairs, pair_counts = np.unique(tokens[:-1] * vocab_size + tokens[1:], return_counts=True)
     heads = pairs // vocab_size
-    followers = np.bincount(heads, minlength=vocab_size)  # t(h)
-    followed = np.bincount(heads, weights=pair_counts, minlength=vocab_size)  # c(h)
+    # t(h), and c(h) of the pairs.
+    followers = np.bincount(heads, minlength=vocab_size)
+    followed = np.bincount(heads, weights=pair_counts, minlength=vocab_size)
 
     wanted = inputs * vocab_size + targets
     found = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
     count = np.where(pairs[found] == wanted, pair_counts[found], 0)
-    backoff, seen = unigram[targets], followed[inputs] > 0
+    backoff = unigram[targets]
+    seen = followed[inputs] > 0
+    # An h that was never seen would divide by zero; p1 stands for it below.
     denominator = np.where(seen, followed[inputs] + followers[inputs], 1.0)
     bigram = np.where(seen, (count + followers[inputs] * backoff) / denominator, backoff)
     return -float(np.log(backoff).mean()), -float(np.log(bigram).mean())
 
 
 def counted_pairs(validation: Validation) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(inputs, targets) of each batch, without the targets that are not counted."""
-    batches = ((inputs.numpy(), targets.numpy()) for inputs, targets in validation.batches(256))
-    return [
-        (inputs[targets != IGNORED], targets[targets != IGNORED]) for inputs, targets in batches
-    ]
+    """Returns (inputs, targets) of each batch, without the targets that are not counted."""
+    pairs = []
+    for inputs, targets in validation.batches(256):
+        counted = targets != IGNORED
+        pairs.append((inputs[counted].numpy(), targets[counted].numpy()))
+    return pairs

@@ -19,11 +19,12 @@ import msgspec
 import yaml  # type: ignore[import-untyped]
 
 T = TypeVar("T")
-LARGEST = 64 * 2**20  # bytes of a file that is read whole
-DEEPEST = 100  # brackets within brackets
-POINTER = (  # how the pointer to a large file of Git begins
-    b"version https://git-lfs.github.com/spec/"
-)
+# Bytes of a file that is read whole.
+LARGEST = 64 * 2**20
+# Brackets within brackets.
+DEEPEST = 100
+# How the pointer to a large file of Git begins.
+POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class DamagedFile(ValueError):
@@ -65,9 +66,10 @@ def parse_yaml(text: str | bytes) -> Any:
     deep nesting, and for a tag whose value is none."""
     depth = 0
     for event in yaml.parse(text, yaml.CSafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
-            event, yaml.CollectionEndEvent
-        )
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
         if isinstance(event, yaml.AliasEvent):
             raise ValueError(f"it has an alias, *{event.anchor}")
         if depth > DEEPEST:
@@ -105,7 +107,8 @@ def open_regular(path: str | Path) -> io.BufferedReader:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise DamagedFile(f"{path} is no regular file; remove it")
-    file = open(descriptor, "rb")  # noqa: SIM115 - the caller closes it
+    # The caller closes it.
+    file = open(descriptor, "rb")  # noqa: SIM115
     if file.peek(len(POINTER)).startswith(POINTER):
         file.close()
         raise NotDownloaded(
@@ -118,7 +121,7 @@ def open_regular(path: str | Path) -> io.BufferedReader:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces a file such that a crash at any moment leaves the old or the new one, whole; what a
     full disk refuses leaves nothing behind."""
-    # of this process: a dying one may still be at work
+    # The name is of this process, since a dying one may still be at work.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -126,6 +129,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        # The new name is on the disk only when its folder is.
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -162,7 +166,8 @@ def is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # another user's
+    except PermissionError:
+        # It is another user's.
         pass
     return True
 
@@ -204,6 +209,6 @@ def _parse(content: str | bytes, parse: Callable[..., Any], kind: type[T], sourc
     except RecursionError:
         raise DamagedFile(f"{source} is damaged (it is nested deeper than a parser goes)") from None
     except (ValueError, yaml.YAMLError) as error:
-        # UnicodeDecodeError and JSONDecodeError among them
+        # UnicodeDecodeError and JSONDecodeError are kinds of ValueError.
         raise DamagedFile(f"{source} is damaged ({' '.join(str(error).split())})") from None
     return check(plain, kind, source)

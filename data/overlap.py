@@ -13,14 +13,17 @@ import numpy as np
 from data.shards import Tokens
 from data.tokenizer import Tokenizer
 
-WINDOW_BYTES = (
-    256  # of text, about, in a stretch: boilerplate as a licence's first lines is shorter
-)
-NUM_WINDOWS = 1024  # looked for, of each validation set
-NOTICED = 0.05  # share of them that is worth a warning
-LOOKED_AT = 2**20  # tokens of a validation set by which the lengths of its documents are known
-BLOCK = 2**15  # tokens that are hashed together: few enough to stay in a core's cache
-# odd
+# About the bytes of text in a stretch: boilerplate as a licence's first lines is shorter.
+WINDOW_BYTES = 256
+# Stretches of each validation set that are looked for.
+NUM_WINDOWS = 1024
+# The share of them that is worth a warning.
+NOTICED = 0.05
+# Tokens of a validation set by which the lengths of its documents are known.
+LOOKED_AT = 2**20
+# Tokens that are hashed together: few enough to stay in a core's cache.
+BLOCK = 2**15
+# Odd numbers, so that multiplying by them modulo 2^64 can be undone.
 FACTORS = [
     0x9E3779B97F4A7C15,
     0xBF58476D1CE4E5B9,
@@ -35,6 +38,7 @@ FACTORS = [
 
 @cache
 def print_note(line: str) -> None:
+    """Prints a note on stderr; the cache makes that once in a process."""
     print(f"note: {line}", file=sys.stderr)
 
 
@@ -87,12 +91,10 @@ def overlap(train: list[Tokens], validation: Tokens, eot: int) -> tuple[float, n
             if near.size:
                 seen = np.union1d(seen, near[np.isin(near, wanted)])
     hits = np.isin(wanted, seen)
-    example = (
-        validation.read(starts[hits.argmax()], starts[hits.argmax()] + length)
-        if hits.any()
-        else np.zeros(0)
-    )
-    return float(hits.mean()), example
+    if not hits.any():
+        return 0.0, np.zeros(0)
+    first = starts[hits.argmax()]
+    return float(hits.mean()), validation.read(first, first + length)
 
 
 def stretches(validation: Tokens, eot: int) -> tuple[np.ndarray, int]:
@@ -106,19 +108,14 @@ def stretches(validation: Tokens, eot: int) -> tuple[np.ndarray, int]:
     if len(lengths) and np.median(lengths) < 2**doublings:
         doublings = int(max(4, np.floor(np.log2(max(1, np.median(lengths))))))
         starts = ends[:-1][lengths >= 2**doublings] + 1
-        return (
-            starts[
-                np.unique(np.linspace(0, max(0, len(starts) - 1), NUM_WINDOWS).astype(np.int64))[
-                    : len(starts)
-                ]
-            ],
-            doublings,
-        )
-    last = len(validation) - 2**doublings
-    return (
-        np.unique(np.linspace(0, max(0, last), NUM_WINDOWS).astype(np.int64))[: max(0, last + 1)],
-        doublings,
-    )
+        return starts[spread(len(starts))], doublings
+    return spread(len(validation) - 2**doublings + 1), doublings
+
+
+def spread(number: int) -> np.ndarray:
+    """Returns at most NUM_WINDOWS of the indices below a number, evenly spread."""
+    indices = np.linspace(0, max(0, number - 1), NUM_WINDOWS).astype(np.int64)
+    return np.unique(indices)[: max(0, number)]
 
 
 def window_doublings(tokens: Tokens) -> int:
@@ -134,11 +131,9 @@ def window_hashes(tokens: np.ndarray, doublings: int) -> np.ndarray:
     hashes = (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(FACTORS[-1])
     for step in range(doublings):
         size = 2**step
-        hashes = (
-            hashes[:-size] * np.uint64(FACTORS[step]) + hashes[size:]
-            if len(hashes) > size
-            else hashes[:0]
-        )
+        if len(hashes) <= size:
+            return hashes[:0]
+        hashes = hashes[:-size] * np.uint64(FACTORS[step]) + hashes[size:]
         # Products carry upwards only: bits are brought down again.
         hashes ^= hashes >> np.uint64(29)
     return hashes

@@ -5,7 +5,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from data import prepare
+from data import Corpus, prepare
 
 
 @dataclass
@@ -36,24 +36,28 @@ def main(overrides: list[str]) -> None:
                 file=sys.stderr,
             )
             sys.exit(130)
-        seconds = time.perf_counter() - start
-        parts = corpus.meta["parts"]
-        for part, entry in parts.items():
-            ratio = entry["bytes"] / entry["tokens"]
-            print(
-                f"{part}: {entry['tokens']:,} tokens, {entry['documents']:,} documents, {ratio:.3f}"
-                f" bytes per token, {entry['shards']} shards"
-            )
-        for part, number in corpus.meta.get("skipped", {}).items():
-            print(
-                f"{part}: {number:,} rows that could not be read were skipped, the first:"
-                f" {corpus.meta.get('first_skipped')}"
-            )
-        megabytes = sum(entry["bytes"] for entry in parts.values()) / 1e6
+        print_corpus(corpus, time.perf_counter() - start)
+
+
+def print_corpus(corpus: Corpus, seconds: float) -> None:
+    """Prints what a corpus came to, and how fast."""
+    parts = corpus.meta["parts"]
+    for part, entry in parts.items():
+        ratio = entry["bytes"] / entry["tokens"]
         print(
-            f"{megabytes:.1f} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s); vocabulary"
-            f" {corpus.tokenizer.vocab_size}; {corpus.folder}"
+            f"{part}: {entry['tokens']:,} tokens, {entry['documents']:,} documents, {ratio:.3f}"
+            f" bytes per token, {entry['shards']} shards"
         )
+    for part, number in corpus.meta.get("skipped", {}).items():
+        print(
+            f"{part}: {number:,} rows that could not be read were skipped, the first:"
+            f" {corpus.meta.get('first_skipped')}"
+        )
+    megabytes = sum(entry["bytes"] for entry in parts.values()) / 1e6
+    print(
+        f"{megabytes:.1f} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s); vocabulary"
+        f" {corpus.tokenizer.vocab_size}; {corpus.folder}"
+    )
 
 
 if __name__ == "__main__":

@@ -24,45 +24,53 @@ from data.files import open_regular, read_json, write_atomically
 from data.tokenizer import Tokenizer
 
 MAGIC = b"FLATGPT\0"
-# of the shards' bytes and of how text is read; part of the cache key, so that another version is
-# rebuilt
+# Of the shards' bytes and of how text is read. It is part of the cache key, so that another version
+# is rebuilt.
 VERSION = 1
-HEADER = struct.Struct("<8s2I4Q32s32s16x")  # the fields of Header, then the checksum
+# The fields of Header, then the checksum.
+HEADER = struct.Struct("<8s2I4Q32s32s16x")
 assert HEADER.size == 128
 REBUILT = "delete it, it is rebuilt at the next start"
 
 
 class Header(NamedTuple):
-    """What a shard says of itself before its tokens."""
+    """The fields of a shard before its tokens.
+
+    `token_bytes` is 2 or 4, `num_documents` counts those that begin in the shard, `num_bytes` is of
+    text, and `tokenizer` is the hash of the tokenizer."""
 
     magic: bytes
     version: int
-    token_bytes: int  # 2 or 4
+    token_bytes: int
     num_tokens: int
-    num_documents: int  # that begin in this shard
-    num_bytes: int  # of text
+    num_documents: int
+    num_bytes: int
     max_token: int
-    tokenizer: bytes  # its hash
+    tokenizer: bytes
 
     def digest(self) -> "hashlib._Hash":
-        """The checksum's beginning: sha256 is over the header's fields, then the tokens, then the
-        documents."""
+        """Returns the beginning of the checksum, a sha256 over the header's fields, then the
+        tokens, then the documents."""
         return hashlib.sha256(HEADER.pack(*self, b""))
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard that can be read; tokens are memory-mapped and cost nothing until they are."""
+    """A shard that can be read; tokens are memory-mapped and cost nothing until they are.
+
+    `offset` is the byte of the file where the tokens begin, and `remedy` says what to do should it
+    be damaged."""
 
     path: Path
     header: Header
     checksum: bytes
-    offset: int = HEADER.size  # byte of the file where the tokens begin
-    remedy: str = REBUILT  # what to do should it be damaged
+    offset: int = HEADER.size
+    remedy: str = REBUILT
 
     @cached_property
     def tokens(self) -> np.ndarray:
-        """(num_tokens,) unsigned."""
+        """Returns the tokens, (num_tokens,) unsigned."""
+        # No memory can be mapped to nothing.
         if self.header.num_tokens == 0:
             return np.zeros(0, dtype=np.uint16)
         return np.memmap(
@@ -71,32 +79,41 @@ class Shard:
 
     @property
     def documents(self) -> np.ndarray:
-        """(num_documents,) index of the first token of each document that begins here, uint64."""
+        """Returns the index of the first token of each document that begins here, (num_documents,)
+        uint64."""
         return np.fromfile(
             self.path, "<u8", offset=HEADER.size + self.header.num_tokens * self.header.token_bytes
         )
 
     @classmethod
     def open(cls, path: Path, tokenizer: Tokenizer, remedy: str = REBUILT) -> "Shard":
-        """Raises ValueError, naming the file and the remedy, for one that is truncated, of another
-        version or tokenizer."""
+        """Opens a shard of ours.
+
+        Args:
+            path: its file
+            tokenizer: the tokenizer of its tokens
+            remedy: what to do should it be damaged
+
+        Raises:
+            ValueError: it is truncated, or of another version or tokenizer; the error names the
+                file and the remedy
+        """
 
         def damaged(problem: str) -> ValueError:
             return ValueError(f"{path} {problem}; {remedy}")
 
         with open_regular(path) as file:
-            start, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
+            start = file.read(HEADER.size)
+            size = os.fstat(file.fileno()).st_size
         if len(start) < HEADER.size or start[:8] != MAGIC:
             raise damaged("is not a token shard")
         *fields, checksum = HEADER.unpack(start)
         header = Header(*fields)
         if header.version != VERSION:
             raise damaged(f"has version {header.version} where this program reads {VERSION}")
-        if (
-            header.token_bytes not in (2, 4)
-            or size
-            != HEADER.size + header.num_tokens * header.token_bytes + header.num_documents * 8
-        ):
+        # Only the size is compared here: reading all of a shard is left to `verify`.
+        payload = header.num_tokens * header.token_bytes + header.num_documents * 8
+        if header.token_bytes not in (2, 4) or size != HEADER.size + payload:
             raise damaged(f"has {size} bytes, not what its header says: it is cut off or corrupt")
         if header.tokenizer.hex() != tokenizer.hash:
             raise damaged(
@@ -110,7 +127,8 @@ class Shard:
         return cls(path, header, checksum, remedy=remedy)
 
     def verify(self) -> None:
-        """Reads all of it. Raises ValueError unless its contents are what was written."""
+        """Reads all of the shard. Raises ValueError unless its contents are those that were
+        written."""
         digest = self.header.digest()
         with open_regular(self.path) as file:
             file.seek(HEADER.size)
@@ -120,6 +138,8 @@ class Shard:
             raise ValueError(
                 f"{self.path} does not have its checksum: it is corrupt; {self.remedy}"
             )
+        # A checksum does not show a writer's mistake: an id beyond the vocabulary would fail in the
+        # middle of a run.
         if self.header.num_tokens and int(self.tokens.max()) > self.header.max_token:
             raise ValueError(
                 f"{self.path} holds token {self.tokens.max()}, beyond its own maximum of"
@@ -131,6 +151,7 @@ class Tokens:
     """The tokens of one part of a corpus: its shards, read as one stream."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
+        # An empty shard has no tokens to be found by its end.
         self.shards = [shard for shard in shards if shard.header.num_tokens]
         self.ends = np.cumsum([shard.header.num_tokens for shard in self.shards], dtype=np.int64)
         self.num_documents = sum(shard.header.num_documents for shard in shards)
@@ -140,19 +161,18 @@ class Tokens:
         return int(self.ends[-1]) if self.shards else 0
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop (at most the end), int64."""
-        parts, index, stop = (
-            [],
-            int(np.searchsorted(self.ends, start, side="right")),
-            min(stop, len(self)),
-        )
+        """Returns tokens start to stop (at most the end), int64."""
+        stop = min(stop, len(self))
+        parts = []
+        # The first shard that ends behind the start holds it.
+        index = int(np.searchsorted(self.ends, start, side="right"))
         while start < stop:
-            begin, end = (
-                int(self.ends[index]) - self.shards[index].header.num_tokens,
-                int(self.ends[index]),
-            )
-            parts.append(self.shards[index].tokens[start - begin : stop - begin])
-            start, index = end, index + 1
+            shard = self.shards[index]
+            end = int(self.ends[index])
+            begin = end - shard.header.num_tokens
+            parts.append(shard.tokens[start - begin : stop - begin])
+            start = end
+            index += 1
         return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)
 
 
@@ -160,7 +180,7 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Part(TypedDict):
-    """What a part of a corpus comes to."""
+    """The counts of a part of a corpus."""
 
     shards: Annotated[int, msgspec.Meta(ge=0, le=10_000_000)]
     tokens: Count
@@ -169,21 +189,26 @@ class Part(TypedDict):
 
 
 class TokenizerMeta(TypedDict):
+    """The tokenizer of a corpus, as meta.json names it."""
+
     name: str
     vocab_size: int
     hash: str
 
 
 class Meta(TypedDict):
-    """The meta.json of a prepared corpus."""
+    """The meta.json of a prepared corpus.
+
+    `notes` are lines that every user of the corpus should see; `skipped` counts rows that could not
+    be read, by part."""
 
     version: NotRequired[int]
     fingerprint: str
     corpus: NotRequired[dict[str, Any]]
     parts: dict[Annotated[str, msgspec.Meta(pattern=r"^(train|validation)/[\w.+-]+$")], Part]
     tokenizer: NotRequired[TokenizerMeta]
-    notes: NotRequired[list[str]]  # what every user of the corpus should know
-    skipped: NotRequired[dict[str, Count]]  # rows that could not be read, by part
+    notes: NotRequired[list[str]]
+    skipped: NotRequired[dict[str, Count]]
     first_skipped: NotRequired[str]
 
 
@@ -202,7 +227,7 @@ class Corpus:
 
 
 def key(identity: Any) -> str:
-    """The name of what is made from something: a hash of that."""
+    """Returns the name for a thing that is made of an identity: a hash of that."""
     return hashlib.sha256(json.dumps([VERSION, identity]).encode()).hexdigest()[:16]
 
 
@@ -210,19 +235,29 @@ def key(identity: Any) -> str:
 
 
 def shard_name(index: int) -> str:
+    """Returns the name of the file of a shard."""
     return f"{index:05d}.bin"
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """Returns the type of tokens on disk, wide enough for the vocabulary."""
     return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
 
 
 def write_shard(
     path: Path, ids: np.ndarray, starts: Sequence[int], num_bytes: int, tokenizer: Tokenizer
 ) -> None:
-    """Writes token ids and the starts of documents among them as a shard, in one step: under its
-    name it is whole or not there."""
-    dtype, max_token = token_dtype(tokenizer), int(ids.max()) if len(ids) else 0
+    """Writes a shard in one step: under its name it is whole or not there.
+
+    Args:
+        path: its file
+        ids: the token ids
+        starts: the indices of the first tokens of documents
+        num_bytes: bytes of the text
+        tokenizer: the tokenizer of the ids
+    """
+    dtype = token_dtype(tokenizer)
+    max_token = int(ids.max()) if len(ids) else 0
     header = Header(
         MAGIC,
         VERSION,
@@ -244,15 +279,24 @@ def write_shard(
 
 def verify_once(folder: Path, shards: Sequence[Shard], days: float) -> None:
     """Verifies the shards that were not found right before, that were touched since, or that were
-    found right more than so many days ago, as disks lose bits; the folder's verified.json tells."""
+    found right more than so many days ago, as disks lose bits.
+
+    Args:
+        folder: the folder whose verified.json remembers what was found right
+        shards: the shards
+        days: days after which a shard is verified again
+
+    Raises:
+        ValueError: a shard is damaged
+    """
     from tqdm import tqdm
 
     record = folder / "verified.json"
-    stats = {
-        os.path.relpath(shard.path, folder).replace(os.sep, "/"): shard.path.stat()
-        for shard in shards
-    }
-    current = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    # The size and the time of each shard, by its path from the folder.
+    current: dict[str, list[int]] = {}
+    for shard in shards:
+        stat = shard.path.stat()
+        current[name_in(folder, shard.path)] = [stat.st_size, stat.st_mtime_ns]
     try:
         known = read_json(record, dict[str, list[int | float]], {})
     except ValueError:
@@ -270,18 +314,24 @@ def verify_once(folder: Path, shards: Sequence[Shard], days: float) -> None:
         file=sys.stderr,
     ):
         shard.verify()
-        known[os.path.relpath(shard.path, folder).replace(os.sep, "/")] = []
+        # Without a time here, the shard gets the present one below.
+        known[name_in(folder, shard.path)] = []
     if doubtful:
         looked = {
             name: [*stat, *(known[name][2:] or [time.time()])] for name, stat in current.items()
         }
-        with contextlib.suppress(
-            OSError
-        ):  # a cache that others share may be read-only; then every start verifies
+        # A cache that others share may be read-only: then every start verifies.
+        with contextlib.suppress(OSError):
             write_atomically(record, json.dumps(looked))
+
+
+def name_in(folder: Path, path: Path) -> str:
+    """Returns the path of a file from a folder, alike on every system."""
+    return os.path.relpath(path, folder).replace(os.sep, "/")
 
 
 def is_old(looked: Sequence[float], days: float) -> bool:
     """Returns whether a time, if there is one, lies more than so many days back, or in the future
     by the clock of another host."""
+    # A time in the future is not trusted either.
     return not looked or abs(time.time() - looked[0]) >= days * 86400

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 FILE = "tokenizer.json"
-SIZES = {"bytes": 257, "gpt2": 50257}  # vocabularies that are known without the tokenizer
-BYTES_PATTERN = (  # there are no merges, so any split gives the same ids; this one is fast
-    r"(?s:.{1,64})"
-)
+# Vocabularies that are known without the tokenizer.
+SIZES = {"bytes": 257, "gpt2": 50257}
+# There are no merges, so any split gives the same ids. This one is fast.
+BYTES_PATTERN = r"(?s:.{1,64})"
 # How GPT-2 splits text into words before it merges, in the words of tiktoken (what tokenizers'
 # ByteLevel does by itself).
 GPT2_PATTERN = (
@@ -39,8 +39,8 @@ GPT2_PATTERN = (
 # Unicode's white space, which the pattern's \s is; Python's own is a little more.
 WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 LONG_SPACE = re.compile(f"(?<![{WHITE_SPACE}])[{WHITE_SPACE}]{{100000,}}")
-# Training takes the square of a word's length, so it sees longer words in stretches of so many
-# characters: base64, a padded field and the like. Encoding knows of no such limit.
+# Training takes the square of a word's length, so it sees longer words (base64, a padded field and
+# the like) in stretches of this many characters. Encoding knows of no such limit.
 LONGEST_WORD = 256
 LONG_STRETCH = re.compile(
     rf"[{WHITE_SPACE}]{{{LONGEST_WORD + 1}}}|[^{WHITE_SPACE}]{{{LONGEST_WORD + 1}}}"
@@ -69,67 +69,64 @@ class Tokenizer(ABC):
 
     Text is encoded as it stands: the name of a special token in it, as "<|endoftext|>", is ordinary
     text. A document is the ids `bos`, those of its text, and the id `eot`, which are put in as ids
-    only."""
+    only. `bos` is empty where the end of the document before is enough."""
 
     name: str
-    bos: tuple[
-        int, ...
-    ] = ()  # what begins a document; nothing, where the end of the one before is enough
+    bos: tuple[int, ...] = ()
 
     @property
     @abstractmethod
     def eot(self) -> int:
-        """The id that ends a document."""
+        """Returns the id that ends a document."""
 
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """Ids of a model that uses it."""
+        """Returns the number of ids of a model that uses the tokenizer."""
 
     @property
     @abstractmethod
     def token_bytes(self) -> tuple[bytes, ...]:
-        """What each id of the vocabulary decodes to."""
+        """Returns the bytes that each id of the vocabulary decodes to."""
 
     @property
     @abstractmethod
     def hash(self) -> str:
-        """sha256 (hex) over everything that decides the ids."""
+        """Returns a sha256 (hex) over everything that decides the ids."""
 
     @abstractmethod
     def encode(self, text: str, opens: bool = True) -> np.ndarray:
-        """Token ids (uint32) of a text, without `bos` and `eot`. `opens` is false for a later part
-        of a document, before which no tokenizer may put a space."""
+        """Returns the token ids (uint32) of a text, without `bos` and `eot`. `opens` is false for a
+        later part of a document, before which no tokenizer may put a space."""
 
     @abstractmethod
     def byte_lengths(self) -> np.ndarray:
-        """Bytes of text that each id stands for, int64 (vocab_size,); they add up to those of a
-        whole document. 0 for special tokens."""
+        """Returns the bytes of text that each id stands for, int64 (vocab_size,); they add up to
+        those of a whole document. 0 for special tokens."""
 
     @abstractmethod
     def content(self) -> dict[str, Any]:
-        """Everything that makes the tokenizer, for its file."""
+        """Returns everything that makes the tokenizer, for its file."""
 
     def document(self, text: str, opens: bool = True, closes: bool = True) -> np.ndarray:
-        """Token ids (uint32) of a document, or of a part of one that does not open or close it."""
-        ends = (
-            np.array(self.bos * opens, dtype=np.uint32),
-            np.array([self.eot] * closes, dtype=np.uint32),
-        )
-        return np.concatenate([ends[0], self.encode(text, opens), ends[1]])
+        """Returns the token ids (uint32) of a document, or of a part of one that does not open or
+        close it."""
+        start = np.array(self.bos if opens else (), dtype=np.uint32)
+        end = np.array([self.eot] if closes else [], dtype=np.uint32)
+        return np.concatenate([start, self.encode(text, opens), end])
 
     def prompt(self, text: str) -> list[int]:
-        """Token ids for a model to go on from: of a document's beginning, or the end of another
-        where that is all there is."""
+        """Returns the token ids for a model to go on from: of a document's beginning, or the end of
+        another where that is all there is."""
         return [*self.bos, *self.encode(text).tolist()] or [self.eot]
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """The bytes that ids stand for. A single id may stand for a part of a character, so a
-        stream is best decoded so."""
+        """Returns the bytes that ids stand for. A single id may stand for a part of a character, so
+        a stream is best decoded so."""
         return b"".join(self.token_bytes[i] for i in ids)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text that ids stand for; bytes that are not UTF-8 become U+FFFD."""
+        """Returns the text that ids stand for; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
 
     def save(self, folder: str | Path) -> None:
@@ -138,8 +135,8 @@ class Tokenizer(ABC):
 
     @staticmethod
     def load(folder: str | Path) -> "Tokenizer":
-        """The tokenizer of a folder, of either kind. Raises ValueError where there is none, or none
-        that can be read."""
+        """Returns the tokenizer of a folder, of either kind. Raises ValueError where there is none,
+        or none that can be read."""
         from data.hf_tokenizer import HFTokenizer
 
         path = Path(folder) / FILE
@@ -195,7 +192,7 @@ class RankedTokenizer(Tokenizer):
 
     @cached_property
     def _undivided(self) -> "tiktoken.Encoding":
-        """The encoding of a text that is one word."""
+        """Returns the encoding of a text that is one word."""
         import tiktoken
 
         ranks = {token: rank for rank, token in enumerate(self.ranks)}
@@ -225,9 +222,10 @@ class RankedTokenizer(Tokenizer):
         """Encodes a text around its long runs of white space. The pattern makes one word of such a
         run, up to the last character before other text, which goes with that: the words, and so the
         ids, are those of the whole text."""
-        parts, begin = [], 0
+        parts = []
+        begin = 0
         for run in LONG_SPACE.finditer(text):
-            end = run.end() - (run.end() < len(text))
+            end = run.end() if run.end() == len(text) else run.end() - 1
             parts += [
                 self.encode(text[begin : run.start()]),
                 self._undivided.encode_to_numpy(text[run.start() : end]),
@@ -252,13 +250,12 @@ class RankedTokenizer(Tokenizer):
 
     @classmethod
     def from_content(cls, content: dict[str, Any]) -> "RankedTokenizer":
-        """The inverse of `content`. Raises ValueError, KeyError or TypeError for what is not
-        one."""
+        """Returns the tokenizer of a `content`. Raises ValueError, KeyError or TypeError for
+        anything else."""
         ranks = tuple(base64.b64decode(token, validate=True) for token in content["ranks"])
         tokenizer = cls(str(content["name"]), str(content["pattern"]), ranks)
-        if content["special_tokens"] != {END_OF_TEXT: tokenizer.eot} or len(set(ranks)) != len(
-            ranks
-        ):
+        has_one_id_each = len(set(ranks)) == len(ranks)
+        if content["special_tokens"] != {END_OF_TEXT: tokenizer.eot} or not has_one_id_each:
             raise ValueError("not one id for each string of bytes")
         if tokenizer.pattern not in (BYTES_PATTERN, GPT2_PATTERN):
             # tiktoken raises ValueError for a pattern that is none.
@@ -267,14 +264,14 @@ class RankedTokenizer(Tokenizer):
 
 
 def bytes_tokenizer() -> RankedTokenizer:
-    """256 bytes and end of text."""
+    """Returns the tokenizer of 256 bytes and end of text."""
     return RankedTokenizer("bytes", BYTES_PATTERN, tuple(bytes([value]) for value in range(256)))
 
 
 def gpt2_tokenizer(path: str | None, cache: Path) -> RankedTokenizer:
-    """GPT-2's tokenizer, with tiktoken's ids. Its ranks are read from `path`, a file or the folder
-    of one; without it from $TIKTOKEN_CACHE_DIR, from <cache>/gpt2, or from the network, once.
-    Raises ValueError where they cannot be had or are not GPT-2's."""
+    """Returns GPT-2's tokenizer, with tiktoken's ids. Its ranks are read from `path`, a file or the
+    folder of one; without it from $TIKTOKEN_CACHE_DIR, from <cache>/gpt2, or from the network,
+    once. Raises ValueError where they cannot be had or are not GPT-2's."""
     if path is not None:
         file = find_gpt2(Path(expand("tokenizer.path", path)))
         if file is None:
@@ -283,6 +280,7 @@ def gpt2_tokenizer(path: str | None, cache: Path) -> RankedTokenizer:
                 f" {' or '.join(GPT2_FILES[:3])}, or the folder of one"
             )
         return read_gpt2(file)
+    # tiktoken's own cache may have the ranks already.
     kept = cache / "gpt2"
     folders = [Path(folder) for folder in (os.environ.get("TIKTOKEN_CACHE_DIR"), kept) if folder]
     file = next((found for folder in folders if (found := find_gpt2(folder))), None)
@@ -290,14 +288,14 @@ def gpt2_tokenizer(path: str | None, cache: Path) -> RankedTokenizer:
 
 
 def find_gpt2(path: Path) -> Path | None:
-    """The file of ranks that a path is, or that lies in it."""
-    return next(
-        (file for file in (path, *(path / name for name in GPT2_FILES)) if file.is_file()), None
-    )
+    """Returns the file of ranks that a path is, or that lies in it."""
+    candidates = [path, *(path / name for name in GPT2_FILES)]
+    return next((file for file in candidates if file.is_file()), None)
 
 
 def download_gpt2(folder: Path) -> Path:
-    """The file of ranks, fetched into the folder."""
+    """Fetches the file of ranks into the folder, and returns it. Raises ValueError where the
+    network does not give it."""
     import requests
 
     try:
@@ -315,10 +313,11 @@ def download_gpt2(folder: Path) -> Path:
 
 
 def read_gpt2(file: Path) -> RankedTokenizer:
-    """The tokenizer of a file of ranks: lines "<base64> <rank>" (tiktoken's), or a version and then
-    the pairs that are merged."""
+    """Returns the tokenizer of a file of ranks: lines "<base64> <rank>" (tiktoken's), or a version
+    and then the pairs that are merged. Raises ValueError for a file of anything else."""
     try:
         lines = read_bytes(file).decode().splitlines()
+        # vocab.bpe has a pair of strings a line, whose ids follow those of the single bytes.
         if lines and lines[0].startswith("#version"):
             byte_of = byte_alphabet()
             merged = (
@@ -334,6 +333,7 @@ def read_gpt2(file: Path) -> RankedTokenizer:
             f"{file} is no file of GPT-2's ranks; give gpt2.tiktoken or vocab.bpe as they were"
             " published"
         ) from None
+    # Other ranks would give other ids under the same name.
     if tokenizer.hash != GPT2_HASH:
         raise ValueError(
             f"{file} does not hold GPT-2's {SIZES['gpt2'] - 1} ranks (but {len(ranks)}, or others);"
@@ -343,8 +343,8 @@ def read_gpt2(file: Path) -> RankedTokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> RankedTokenizer:
-    """Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909; over bytes as GPT-2) of the
-    texts, end of text as last id.
+    """Returns a byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909; over bytes as GPT-2) of
+    the texts, end of text as last id.
 
     The pairs that are merged, and so the ids, are those of Hugging Face's `tokenizers`, but for
     words of more than LONGEST_WORD characters, which are seen in parts; training twice gives the
@@ -365,6 +365,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> RankedTokenizer:
     model.decoder = decoders.ByteLevel()
     model.train_from_iterator((part for text in texts for part in part_long_words(text)), trainer)
     vocab = model.get_vocab()
+    # The last id is end of text, which is not trained.
     if len(vocab) < vocab_size - 1:
         raise ValueError(
             f"tokenizer.vocab_size={vocab_size} is too large for this text, which gives"
@@ -383,6 +384,7 @@ def part_long_words(text: str) -> Iterator[str]:
     begin = 0
     if LONG_STRETCH.search(text):
         for word in LONG_WORD.finditer(text):
+            # The text after the last whole stretch goes with the next.
             for end in range(word.start() + LONGEST_WORD, word.end(), LONGEST_WORD):
                 yield text[begin:end]
                 begin = end
@@ -390,8 +392,8 @@ def part_long_words(text: str) -> Iterator[str]:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The printable character that stands for each byte in GPT-2's and Hugging Face's vocabularies,
-    to the byte."""
+    """Maps the printable character that stands for a byte in GPT-2's and Hugging Face's
+    vocabularies to that byte."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -404,7 +406,7 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def head(texts: Iterable[str], num_bytes: int) -> Iterator[str]:
-    """The first num_bytes bytes of the texts, less the character that the limit cuts."""
+    """Yields the first num_bytes bytes of the texts, less the character that the limit cuts."""
     for text in texts:
         data = text.encode()
         yield data[:num_bytes].decode(errors="ignore")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from conf.key import STEPS, key
 from data import Tokenizer
-from data.hf_tokenizer import to_files
+from data.hf_export import to_files
 from model.checkpoint import checkpoint_path, load
 from model.gpt import GPT
 from model.hf_config import to_config

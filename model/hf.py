@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from data import Tokenizer
-from data.hf_tokenizer import FILES, find_folder, read_settings, read_tokenizer
+from data.hf_folder import FILES, find_folder, read_settings, read_tokenizer
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.hf_config import from_config

@@ -13,7 +13,7 @@ import msgspec
 from conf.key import check_value, type_name
 from conf.key import key as declare
 from conf.keys import KEYS
-from data.hf_tokenizer import LARGEST_VOCABULARY
+from data.hf_folder import LARGEST_VOCABULARY
 from model.config import GPTConfig
 from model.hf_formats import FORMATS, GELU, ROPE, SCALING, Format
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data.files import open_regular
-from data.hf_tokenizer import read_settings
+from data.hf_folder import read_settings
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.hf_config import show

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from conf.key import check_value
 from conf.keys import KEYS
 from data import Tokenizer
-from data.hf_tokenizer import read_settings, read_tokenizer
+from data.hf_folder import read_settings, read_tokenizer
 from model.checkpoint import checkpoint_path, load
 from model.config import GPTConfig
 from model.export import LENGTH

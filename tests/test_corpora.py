@@ -12,10 +12,12 @@ import pytest
 
 import train
 from conf.text import DataConfig, SourceConfig, TokenizerConfig
-from data import corpora, prepare
-from data.corpora import TextCorpus, is_held_out
+from data import pieces, prepare
+from data.checks import check_data
+from data.corpora import TextCorpus
 from data.overlap import print_note
-from data.prepared import check
+from data.rows import is_held_out
+from data.source_files import source_weights
 from data.tokenizer import train_bpe
 from launch.config import compose
 
@@ -59,7 +61,7 @@ TEXTS = [f"document {index}: naïve 日本語 🙂\r\nline\n" * (index % 5 + 1) 
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(corpora, "PIECE_BYTES", 200)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 200)
 
 
 def test_the_standard_library_is_sources_without_tests():
@@ -94,7 +96,7 @@ def test_documents_are_found_whole_whatever_the_pieces(tmp_path, monkeypatch, ki
     assert sorted(whole["train/text"] + whole["validation/validation"]) == sorted(TEXTS)
     assert 5 < len(whole["validation/validation"]) < 35
     for size in (1, 100, 1000):
-        monkeypatch.setattr(corpora, "PIECE_BYTES", size)
+        monkeypatch.setattr(pieces, "PIECE_BYTES", size)
         assert len(TextCorpus(config).pieces()) > 1
         assert read(config) == whole
 
@@ -245,11 +247,11 @@ def test_a_document_is_cut_only_where_no_token_lies_across(tmp_path, monkeypatch
     (tmp_path / "a.txt").write_text(text, newline="")
     tokenizer = train_bpe([text, text], 300)
     for size in (1, 50, 3000):
-        monkeypatch.setattr(corpora, "PIECE_BYTES", size)
-        pieces = TextCorpus(
+        monkeypatch.setattr(pieces, "PIECE_BYTES", size)
+        found = TextCorpus(
             text_config(str(tmp_path / "a.txt"), validation={"v": str(tmp_path / "a.txt")})
         ).pieces()
-        parts = [part for piece in pieces if piece.part == "train/text" for part in piece.texts()]
+        parts = [part for piece in found if piece.part == "train/text" for part in piece.texts()]
         assert len(parts) > 5
         assert [part.opens for part in parts] == [True] + [False] * (len(parts) - 1)
         assert [part.closes for part in parts] == [False] * (len(parts) - 1) + [True]
@@ -271,7 +273,7 @@ def test_sources_sets_lists_and_globs(tmp_path):
             "y": [str(tmp_path / "v2.txt"), str(tmp_path / "v*.txt")],
         },
     )
-    assert TextCorpus(config).weights == {"a": 3.0, "b": 1.0}
+    assert source_weights(config) == {"a": 3.0, "b": 1.0}
     assert read(config) == {
         "train/a": ["a1", "a2"],
         "train/b": ["b1"],
@@ -516,7 +518,7 @@ def test_text_that_is_not_utf_8_is_skipped_where_it_is_a_document(tmp_path, monk
     whole = text_config(str(tmp_path), bad_rows="skip", validation={"v": str(tmp_path / "b.txt")})
     assert read(whole)["train/text"] == ["fine"]
     # the other parts of the document are kept, so it is not skipped
-    monkeypatch.setattr(corpora, "PIECE_BYTES", 4)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 4)
     with pytest.raises(
         ValueError,
         match=r"a.txt: line 3 is not UTF-8 \(byte 13\); convert the file, for example with iconv$",
@@ -698,11 +700,11 @@ def test_short_documents_that_are_in_both_are_noticed(tmp_path, capsys):
 def test_what_a_run_would_refuse_a_plan_refuses(tmp_path):
     def refused(match: str, config: DataConfig) -> None:
         with pytest.raises(ValueError, match=match):
-            check(config, TokenizerConfig(), 64)
+            check_data(config, TokenizerConfig(), 64)
 
     cache = str(tmp_path / "cache")
     rows = write_rows(tmp_path / "rows.jsonl", TEXTS)
-    check(text_config(rows, cache=cache), TokenizerConfig(), 64)
+    check_data(text_config(rows, cache=cache), TokenizerConfig(), 64)
     refused("matches no file", text_config(str(tmp_path / "none.txt"), cache=cache))
     refused(
         "rows.jsonl: line 1 has no text in field 'body'",

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 from data import Validation
-from data.hf_tokenizer import read_tokenizer
+from data.hf_folder import read_tokenizer
 from data.shards import Shard, Tokens, write_shard
 from launch.evaluate import evaluate
 from model import GPT, GPTConfig

@@ -15,7 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer
 
-from data.hf_tokenizer import HFTokenizer, read_tokenizer, to_files, to_tokenizers
+from data.hf_export import to_files, to_tokenizers
+from data.hf_folder import read_tokenizer
+from data.hf_tokenizer import HFTokenizer
 from data.tokenizer import GPT2_PATTERN, RankedTokenizer, byte_alphabet, bytes_tokenizer, train_bpe
 from model import GPT, GPTConfig
 from model.export import to_hf

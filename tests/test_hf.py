@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from data.hf_tokenizer import read_tokenizer
+from data.hf_folder import read_tokenizer
 from data.tokenizer import RankedTokenizer, bytes_tokenizer, train_bpe
 from launch import evaluate
 from model import GPT, GPTConfig, export, sample

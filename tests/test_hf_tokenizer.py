@@ -16,8 +16,11 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from conf.text import DataConfig, TokenizerConfig
-from data import Validation, corpora, prepare, prepared
-from data.hf_tokenizer import HFTokenizer, find_folder, read_tokenizer, vocabulary
+from data import Validation, pieces, prepare
+from data.cache_folders import is_complete
+from data.choose_tokenizer import vocabulary
+from data.hf_folder import find_folder, read_tokenizer
+from data.hf_tokenizer import HFTokenizer
 from data.tokenizer import Tokenizer
 from launch.config import compose
 from launch.plan.plan import make_plan
@@ -395,7 +398,7 @@ def test_other_kinds_are_read(make, bos, texts, tmp_path):
 def test_shards_do_not_depend_on_the_number_of_processes(folder, tmp_path, texts, monkeypatch):
     """Special tokens' names stay text in the processes too, and what is there of an interrupted
     preparation is kept."""
-    monkeypatch.setattr(corpora, "PIECE_BYTES", 10_000)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 10_000)
     (tmp_path / "a.txt").write_text(
         "".join(f"{text}\n---\n" for text in [*SAMPLES, *SPECIAL, *texts[:8]]), newline=""
     )
@@ -432,7 +435,7 @@ def test_shards_do_not_depend_on_the_number_of_processes(folder, tmp_path, texts
 
 
 def test_long_document_is_cut_without_a_space(folders, tmp_path, texts, monkeypatch):
-    monkeypatch.setattr(corpora, "PIECE_BYTES", 10_000)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 10_000)
     whole = "".join(texts[:6])
     (tmp_path / "a.txt").write_text(whole, newline="")
     data = DataConfig(
@@ -449,9 +452,7 @@ def test_long_document_is_cut_without_a_space(folders, tmp_path, texts, monkeypa
             for tokens in (corpus.train["text"], corpus.validation["validation"])
         ]
         assert "".join(corpus.tokenizer.decode(ids[1:-1]) for ids in stream) == whole
-        assert (
-            prepared.is_complete(corpus.folder) and corpus.meta["parts"]["train/text"]["shards"] > 2
-        )
+        assert is_complete(corpus.folder) and corpus.meta["parts"]["train/text"]["shards"] > 2
 
 
 def test_what_begins_a_document_is_no_target(folders, tmp_path, texts):

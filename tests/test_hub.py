@@ -21,9 +21,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from conf.text import DataConfig
-from data import hub, prepare, prepared
-from data.corpora import is_held_out
+from data import hub, hub_stream, prepare, prepared
 from data.hub import HubCorpus
+from data.hub_stream import HubStream
+from data.rows import is_held_out
 from data.tokenizer import bytes_tokenizer
 from launch.config import compose
 from launch.run.identity import canonical
@@ -35,10 +36,11 @@ from tests.test_shards import BYTES, ROOT, alive, contents, descendants, finish,
 PREPARE = """
 import sys
 from conf.text import DataConfig, TokenizerConfig
-from data import hub, prepare
+from data import hub, hub_stream, prepare
 
 path, cache, name, workers = sys.argv[1:]
-hub.PIECE_BYTES, hub.BATCH = 40_000, 16
+hub.PIECE_BYTES = 40_000
+hub_stream.BATCH = 16
 data = DataConfig(
     source="hub", path=path, cache=cache, workers=int(workers), validation_fraction=0.2
 )
@@ -118,7 +120,7 @@ def test_what_is_prepared_is_the_stream(tmp_path, monkeypatch, kind):
     )
     assert 20 < len(held_out) < 65
     assert corpus.train["hub"].num_bytes == sum(len(text.encode()) for text in kept)
-    monkeypatch.setattr(hub, "BATCH", 3)
+    monkeypatch.setattr(hub_stream, "BATCH", 3)
     monkeypatch.setattr(hub, "PIECE_BYTES", 100)
     again = prepare(
         hub_config(folder, tmp_path / "other", validation_fraction=0.2, workers=1, bad_rows="skip"),
@@ -132,7 +134,7 @@ def test_what_is_prepared_is_the_stream(tmp_path, monkeypatch, kind):
 
 
 def test_splits_fields_and_limits(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "BATCH", 4)
+    monkeypatch.setattr(hub_stream, "BATCH", 4)
     folder = write_dataset(tmp_path / "set", "parquet", [["a", "b", "c"], ["d", "e"]])
     write_dataset(folder, "parquet", [["v", "w"]], "validation")
     write_dataset(folder, "parquet", [["t"]], "test")
@@ -208,16 +210,16 @@ def test_files_that_are_done_are_not_read_again(many_rows, tmp_path, monkeypatch
     """Half of a preparation, made of a stream that breaks: what is taken up begins with the file
     where it broke."""
     monkeypatch.setattr(hub, "PIECE_BYTES", 40_000)
-    monkeypatch.setattr(hub, "BATCH", 16)
+    monkeypatch.setattr(hub_stream, "BATCH", 16)
     config, opened = hub_config(many_rows, tmp_path / "cache", workers=1), []
-    files = HubCorpus._files
+    files = HubStream.files
 
     def note(self, split, first):
         for index, *rest in files(self, split, first):
             opened.append(index)
             yield index, *rest
 
-    monkeypatch.setattr(HubCorpus, "_files", note)
+    monkeypatch.setattr(HubStream, "files", note)
     last = many_rows / "train-00002-of-00003.parquet"
     content, stat = last.read_bytes(), last.stat()
     whole = prepare(config, BYTES)
@@ -546,7 +548,7 @@ def test_a_folder_with_a_script_has_a_remedy(tmp_path):
         ),
     ):
         prepare(hub_config(tmp_path / "F", tmp_path / "cache"), BYTES)
-    named = HubCorpus(hub_config("some/thing", tmp_path))
+    named = HubStream(hub_config("some/thing", tmp_path), None, "hub-x.revision")
     assert named._remedy("Dataset scripts are no longer supported, but found x.py").startswith(
         "set data.revision=refs/convert/parquet"
     )

@@ -14,10 +14,10 @@ import pytest
 from filelock import SoftFileLease
 
 from conf.text import DataConfig, TokenizerConfig
-from data import Tokenizer, corpora, prepare, prepared, shards
+from data import Tokenizer, cache_folders, choose_tokenizer, pieces, prepare, prepared, shards
+from data.checks import check_data
 from data.corpora import TextCorpus
 from data.overlap import print_note
-from data.prepared import check
 from data.shards import HEADER, Shard, Tokens, key, write_shard
 from data.tokenizer import RankedTokenizer, bytes_tokenizer
 from tests.test_corpora import SHAKESPEARE, TEXTS, text_config, write_rows
@@ -31,10 +31,10 @@ EOT = 256
 PREPARE = """
 import sys
 from conf.text import DataConfig, TokenizerConfig
-from data import corpora, prepare
+from data import pieces, prepare
 
 path, cache, name, workers = sys.argv[1:]
-corpora.PIECE_BYTES = 40_000
+pieces.PIECE_BYTES = 40_000
 data = DataConfig(
     source="text", path=path, cache=cache, workers=int(workers), validation_fraction=0.2
 )
@@ -185,11 +185,11 @@ def test_a_shard_is_whole_or_not_there(config, tmp_path, monkeypatch):
 def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch, workers):
     paths = [Path(write_rows(tmp_path / f"{index}.jsonl", TEXTS)) for index in range(2)]
     config = text_config(list(map(str, paths)), cache=str(tmp_path / "cache"), workers=workers)
-    monkeypatch.setattr(corpora, "PIECE_BYTES", 1000)
-    pieces = TextCorpus.pieces
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
+    pieces_of = TextCorpus.pieces
 
     def pieces_of_a_lost_file(self, folder=None):
-        found = pieces(self)
+        found = pieces_of(self)
         paths[1].unlink()
         return found
 
@@ -206,8 +206,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch, workers):
 
 def test_ctrl_c_is_quiet_and_quick(many_rows, tmp_path):
     script = (
-        "from data import corpora, prepare as _; import data.prepare as tool, sys;"
-        " corpora.PIECE_BYTES = 40_000; tool.main(sys.argv[1:])"
+        "from data import pieces, prepare as _; import data.prepare as tool, sys;"
+        " pieces.PIECE_BYTES = 40_000; tool.main(sys.argv[1:])"
     )
     overrides = ["data=text", f"data.path={many_rows}", f"data.cache={tmp_path}", "data.workers=2"]
     process = subprocess.Popen(
@@ -511,7 +511,7 @@ def test_text_that_was_moved_is_the_same_corpus(config, tmp_path, monkeypatch):
     config.path = str(tmp_path / "there" / "rows.jsonl")
     Path(config.path).write_bytes((tmp_path / "rows.jsonl").read_bytes())  # of another time
     monkeypatch.setattr(prepared, "fill", None)
-    monkeypatch.setattr(prepared, "train_apart", None)
+    monkeypatch.setattr(choose_tokenizer, "train_apart", None)
     again = prepare(config, TokenizerConfig(name="bpe", vocab_size=280))
     assert (again.folder, again.fingerprint) == (first.folder, first.fingerprint)
 
@@ -542,7 +542,7 @@ def test_text_that_is_gone_is_not_needed(config, tmp_path, capsys):
             first.fingerprint,
             ["text"],
         )
-    check(config, bpe, 32)
+    check_data(config, bpe, 32)
     assert (
         f"data.path={config.path} matches no file; what was prepared from it is used:"
         f" {first.folder}" in capsys.readouterr().err
@@ -654,7 +654,7 @@ def test_a_file_system_without_locks_is_prepared_in(config, tmp_path, monkeypatc
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(prepared.fcntl, "lockf", refuse)
+    monkeypatch.setattr(cache_folders.fcntl, "lockf", refuse)
     corpus = prepare(config, TokenizerConfig(name="bpe", vocab_size=280))
     assert len(corpus.train["text"]) and "waiting" not in capsys.readouterr().err
     assert not [*tmp_path.rglob("*.lease")]
@@ -685,9 +685,10 @@ def test_a_cache_that_is_read_only_is_used(config, tmp_path, monkeypatch):
     def refuse(path: Path, *_: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
-    for module in (prepared, shards):
+    for module in (prepared, cache_folders, shards):
         monkeypatch.setattr(module, "write_atomically", refuse)
-    monkeypatch.setattr(prepared, "locked", refuse)
+    for module in (prepared, choose_tokenizer):
+        monkeypatch.setattr(module, "locked", refuse)
     config.verify_days = 0
     copy = tmp_path / "copy" / "rows.jsonl"
     copy.parent.mkdir()
@@ -705,8 +706,8 @@ def test_training_a_tokenizer_is_told_and_ends_at_ctrl_c(tmp_path):
     path = tmp_path / "letters.txt"
     path.write_text("".join(map(chr, generator.integers(97, 123, 8_000_000))))
     script = (
-        "import data.prepare as tool, sys; from data import prepared; prepared.SIGN_OF_LIFE = 0.5;"
-        " tool.main(sys.argv[1:])"
+        "import data.prepare as tool, sys; from data import choose_tokenizer;"
+        " choose_tokenizer.SIGN_OF_LIFE = 0.5; tool.main(sys.argv[1:])"
     )
     overrides = [
         "data=text",

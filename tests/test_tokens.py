@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from conf.text import DataConfig, SourceConfig, TokenizerConfig
-from data import prepare, tokens
+from data import cache_folders, prepare, raw_tokens
 from data.overlap import print_note
 from data.shards import HEADER, Shard
 from data.tokenizer import bytes_tokenizer, train_bpe
@@ -93,7 +93,7 @@ def test_files_sets_and_weights(nanogpt, tmp_path):
 
 @pytest.mark.parametrize("fraction", [0.05, 0.3, 0.5])
 def test_the_tail_is_held_out(tmp_path, monkeypatch, fraction):
-    monkeypatch.setattr(tokens, "BLOCK", 100)
+    monkeypatch.setattr(raw_tokens, "BLOCK", 100)
     stream = np.concatenate(
         [raw(tmp_path / f"{index}.bin", *TEXTS[20 * index : 20 * index + 20]) for index in range(3)]
     )
@@ -114,7 +114,7 @@ def test_a_file_is_read_through_once(nanogpt, tmp_path, monkeypatch):
     (nanogpt / "val.bin").unlink()
     first = prepare(tokens_config(nanogpt, tmp_path), BYTES)
     with monkeypatch.context() as patched:
-        patched.setattr(tokens, "count", None)
+        patched.setattr(raw_tokens, "count_ids", None)
         assert prepare(tokens_config(nanogpt, tmp_path), BYTES).fingerprint == first.fingerprint
     change(nanogpt / "train.bin", 100, (300).to_bytes(2, "little"))
     with pytest.raises(
@@ -275,7 +275,7 @@ def test_a_cache_that_cannot_be_written_is_read(nanogpt, tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     (tmp_path / "cache").mkdir()
-    monkeypatch.setattr(tokens, "write_atomically", refuse)
+    monkeypatch.setattr(cache_folders, "write_atomically", refuse)
     assert len(prepare(tokens_config(nanogpt, tmp_path / "cache"), BYTES).train["tokens"])
 
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from conf.schema import Config
 from data import Corpus, prepare
 from data.files import check
-from data.hf_tokenizer import find_folder
+from data.hf_folder import find_folder
 from launch.checkpoint.step_folder import use_newest
 from launch.run import identity
 from launch.run.folder import counted_lines, load_config

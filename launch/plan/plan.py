@@ -13,7 +13,7 @@ from conf.keys import is_read
 from conf.ranks import num_processes
 from conf.rule import OptimConfig
 from conf.schema import Config, ModelConfig
-from data.hf_tokenizer import vocabulary
+from data.choose_tokenizer import vocabulary
 from launch.plan.batch import micro_sequences, num_groups
 from launch.plan.memory import estimate, planned_device, planned_precision
 from model import GPT, GPTConfig

@@ -32,8 +32,8 @@ import pyarrow.parquet as pq
 from conf.text import DataConfig
 from data import prepare
 from data.corpora import TextCorpus
+from data.encode import num_cores
 from data.overlap import overlap
-from data.prepared import num_cores
 from data.tokenizer import RankedTokenizer, gpt2_tokenizer, head, train_bpe
 
 

@@ -1,0 +1,73 @@
+"""What is wrong with the data of a configuration, as far as that shows without preparing it."""
+
+import itertools
+from pathlib import Path
+
+from conf.key import expand
+from conf.text import DataConfig, TokenizerConfig
+from data.cache_folders import recall_folder
+from data.corpora import TextCorpus
+from data.documents import documents
+from data.pieces import extent, spans
+from data.rows import BadRow, skip_or_refuse
+from data.source_files import File, NoText
+from data.sources import find_text
+from data.tokens import check_tokens
+
+# Files of each source of which the beginning is read, and documents of each of these files.
+FILES_READ = 100
+DOCUMENTS_READ = 100
+
+
+def check_data(data: DataConfig, tokenizer: TokenizerConfig, length: int) -> None:
+    """Checks a configuration without reading much, writing, or asking the network.
+
+    Args:
+        data: where the text is
+        tokenizer: the tokenizer
+        length: tokens of a sequence
+
+    Raises:
+        ValueError: a run would refuse the text, its files or the cache
+    """
+    cache = Path(expand("data.cache", data.cache)).absolute()
+    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    if not there.is_dir():
+        raise ValueError(
+            f"data.cache={data.cache} cannot be made ({there} is no folder); name a folder that can"
+            " be written"
+        )
+    if data.source == "stdlib":
+        return
+    if data.source == "tokens":
+        check_tokens(data, tokenizer, cache)
+        return
+    try:
+        text = find_text(data)
+    except NoText:
+        if recall_folder(data, tokenizer, cache):
+            return
+        raise
+    if isinstance(text, TextCorpus):
+        for name, files in [*text.sources.items(), *text.named.items()]:
+            check_text(text, name, files, length if name in text.sources else 1)
+
+
+def check_text(text: TextCorpus, name: str, files: list[File], length: int) -> None:
+    """Checks that the files of a source hold enough text for a sequence, and that the first
+    FILES_READ of them begin with rows that can be read. Raises ValueError."""
+    filled = [file for file in files if file.size]
+    if not filled:
+        raise ValueError(f"{files[0].path} has no text; give files with some")
+    # A token is a byte at least, but for those that begin and end a document.
+    most = sum(file.size for file in files) + 2 * len(files)
+    if most <= length and not any(file.path.endswith(".parquet") for file in files):
+        raise ValueError(
+            f"batch.length={length} needs {length + 1} tokens but the source {name} has {most} at"
+            " most; shorten it or give more text"
+        )
+    for file in filled[:FILES_READ]:
+        for span, _ in itertools.islice(spans(file, 0, extent(file), text.layout), 1):
+            for _, found in itertools.islice(documents(span, text.layout), DOCUMENTS_READ):
+                if isinstance(found, BadRow):
+                    skip_or_refuse(found, text.data.bad_rows, None)
