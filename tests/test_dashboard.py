@@ -14,7 +14,7 @@ import train as training
 from conf.keys import KEYS
 from launch import dashboard
 from launch.config import compose
-from launch.report import charts
+from launch.report.meanings import MEANINGS
 from tests.runs import ROOT, rows
 from tests.wandb_server import Server
 
@@ -24,7 +24,7 @@ TITLES = ["Validation loss", "Radius and learning rate", "Stability", "Sharpness
 
 
 def ask(folder: Path, *arguments: str, **environment: str) -> str:
-    """What `python -m launch.dashboard` prints."""
+    """Returns what `python -m launch.dashboard` prints."""
     command = [sys.executable, "-m", "launch.dashboard", *arguments]
     done = subprocess.run(
         command,
@@ -39,7 +39,7 @@ def ask(folder: Path, *arguments: str, **environment: str) -> str:
 
 
 def values(found: Any, name: str) -> list[Any]:
-    """Everything under a key, however deep."""
+    """Returns everything under a key, however deep."""
     if isinstance(found, list):
         return [value for entry in found for value in values(entry, name)]
     if not isinstance(found, dict):
@@ -52,7 +52,7 @@ def values(found: Any, name: str) -> list[Any]:
 
 
 def plotted(specification: dict[str, Any]) -> tuple[set[str], set[str]]:
-    """(figures of rows and summaries, keys of the configuration) that the panels show."""
+    """Returns (figures of rows and summaries, keys of the configuration) that the panels show."""
     panels = values(specification, "config")
     names = {metric for metrics in values(panels, "metrics") for metric in metrics}
     names |= {name for axis in ("xAxis", "yAxis", "accessor") for name in values(panels, axis)}
@@ -86,7 +86,7 @@ def test_panels_show_what_runs_log(tmp_path, tiny):
     }
     assert {
         name for name in logged if name.startswith("sharpness/")
-    } < charts.MEANINGS.keys()  # so has the report a caption for each
+    } < MEANINGS.keys()  # so has the report a caption for each
     logged |= json.loads((tmp_path / "run/summary.json").read_text()).keys()
     specification = dashboard.specification(*dashboard.build("me", "p"))
     for page in ("workspace", "report"):
