@@ -1,4 +1,4 @@
-"""How runs fare: python -m launch.status DIR [resubmit=true].
+"""Shows how runs fare: python -m launch.status DIR [resubmit=true].
 
 DIR is the folder of a sweep, or holds run folders, or is one. A run is done, running or waiting, or
 it has ended without being done, and nothing is left that would start it again: it stopped, having
@@ -7,6 +7,7 @@ before, with those that were never started, and no others."""
 
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from launch.run.lock import is_in_use
 from launch.sweep.jobs import Job, queue, read_jobs, reason, state
 
 STATES = ("done", "running", "waiting", "stopped", "failed")
-# any other has failed
+# A record's state that is none of these counts as failed.
 OF_RECORDS = {
     "finished": "done",
     "running": "running",
@@ -30,8 +31,7 @@ OF_RECORDS = {
 
 @dataclass
 class Options:
-    """Says how the runs of a sweep, or of a folder, fare: done, running, waiting, stopped or
-    failed, and why.
+    """Says how the runs of a folder fare: done, running, waiting, stopped or failed, and why.
 
     python -m launch.status runs/radii
     python -m launch.status runs/radii resubmit=true
@@ -90,7 +90,8 @@ def resubmit(folder: Path) -> int:
             f"{folder} holds no jobs.json, so no sweep made it; start its runs by their own"
             " commands"
         )
-    with hold(folder):  # a sweep at work might start what seems to have ended
+    # A sweep at work might start what seems to have ended.
+    with hold(folder):
         jobs = read_jobs(folder)
         found = states(jobs)
         show([line_of(job, found[job.run]) for job in jobs])
@@ -120,10 +121,8 @@ def show(lines: list[Line]) -> None:
         for line in lines:
             if line.state == kind:
                 print(f"{kind:9}{line.name}{line.details}")
-    print(
-        ", ".join(f"{sum(line.state == kind for line in lines)} {kind}" for kind in STATES),
-        flush=True,
-    )
+    counts = Counter(line.state for line in lines)
+    print(", ".join(f"{counts[kind]} {kind}" for kind in STATES), flush=True)
 
 
 def line_of(job: Job, kind: str) -> Line:
@@ -172,7 +171,8 @@ def progress(run: Path, steps: int | None) -> str:
         return f"  {error}"
     if not rows:
         return "  starting"
-    first, last = rows[0], rows[-1]
+    first = rows[0]
+    last = rows[-1]
     if steps is None:
         return f"  step {last['step']:,}"
     said = f"  step {last['step']:,} of {steps:,}"
