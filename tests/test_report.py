@@ -18,9 +18,21 @@ import pytest
 import yaml
 
 from conf.launcher import LauncherConfig
-from launch.report import charts, comparison, estimates, exports, meanings, tables
+from launch.report import (
+    drawing,
+    estimates,
+    exports,
+    line_charts,
+    meanings,
+    response_charts,
+    tables,
+    wording,
+)
 from launch.report.__main__ import main
+from launch.report.comparison import compare
 from launch.report.record import SAMPLED, find_runs, read_run
+from launch.report.section import AXES, Section
+from launch.report.settings import Selection
 from launch.run.lock import RunLock
 from launch.sweep.jobs import Job, write_jobs
 from tests.runs import Server
@@ -48,7 +60,8 @@ RUNS = {  # name: overrides
 
 @pytest.fixture(scope="module")
 def sweep(tiny, tmp_path_factory):
-    """A folder of real runs, two of which do not finish, and one that a sweep could not start."""
+    """Makes a folder of real runs, two of which do not finish, and one that a sweep could not
+    start."""
     folder, output = tmp_path_factory.mktemp("sweep"), tmp_path_factory.mktemp("output") / "output"
     server = Server()
     common = [*tiny, "schedule.steps=40", "evaluation.every=4", "tracking.every=20"]
@@ -77,7 +90,7 @@ def sweep(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(sweep, tmp_path_factory):
-    """The report of that folder: what was printed is in out.txt."""
+    """Writes the report of that folder, and what was printed into out.txt beside it."""
     folder = tmp_path_factory.mktemp("report")
     with (folder / "out.txt").open("w") as out, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", out)
@@ -151,28 +164,26 @@ def made(sweep, tmp_path):
     return make
 
 
-def sections_of(folder: Path, *seeds: int) -> list[comparison.Section]:
-    """The comparisons of a folder; seeds choose the settings, where some are given."""
-    return comparison.compare(
-        [read_run(run) for run in find_runs([folder])], comparison.Selection(seeds)
-    )
+def sections_of(folder: Path, *seeds: int) -> list[Section]:
+    """Returns the comparisons of a folder; seeds choose the settings, where some are given."""
+    return compare([read_run(run) for run in find_runs([folder])], Selection(seeds))
 
 
-def section_of(folder: Path, *seeds: int) -> comparison.Section:
-    """The one comparison of a folder."""
+def section_of(folder: Path, *seeds: int) -> Section:
+    """Returns the one comparison of a folder."""
     (section,) = sections_of(folder, *seeds)
     return section
 
 
 def evaluations(run: Path, figure: str) -> tuple[list, list]:
-    """The evaluations of a run over a figure, read the slow way."""
+    """Returns the evaluations of a run over a figure, read the slow way."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row.get("val/loss") is not None]
     return [row[figure] for row in rows], [row["val/loss"] for row in rows]
 
 
 def between(x: list, y: list, at: float) -> float:
-    """The straight line between the two points around `at`."""
+    """Returns the value at `at` of the straight line between the two points around it."""
     after = next(index for index, value in enumerate(x) if value >= at)
     share = (at - x[after - 1]) / (x[after] - x[after - 1])
     return y[after - 1] + share * (y[after] - y[after - 1])
@@ -351,7 +362,7 @@ def test_only_like_is_compared_with_like(copied, tmp_path):
     ):
         assert text in notes
     copied("adamw-0", "large", ("sequences: 4", "sequences: 8"))
-    sections = comparison.compare([read_run(run) for run in find_runs([tmp_path])])
+    sections = compare([read_run(run) for run in find_runs([tmp_path])])
     assert [(len(section.runs), section.title.partition("steps, ")[2]) for section in sections] == [
         (4, "batch.sequences=4"),
         (1, "batch.sequences=8"),
@@ -361,9 +372,9 @@ def test_only_like_is_compared_with_like(copied, tmp_path):
 # What a reviewer would ask
 
 
-def told(section: comparison.Section) -> str:
-    """All that is said of a comparison at its head."""
-    return "\n".join(tables.headline(section))
+def told(section: Section) -> str:
+    """Returns all that is said of a comparison at its head."""
+    return "\n".join(wording.headline(section))
 
 
 def test_the_headline_says_what_the_table_says(made, tmp_path):
@@ -373,17 +384,16 @@ def test_the_headline_says_what_the_table_says(made, tmp_path):
     made("sam", {0: 2.9, 1: 3.05, 2: 3.1}, slope=0.002)
     section = section_of(tmp_path)
     markdown = exports.markdown([section], section.runs)
-    for axis, mark in (("steps", ""), ("flops", tables.MIDWAY)):
-        text = tables.tested(section.tests[axis]["sam"], axis)
+    for axis, mark in (("steps", ""), ("flops", wording.MIDWAY)):
+        text = wording.tested(section.tests[axis]["sam"], axis)
         assert f"{mark} (3\u00a0pairs, t\u00a0" in text and "by\u00a0Holm" in text
         assert (
-            text in told(section)
-            and tables.paired(section).rows[0][1 + comparison.AXES.index(axis)] == text
+            text in told(section) and tables.paired(section).rows[0][1 + AXES.index(axis)] == text
         )
-        assert tables.value(section.at_equal(axis, "sam")) in told(section)
+        assert wording.value(section.at_equal(axis, "sam")) in told(section)
     assert (
-        f"{tables.MIDWAY} over 3 seeds" in told(section)
-        and tables.MIDWAY in tables.by_method(section).rows[1][2]
+        f"{wording.MIDWAY} over 3 seeds" in told(section)
+        and wording.MIDWAY in tables.by_method(section).rows[1][2]
     )
     made("sam", {0: 3.1, 1: 3.1, 2: 3.45}, slope=0.002, name="gsam")
     both = section_of(tmp_path)
@@ -391,8 +401,8 @@ def test_the_headline_says_what_the_table_says(made, tmp_path):
     assert test.holm == pytest.approx(
         2 * test.p
     ) and f"p\u00a0{test.p:.2g}, by\u00a0Holm\u00a0{2 * test.p:.2g}" in told(both)
-    assert tables.UNANNEALED in told(section) and "read in the middle" in markdown
-    assert "t" not in tables.tested(section.tests["seconds"]["sam"], "seconds").replace(
+    assert wording.UNANNEALED in told(section) and "read in the middle" in markdown
+    assert "t" not in wording.tested(section.tests["seconds"]["sam"], "seconds").replace(
         "\u2020", ""
     )
 
@@ -522,7 +532,7 @@ def test_a_setting_from_another_machine_does_not_win_at_equal_time(made, tmp_pat
         )
     section = section_of(tmp_path)
     assert section.chosen["flops"]["sam"].lr == 0.02 and section.chosen["seconds"]["sam"].lr == 0.01
-    assert "no evidence, for the machines differ" in tables.winner(section, "seconds")
+    assert "no evidence, for the machines differ" in wording.winner(section, "seconds")
 
 
 def test_a_difference_to_a_baseline_in_mid_schedule_is_marked_in_the_csv(made, tmp_path):
@@ -590,17 +600,17 @@ def test_a_shared_machine_is_no_evidence(made, tmp_path):
     made("adamw", {1: 3.1}, summary={"seconds": 1.08e-9 * flops})
     made("sam", {0: 2.9, 1: 3.0})
     assert (
-        "has the lowest" in tables.winner(section_of(tmp_path), "seconds")
+        "has the lowest" in wording.winner(section_of(tmp_path), "seconds")
         and not section_of(tmp_path).doubt
     )
     made("adamw", {2: 3.1}, summary={"seconds": 1.2e-9 * flops})
     section = section_of(tmp_path)
-    assert "no evidence, for the machine was shared" in tables.winner(section, "seconds")
+    assert "no evidence, for the machine was shared" in wording.winner(section, "seconds")
     assert "seconds per FLOP of adamw differ by 20%" in told(section)
     assert "no evidence" in tables.by_method(section).header[3] and not any(
         "*" in row[3] for row in tables.by_method(section).rows
     )
-    assert "p\u00a0" not in tables.tested(section.tests["seconds"]["sam"], "seconds")
+    assert "p\u00a0" not in wording.tested(section.tests["seconds"]["sam"], "seconds")
 
 
 def test_children_of_unlike_parents_are_apart(made, tmp_path):
@@ -682,9 +692,12 @@ def test_imprecise_perturbations_are_marked(made, tmp_path):
     made("sam", {1: 2.9}, figures={"sharpness/fidelity": 0.42, "sharpness/realised_along": 1.3})
     section = section_of(tmp_path)
     assert "a cosine of 0.42 with itself in IEEE fp32" in told(section)
-    assert f"(lr 0.01, rho 0.05){tables.PRECISION} has the lowest" in told(section)
-    assert [row[0] for row in tables.by_method(section).rows] == ["adamw", f"sam{tables.PRECISION}"]
-    assert tables.paired(section).rows[0][0] == f"sam{tables.PRECISION}"
+    assert f"(lr 0.01, rho 0.05){wording.PRECISION} has the lowest" in told(section)
+    assert [row[0] for row in tables.by_method(section).rows] == [
+        "adamw",
+        f"sam{wording.PRECISION}",
+    ]
+    assert tables.paired(section).rows[0][0] == f"sam{wording.PRECISION}"
 
 
 def test_where_data_lie_is_no_part_of_a_comparison(made, tmp_path):
@@ -730,7 +743,7 @@ def test_a_late_run_is_compared_with_whole_ones(copied, tmp_path):
             f"init:\n  run: {tmp_path}/runs/whole\n  step: 10\n",
         ),
     )
-    whole, apart = comparison.compare([read_run(run) for run in find_runs([tmp_path])])
+    whole, apart = compare([read_run(run) for run in find_runs([tmp_path])])
     assert set(whole.methods) == {
         "adamw",
         "sam base=sgd",
@@ -971,24 +984,24 @@ def test_charts_are_real(report):
 
 def test_methods_look_different_and_the_same_everywhere():
     names = ["adamw", "adamw weight_decay=0.2", *(f"method_{number:02}" for number in range(16))]
-    looks = charts.styles(name for name in names)
+    looks = drawing.styles(name for name in names)
     assert len({(look.color, look.dash) for look in looks.values()}) == len(names)
     assert (
         len({looks[f"method_{number:02}"].color for number in range(10)} | {looks["adamw"].color})
         == 11
     )
-    assert charts.styles(reversed(names)) == looks and looks["adamw"].color == charts.INK
+    assert drawing.styles(reversed(names)) == looks and looks["adamw"].color == drawing.INK
 
 
 def test_every_seed_stays_in_the_axes():
     """Of the last four fifths; the fall before is cut off."""
     x, losses = np.arange(11.0), np.array([9.0, 8.0, *np.linspace(3, 2, 9)])
-    _figure, axes = charts.start()
-    charts.frame_late(
+    _figure, axes = drawing.start()
+    drawing.frame_late(
         axes,
         [
-            charts.Line("sam", x, np.array([losses, losses - 0.7])),
-            charts.Line("adamw", x, losses[None] + 0.3),
+            drawing.Line("sam", x, np.array([losses, losses - 0.7])),
+            drawing.Line("adamw", x, losses[None] + 0.3),
         ],
     )
     low, high = axes.get_ylim()
@@ -996,7 +1009,7 @@ def test_every_seed_stays_in_the_axes():
 
 
 def points(figure, label: str) -> list:
-    """The y values of the line of this name."""
+    """Returns the y values of the line of this name."""
     axes, *_ = figure.axes
     return next(line for line in axes.lines if line.get_label() == label).get_ydata().tolist()
 
@@ -1008,7 +1021,7 @@ def test_the_difference_to_adamw_is_drawn_with_each_seed(made, tmp_path):
     made("sam", {0: 2.9, 1: 3.3, 5: 9.0})
     made("sam", {0: 2.9, 1: 3.3}, name="short", summary={"step": 20})
     section = section_of(tmp_path)
-    figure = charts.difference_chart(section, charts.styles(section.methods))
+    figure = line_charts.difference_chart(section, drawing.styles(section.methods))
     assert points(figure, "sam") == pytest.approx([0.0] * 11)
     assert "short" in section.best and "short" not in {
         line.get_label() for line in figure.axes[0].lines
@@ -1028,20 +1041,21 @@ def test_a_map_of_learning_rate_by_radius_where_both_were_swept(made, tmp_path):
         made("sam", {0: loss, 1: loss + 0.02}, lr=lr, rho=rho)
     section = section_of(tmp_path)
     texts = {
-        text.get_text(): text.get_position() for text in charts.grid_chart(section).axes[0].texts
+        text.get_text(): text.get_position()
+        for text in response_charts.grid_chart(section).axes[0].texts
     }
     assert texts == {"3.1200": (0, 0), "3.2200": (1, 0), "3.1300": (0, 1)}
     (tmp_path / "less").mkdir()
     made("sam", {0: 3.0}, beside="less", lr=0.01, rho=0.1)
     made("sam", {0: 3.0}, beside="less", lr=0.02, rho=0.1)
-    assert charts.grid_chart(section_of(tmp_path / "less")) is None
+    assert response_charts.grid_chart(section_of(tmp_path / "less")) is None
 
 
 def test_response_charts_show_every_seed(made, tmp_path):
     made("sam", {0: 3.1, 1: 3.3}, rho=0.1)
     made("sam", {0: 3.4, 1: 3.6}, rho=0.2)
     section = section_of(tmp_path)
-    axes = charts.response_chart(section, charts.styles(section.methods), "rho").axes[0]
+    axes = response_charts.response_chart(section, drawing.styles(section.methods), "rho").axes[0]
     dots = sorted(
         tuple(place) for cloud in axes.collections for place in cloud.get_offsets().tolist()
     )
@@ -1083,14 +1097,14 @@ def test_which_chart_is_an_option(sweep, tmp_path, chart):
 def test_every_figure_is_drawn_against_what_is_asked_for(sweep, axis, label):
     """With the values of that axis in its rows: the longest run ends at the right edge."""
     section = section_of(sweep)
-    looks = charts.styles(section.methods)
+    looks = drawing.styles(section.methods)
     drawn = [
-        charts.training_chart(section, looks, axis),
-        *charts.measured_charts(section, looks, axis)[0].values(),
+        line_charts.training_chart(section, looks, axis),
+        *line_charts.measured_charts(section, looks, axis)[0].values(),
     ]
     assert len(drawn) > 5 and all(chart.axes[0].get_xlabel().startswith(label) for chart in drawn)
-    lines, unit = charts.in_units(
-        [line for line in charts.lines_of(section, axis, "train/loss") if line.method == "sam"],
+    lines, unit = drawing.in_units(
+        [line for line in drawing.lines_of(section, axis, "train/loss") if line.method == "sam"],
         axis,
     )
     last = [run.columns[axis][-1] for run in section.best["sam"].runs]
@@ -1106,7 +1120,7 @@ def test_constants_are_told_and_not_drawn(sweep):
         run for method, setting in section.best.items() if method != "adamw" for run in setting.runs
     ):
         run.columns["sharpness/realised_radius"] = 0.05 + 1e-8 * run.columns["step"]
-    drawn, constant = charts.measured_charts(section, charts.styles(section.methods))
+    drawn, constant = line_charts.measured_charts(section, drawing.styles(section.methods))
     assert "sharpness/realised_radius" not in drawn and "sharpness/gap" in drawn
     assert any(
         text.startswith("Length of what the compute precision left of the move")
@@ -1117,7 +1131,7 @@ def test_constants_are_told_and_not_drawn(sweep):
         run.columns["sharpness/realised_radius"] = 0.05 * run.columns["step"]
     assert (
         "sharpness/realised_radius"
-        in charts.measured_charts(section, charts.styles(section.methods))[0]
+        in line_charts.measured_charts(section, drawing.styles(section.methods))[0]
     )
 
 
@@ -1299,9 +1313,8 @@ def test_mistakes_cost_one_line(sweep, tmp_path, monkeypatch, capsys, arguments,
 
 
 def test_without_the_extra_it_says_what_to_install(sweep, monkeypatch, capsys):
-    for name in ("page", "charts"):
-        monkeypatch.delitem(sys.modules, f"launch.{name}", raising=False)
-        monkeypatch.delattr(f"launch.{name}", raising=False)
+    for name in ("writing", "drawing"):
+        monkeypatch.delitem(sys.modules, f"launch.report.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit):
         main([str(sweep)])

@@ -22,10 +22,8 @@ reported.
 
 import re
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from conf.key import key
 
@@ -34,8 +32,7 @@ PICTURES = (".png", ".svg", ".pdf")
 
 @dataclass
 class Options:
-    """Compares runs: tables and plots in one HTML file that needs no network, with the same as
-    Markdown and CSV beside it.
+    """Compares runs in one HTML file that needs no network, with Markdown and CSV beside it.
 
     python -m launch.report runs
     python -m launch.report runs/a runs/b out=comparison.html axis=flops
@@ -88,83 +85,40 @@ def main(arguments: list[str]) -> None:
                 " and metrics.jsonl"
             )
         out = Path(options.out or folders[0] / "report.html")
-        if out.suffix not in (".html", *PICTURES) or out.is_dir() or not out.parent.is_dir():
-            raise ValueError(
-                f"out={out} cannot be written; name an .html, .png, .svg or .pdf file in a folder"
-                " that exists"
-            )
-        if options.chart and out.suffix == ".html":
-            raise ValueError(
-                f"chart={options.chart} is one chart, and out={out} holds all; give out=FILE.png,"
-                " .svg or .pdf"
-            )
+        check_out(out, options)
         print(write(runs, out, options))
 
 
+def check_out(out: Path, options: Options) -> None:
+    """Raises ValueError for a file that cannot be written, and for one chart on a page of all."""
+    if out.suffix not in (".html", *PICTURES) or out.is_dir() or not out.parent.is_dir():
+        raise ValueError(
+            f"out={out} cannot be written; name an .html, .png, .svg or .pdf file in a folder"
+            " that exists"
+        )
+    if options.chart and out.suffix == ".html":
+        raise ValueError(
+            f"chart={options.chart} is one chart, and out={out} holds all; give out=FILE.png,"
+            " .svg or .pdf"
+        )
+
+
 def write(runs: list[Path], out: Path, options: Options) -> str:
-    """Writes the files of the report, or its one chart; returns what won and where it is told, as
-    text.
+    """Writes the report, or its one chart; returns what there is to print.
 
     Raises ValueError where a file cannot be written, for a chart or seeds that there are not, and
-    without what draws charts."""
+    without the packages that the report needs."""
     try:
-        from launch.report import comparison, exports, page, tables
+        from launch.report.settings import Selection
+        from launch.report.writing import write_chart, write_report
     except ModuleNotFoundError as error:
         raise ValueError(
             f"the report needs {error.name}, which is not installed; pip install -e '.[report]'"
         ) from None
-    from data.files import write_result
-    from launch.report.record import read_run
-
-    records = [read_run(run) for run in runs]
-    sections = comparison.compare(records, comparison.Selection(read_seeds(options.select_seeds)))
-    files: dict[Path, Any]
+    selection = Selection(read_seeds(options.select_seeds))
     if out.suffix in PICTURES:
-        files = {out: one_chart(sections, out, options)}
-        last = f"{options.chart or 'loss'} of {sections[0].title}: {out}"
-    else:
-        files = {
-            out.with_suffix(".md"): exports.markdown(sections, records),
-            out.with_suffix(".csv"): exports.methods_csv(sections),
-            out.with_name(f"{out.stem}_runs.csv"): exports.runs_csv(sections, records),
-            out: page.page(
-                sections, records, time.strftime("%Y-%m-%d %H:%M"), options.axis, out.parent
-            ),
-        }
-        last = f"report of {tables.plural(len(records), 'run')}: {out}"
-    try:
-        for path, content in files.items():
-            write_result(path, content)
-    except OSError as error:
-        raise ValueError(
-            f"out={out} cannot be written ({error.strerror}); name another place"
-        ) from None
-    unfinished = [
-        f"{run.folder}: {run.state} at step {run.step:,}; {run.reason}"
-        for run in records
-        if run.state != "finished"
-    ]
-    told = [
-        line
-        for section in sections
-        for line in (section.title, *(f"    {sentence}" for sentence in tables.headline(section)))
-    ]
-    return "\n".join([*told, *unfinished, last])
-
-
-def one_chart(sections: list[Any], out: Path, options: Options) -> bytes:
-    """Returns the one chart of the largest comparison, as the content of its file."""
-    from launch.report import charts
-
-    if not sections:
-        raise ValueError(
-            f"out={out}: no run has a configuration to draw anything of; give out=FILE.html, which"
-            " lists them"
-        )
-    drawn = charts.chart(
-        sections[0], charts.styles(sections[0].methods), options.chart or "loss", options.axis
-    )
-    return charts.encoded(drawn, out.suffix)
+        return write_chart(runs, selection, out, options.axis, options.chart or "loss")
+    return write_report(runs, selection, out, options.axis)
 
 
 def read_seeds(text: str | None) -> tuple[int, ...]:

@@ -12,7 +12,8 @@ import numpy as np
 from scipy.stats import t as student
 from scipy.stats import ttest_rel
 
-FEWEST = 3  # pairs of seeds that a test needs
+# A test needs at least this many pairs of seeds.
+FEWEST = 3
 
 
 class Estimate(NamedTuple):
@@ -26,10 +27,10 @@ class Estimate(NamedTuple):
 
     @property
     def margin(self) -> float:
-        """Half the 95 % interval of Student's t, nan for fewer than two seeds."""
-        return (
-            float(student.ppf(0.975, self.seeds - 1)) * self.error if self.seeds > 1 else math.nan
-        )
+        """Returns half the 95 % interval of Student's t, nan for fewer than two seeds."""
+        if self.seeds < 2:
+            return math.nan
+        return float(student.ppf(0.975, self.seeds - 1)) * self.error
 
 
 class PairedTest(NamedTuple):
@@ -45,16 +46,12 @@ class PairedTest(NamedTuple):
 
 
 def estimate(values: Iterable[float], midway: bool = False) -> Estimate:
-    """The estimate from the values that are known."""
+    """Returns the estimate from the values that are known."""
     known = np.array([value for value in values if math.isfinite(value)])
     if not len(known):
         return Estimate(math.nan, math.nan, 0)
-    return Estimate(
-        known.mean(),
-        known.std(ddof=1) / math.sqrt(len(known)) if len(known) > 1 else math.nan,
-        len(known),
-        midway,
-    )
+    error = known.std(ddof=1) / math.sqrt(len(known)) if len(known) > 1 else math.nan
+    return Estimate(known.mean(), error, len(known), midway)
 
 
 def paired_test(
@@ -69,14 +66,16 @@ def paired_test(
     found = estimate(by_seed.values(), midway)
     if found.seeds < FEWEST or found.error < 1e-12 * max(abs(ours[seed]) for seed in by_seed):
         return PairedTest(by_seed, found)
-    result = ttest_rel([ours[seed] for seed in by_seed], [theirs[seed] for seed in by_seed])
+    pairs = [(ours[seed], theirs[seed]) for seed in by_seed]
+    result = ttest_rel(*zip(*pairs, strict=True))
     return PairedTest(by_seed, found, float(result.statistic), float(result.pvalue))
 
 
 def holm(values: dict[str, float]) -> dict[str, float]:
     """Returns p values adjusted for their number (Holm 1979): the k-th smallest of m times m - k +
     1, at most 1 and in the same order."""
-    adjusted, largest = dict[str, float](), 0.0
+    adjusted: dict[str, float] = {}
+    largest = 0.0
     known = sorted((p, name) for name, p in values.items() if math.isfinite(p))
     for place, (p, name) in enumerate(known):
         largest = min(1.0, max(largest, p * (len(known) - place)))

@@ -7,41 +7,57 @@ import re
 from html import escape
 from typing import Any
 
-from launch.report.comparison import Section
 from launch.report.estimates import Estimate, PairedTest
 from launch.report.record import Record
-from launch.report.tables import (
-    HOW,
-    TESTING,
-    Table,
-    chosen_keys,
-    conditions,
-    facts,
-    failed,
-    headline,
-    tables,
-)
+from launch.report.section import Section
+from launch.report.tables import Table, failed, results
+from launch.report.wording import HOW, TESTING, conditions, headline
+
+METHODS = [
+    "comparison",
+    "method",
+    "lr",
+    "rho",
+    "settings",
+    "chosen",
+    "at_equal",
+    "budget",
+    "mean",
+    "standard_error",
+    "low_95",
+    "high_95",
+    "seeds",
+    "planned_seeds",
+    "midway",
+    "no_evidence",
+    "precision",
+    "baseline",
+    "pairs",
+    "differences",
+    "mean_difference",
+    "difference_standard_error",
+    "difference_low_95",
+    "difference_high_95",
+    "difference_midway",
+    "t",
+    "p",
+    "p_holm",
+]
 
 
 def markdown(sections: list[Section], records: list[Record]) -> str:
     """Returns what won, the tables and the failures as Markdown."""
     parts = []
     for section in sections:
-        told = headline(section)
         parts += [
             f"## {plain_text(section.title)}",
             plain_text(conditions(section)),
-            "\n".join(f"- {plain_text(text)}" for text in told),
+            "\n".join(f"- {plain_text(text)}" for text in headline(section)),
         ]
-        for table in (
-            tables(section)
-            if len(section.runs) > 1
-            else [facts(section.runs[0]), chosen_keys(section.runs[0])]
-        ):
-            parts += (
-                [f"**{plain_text(table.caption)}**", markdown_table(table)] if table.rows else []
-            )
-        parts += [HOW, TESTING] if section.best and len(section.runs) > 1 else []
+        for table in results(section):
+            parts += [f"**{plain_text(table.caption)}**", markdown_table(table)]
+        if section.best and len(section.runs) > 1:
+            parts += [HOW, TESTING]
     failures = failed(records)
     parts += ["## Runs that did not finish", markdown_table(failures) if failures.rows else "None."]
     return "\n\n".join(parts) + "\n"
@@ -49,66 +65,38 @@ def markdown(sections: list[Section], records: list[Record]) -> str:
 
 def methods_csv(sections: list[Section]) -> str:
     """Returns a row for every method and budget."""
-    header = [
-        "comparison",
-        "method",
-        "lr",
-        "rho",
-        "settings",
-        "chosen",
-        "at_equal",
-        "budget",
-        "mean",
-        "standard_error",
-        "low_95",
-        "high_95",
-        "seeds",
-        "planned_seeds",
-        "midway",
-        "no_evidence",
-        "precision",
-        "baseline",
-        "pairs",
-        "differences",
-        "mean_difference",
-        "difference_standard_error",
-        "difference_low_95",
-        "difference_high_95",
-        "difference_midway",
-        "t",
-        "p",
-        "p_holm",
+    rows = [
+        method_cells(section, axis, method)
+        for section in sections
+        for axis in section.chosen
+        for method in section.chosen[axis]
     ]
-    rows = []
-    for section in sections:
-        for axis in section.chosen:
-            for method, setting in section.chosen[axis].items():
-                tried = sum(bool(other.chosen_by) for other in section.methods[method])
-                found, doubt = (
-                    section.at_equal(axis, method),
-                    section.doubt if axis == "seconds" else "",
-                )
-                rows.append(
-                    [
-                        section.title,
-                        method,
-                        setting.lr,
-                        setting.rho,
-                        tried,
-                        section.selectors[method],
-                        axis,
-                        section.budgets[axis],
-                        *found[:2],
-                        *ends(found),
-                        found.seeds,
-                        section.planned,
-                        found.midway,
-                        doubt,
-                        section.imprecise.get(method),
-                        *difference_cells(section.tests[axis].get(method), section.baseline),
-                    ]
-                )
-    return csv_text(header, rows)
+    return csv_text(METHODS, rows)
+
+
+def method_cells(section: Section, axis: str, method: str) -> list[Any]:
+    """Returns the cells of a method at the budget of an axis."""
+    setting = section.chosen[axis][method]
+    found = section.at_equal(axis, method)
+    return [
+        section.title,
+        method,
+        setting.lr,
+        setting.rho,
+        len(section.tried(method)),
+        section.selectors[method],
+        axis,
+        section.budgets[axis],
+        found.mean,
+        found.error,
+        *ends(found),
+        found.seeds,
+        section.planned,
+        found.midway,
+        section.doubt if axis == "seconds" else "",
+        section.imprecise.get(method),
+        *difference_cells(section.tests[axis].get(method), section.baseline),
+    ]
 
 
 def difference_cells(test: PairedTest | None, baseline: str | None) -> list[Any]:
@@ -121,7 +109,8 @@ def difference_cells(test: PairedTest | None, baseline: str | None) -> list[Any]
         baseline,
         found.seeds,
         each,
-        *found[:2],
+        found.mean,
+        found.error,
         *ends(found),
         found.midway,
         test.t,
@@ -136,22 +125,16 @@ def ends(found: Estimate) -> tuple[float, float]:
 
 
 def runs_csv(sections: list[Section], records: list[Record]) -> str:
-    """A row for every run, in the order they were found."""
+    """Returns a row for every run, in the order they were found."""
     title = {id(run): section.title for section in sections for run in section.runs}
     names = ["step", "tokens", "flops", "seconds", "skipped", "val/loss", "val/bits_per_byte"]
     header = ["run", "comparison", "state", "reason", "method", "lr", "rho", "seed", *names]
     keys = ("optim.name", "optim.lr", "optim.rho", "seed")
-    rows = [
-        [
-            run.folder,
-            title.get(id(run)),
-            run.state,
-            run.reason,
-            *(run.settings.get(key) for key in keys),
-            *(run.summary.get(name) for name in names),
-        ]
-        for run in records
-    ]
+    rows: list[list[Any]] = []
+    for run in records:
+        rows.append([run.folder, title.get(id(run)), run.state, run.reason])
+        rows[-1] += map(run.settings.get, keys)
+        rows[-1] += map(run.summary.get, names)
     return csv_text(header, rows)
 
 
@@ -160,7 +143,8 @@ def csv_text(header: list[str], rows: list[list]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows([[csv_cell(value) for value in row] for row in rows])
+    for row in rows:
+        writer.writerow([csv_cell(value) for value in row])
     return out.getvalue()
 
 
@@ -171,15 +155,16 @@ def csv_cell(value: Any) -> Any:
         return ""
     if isinstance(value, (int, float)):
         return value
-    # which csv would leave bare, and readers take for the end of the row
+    # csv would leave a carriage return bare, and readers take that for the end of the row.
     text = str(value).replace("\r", " ")
     return f"'{text}" if re.match(r"\t|\s*[=+\-@\uff1d\uff0b\uff0d\uff20]", text) else text
 
 
 def markdown_table(table: Table) -> str:
-    """Returns the same for Markdown."""
+    """Returns a table as Markdown."""
     rule = [":--" if column in table.text else "--:" for column in range(len(table.header))]
-    lines = [table.header, rule, *([plain_text(text) for text in row] for row in table.rows)]
+    rows = [list(map(plain_text, row)) for row in table.rows]
+    lines = [table.header, rule, *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -187,6 +172,6 @@ def plain_text(text: str) -> str:
     """Returns a text such that Markdown shows it as it is: on one line, and without meaning for it
     or for HTML."""
     line = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", escape(" ".join(text.split()), quote=False))
-    # What would begin a heading, a list or a rule.
+    # A heading, a list or a rule would begin with these.
     line = re.sub(r"^(\d+)(?=[.)](\s|$))", r"\1\\", line)
     return re.sub(r"^(?=(#+|[-+])(\s|$)|[=-]+$)", r"\\", line)

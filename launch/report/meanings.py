@@ -1,4 +1,4 @@
-"""What the figures of a run's rows mean, and the titles of their axes."""
+"""The meanings of the figures of a run's rows, and the titles of their axes."""
 
 import re
 
@@ -141,7 +141,7 @@ MEANINGS = {
         "Tokens per second, without evaluations and checkpoints.",
     ),
 }
-# of these, a run that stands alone
+# Only a run that stands alone has charts of these.
 LONE = (
     "optim/lr",
     "logits/entropy",
@@ -156,5 +156,5 @@ def title(name: str) -> str:
 
 
 def meaning(name: str) -> str:
-    """Returns what a figure means, in a sentence."""
+    """Returns the meaning of a figure, in a sentence."""
     return MEANINGS[name][1] if name in MEANINGS else f"{name}."

@@ -1,4 +1,4 @@
-"""What run folders tell afterwards: their configuration, their curves, and how each run ended."""
+"""Reads run folders: their configuration, their curves, and how each run ended."""
 
 import os
 import sys
@@ -22,9 +22,12 @@ from optim.rule.diagnostics import unfaithful
 
 # Rows with one of these are always read: they are few.
 KEPT = (b'"val/loss"', b'"sharpness/delta_func"', b'"sharpness/fidelity"')
-ANCESTORS = 10  # runs that a run goes back to, one from another, that are asked for their settings
-SAMPLED = 400  # rows that are read of the others
-# beside config.yaml, what tells a run's folder from others
+# At most this many of the other rows are read.
+SAMPLED = 400
+# A run may start from another, and that one from a third: the settings of at most this many of them
+# are read.
+ANCESTORS = 10
+# A folder with config.yaml and one of these is a run's.
 FILES = {
     "metrics.jsonl",
     "summary.json",
@@ -34,18 +37,11 @@ FILES = {
 
 @dataclass
 class Start:
-    """What environment.json tells of a start."""
+    """A start of a run, as environment.json has it."""
 
     devices: list[str] = field(default_factory=list)
     cpu: str = ""
     folder: str = ""
-
-
-@dataclass
-class Measured:
-    """What the state of a checkpoint tells of the data."""
-
-    data: str | None = None
 
 
 @dataclass(eq=False)
@@ -80,18 +76,19 @@ class Record:
 
     @property
     def loss(self) -> float:
-        """The final validation loss, nan unless the run is finished."""
+        """Returns the final validation loss, nan unless the run is finished."""
         return self.summary["val/loss"] if self.state == "finished" else np.nan
 
     @property
     def step(self) -> int:
-        """The last step that the run has told of."""
+        """Returns the last step that the run has written of."""
         steps = self.columns.get("step", np.empty(0))
         return int(self.summary.get("step", steps[-1] if len(steps) else 0))
 
     def curve(self, axis: str, figure: str) -> tuple[np.ndarray, np.ndarray]:
-        """(values of the axis, values of the figure) where the figure is known."""
-        values, along = self.columns.get(figure, np.empty(0)), self.columns.get(axis, np.empty(0))
+        """Returns (values of the axis, values of the figure) where the figure is known."""
+        values = self.columns.get(figure, np.empty(0))
+        along = self.columns.get(axis, np.empty(0))
         if not (len(values) and len(along)):
             return np.empty(0), np.empty(0)
         known = np.isfinite(values) & np.isfinite(along)
@@ -99,33 +96,35 @@ class Record:
 
 
 def find_runs(folders: Iterable[Path]) -> Iterator[Path]:
-    """The run folders among and below the given ones, each once, with those that a sweep has yet to
-    fill. Raises ValueError where there is no such folder."""
+    """Yields the run folders among and below the given ones, each once, with those that a sweep has
+    yet to fill. Raises ValueError where there is no such folder."""
     seen = set()
     for given in folders:
         if not given.is_dir():
             raise ValueError(f"{given} is no folder; name run folders, or folders that hold some")
         for root, below, files in os.walk(given, followlinks=True):
             here = {*below, *files}
-            found = [Path(root)] if "config.yaml" in here and not FILES.isdisjoint(here) else []
-            below[:] = (
-                []
-                if found or os.path.realpath(root) in seen
-                else sorted(name for name in below if not name.startswith("."))
-            )
-            for run in found or [
-                job.run
-                for job in jobs_of(Path(root), warn=True)
-                if not (job.run / "config.yaml").exists()
-            ]:
+            is_run = "config.yaml" in here and not FILES.isdisjoint(here)
+            # The walk goes on to the folders that are left in `below`.
+            if is_run or os.path.realpath(root) in seen:
+                below.clear()
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            for run in [Path(root)] if is_run else unfilled(Path(root)):
                 if (real := os.path.realpath(run)) not in seen:
                     yield run
                 seen.add(real)
             seen.add(os.path.realpath(root))
 
 
+def unfilled(folder: Path) -> list[Path]:
+    """Returns the run folders of a sweep's folder in which no run has begun."""
+    runs = [job.run for job in jobs_of(folder, warn=True)]
+    return [run for run in runs if not (run / "config.yaml").exists()]
+
+
 def jobs_of(folder: Path, warn: bool = False) -> list[Job]:
-    """The jobs of a sweep's folder; none where its list is damaged, which takes no run with it."""
+    """Returns the jobs of a sweep's folder; none where its list is damaged, so that a report of its
+    runs is made all the same."""
     try:
         return read_jobs(folder)
     except DamagedFile as error:
@@ -138,7 +137,7 @@ def jobs_of(folder: Path, warn: bool = False) -> list[Job]:
 
 
 def read_run(folder: Path) -> Record:
-    """The record of a run folder; where a file of it is damaged, its state and reason say so."""
+    """Returns the record of a run folder; where a file is damaged, state and reason say so."""
     record = Record(folder)
     try:
         record.settings, config = read_settings(folder)
@@ -153,15 +152,17 @@ def read_run(folder: Path) -> Record:
         record.state, record.reason = ending(folder, record.summary, rows)
         start = last_start(folder)
         record.hardware = ", ".join(start.devices) or start.cpu
-        record.measured_on |= {"data": data} if (data := data_of(folder)) else {}
+        if data := data_of(folder):
+            record.measured_on["data"] = data
     except (OSError, ValueError) as error:
-        record.state, record.reason = "damaged", " ".join(str(error).split())
+        record.state = "damaged"
+        record.reason = " ".join(str(error).split())
     return record
 
 
 def read_settings(folder: Path) -> tuple[dict[str, Any], Config | None]:
-    """(settings of a run, its whole configuration) from its config.yaml; none of a run that never
-    began. Raises ValueError for a file that is damaged."""
+    """Returns (settings of a run, its whole configuration) from its config.yaml; nothing for a run
+    that never began. Raises ValueError for a file that is damaged."""
     if not os.path.lexists(folder / "config.yaml"):
         return {}, None
     config = load_config(folder)
@@ -186,7 +187,9 @@ def read_parent(folder: Path, config: Config, ancestors: int = ANCESTORS) -> dic
         parent = next((place for place in places if (place / "config.yaml").exists()), places[0])
         settings, theirs = read_settings(parent) if ancestors else ({}, None)
     except (OSError, ValueError):
-        parent, settings, theirs = named, {}, None
+        parent = named
+        settings = {}
+        theirs = None
     if theirs is None:
         return {"parent.run": str(parent)}
     # The path of a run is no part of what it is.
@@ -195,8 +198,8 @@ def read_parent(folder: Path, config: Config, ancestors: int = ANCESTORS) -> dic
 
 
 def read_sampled(file: Path) -> list[Row]:
-    """The rows of a metrics.jsonl with an evaluation, and of the others at most SAMPLED, evenly
-    spread, with the last; none where there is no file.
+    """Returns the rows of a metrics.jsonl with an evaluation, and of the others at most SAMPLED,
+    evenly spread, with the last; none where there is no file.
 
     Raises DamagedFile where a line is damaged."""
     lines = lines_of(file)
@@ -211,43 +214,42 @@ def read_sampled(file: Path) -> list[Row]:
 
 
 def columns(rows: list[Row]) -> dict[str, np.ndarray]:
-    """The rows as an array for every figure."""
+    """Returns the rows as an array for every figure."""
     names = {name for row in rows for name in row}
-    return {name: np.array([row.get(name) for row in rows], dtype=float) for name in names}
+    found = {}
+    for name in names:
+        found[name] = np.array([row.get(name) for row in rows], dtype=float)
+    return found
 
 
 def ending(folder: Path, summary: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[str, str]:
-    """(state, reason) of a run whose files are in order."""
-    last = rows[-1] if rows else {}
+    """Returns (state, reason) of a run whose files are in order."""
+    if summary and summary["val/loss"] is None:
+        return "diverged", "its final validation loss is not finite"
     if summary:
-        return (
-            ("finished", "")
-            if summary["val/loss"] is not None
-            else ("diverged", "its final validation loss is not finite")
-        )
+        return "finished", ""
     if is_in_use(folder):
         return "running", ""
     job = next((job for job in jobs_of(folder.parent) if job.run == folder), None)
     line = reason(job)[0] if job and job.log().exists() else read_failure(folder)
+    last = rows[-1] if rows else {}
     if "grad/norm" in last and last["grad/norm"] is None:
-        return (
-            "diverged",
-            line
-            or "its last step was not finite;"
-            f" {last.get('skipped', '?')} steps were skipped in all",
-        )
+        skipped = f"{last.get('skipped', '?')} steps were skipped in all"
+        return "diverged", line or f"its last step was not finite; {skipped}"
     if line:
         return "stopped" if job and job.stopped else "crashed", line
     if job and not rows:
         return "waiting", ""
-    if content := read_bytes(lock) if (lock := folder / "lock").exists() else b"":
+    lock = folder / "lock"
+    content = read_bytes(lock) if lock.exists() else b""
+    if content:
         return "stopped", f"killed: {owner_in(content, lock)} had it; the same command goes on"
     return "stopped", "ended in order before its end; the same command goes on"
 
 
 def data_of(folder: Path) -> str | None:
-    """The fingerprint of a run's data, as its newest sound checkpoint tells it; None where none
-    does."""
+    """Returns the fingerprint of a run's data by its newest sound checkpoint; None where none has
+    it."""
     for path in reversed(checkpoints(folder).values()):
         with suppress(OSError, ValueError):
             return read_state(path).get("data")
@@ -255,6 +257,6 @@ def data_of(folder: Path) -> str | None:
 
 
 def read_failure(folder: Path) -> str:
-    """What a process of a run said when it ended it, empty where none did."""
+    """Returns the error with which a process ended its run, "" where none did."""
     nothing: Failure = {"by": 0, "code": 0, "line": ""}
     return read_json(folder / "heartbeat" / "failure.json", Failure, absent=nothing)["line"]
