@@ -10,8 +10,9 @@ from data import Corpus, prepare
 
 @dataclass
 class Options:
-    """Turns text into token shards, in the cache where a run with the same data finds them. It
-    takes every override of a run.
+    """Turns text into token shards, which runs with the same data find in the cache.
+
+    It takes every override of a run.
 
     python -m data.prepare data=stdlib tokenizer=bpe
     python -m data.prepare data=c4 tokenizer=gpt2 data.documents=1000000
