@@ -1,7 +1,7 @@
 """The keys of the gradient rule and of the base optimiser: `optim.*`."""
 
 from collections import ChainMap
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -22,6 +22,23 @@ class Registry(dict[str, Any]):
             return part
 
         return add
+
+
+class AllBut(Collection[str]):
+    """The names of a registry but one, whatever registers later."""
+
+    def __init__(self, registry: Registry, name: str) -> None:
+        self.registry = registry
+        self.name = name
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.registry and name != self.name
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self.registry if name != self.name)
+
+    def __len__(self) -> int:
+        return len(self.registry) - (self.name in self.registry)
 
 
 PATHS = Registry()  # optim.path of every rule that moves the weights
@@ -163,7 +180,7 @@ class RuleConfig:
         "strength of the reused (LookSAM) or removed (GSAM) part",
         low=0.0,
         high=1e6,
-        read_when=("optim.combine", ("reuse", "orthogonal")),
+        read_when=("optim.combine", AllBut(COMBINATIONS, "replace")),
     )
     delta_sigma: float = key(
         0.15,

@@ -150,9 +150,7 @@ def test_examples_train(tmp_path, tiny):
     for method in methods:
         summary = json.loads((project / method / "summary.json").read_text())
         assert summary["perturbed_steps"] == 3
-    assert re.findall(r"choose one of (.*)", process.stdout) == [
-        "gradient, momentum, stale, friendly, random, sign"
-    ]
+    assert re.findall(r"choose one of (.*)", process.stdout) == [", ".join([*DIRECTIONS, "sign"])]
 
 
 TRAIN = """

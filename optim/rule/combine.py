@@ -39,7 +39,8 @@ class Overlap(NamedTuple):
 class Combination:
     """The base of all combinations.
 
-    needs_gradient    whether `combine` reads g, which then lives until the end of the step
+    needs_gradient    whether `combine` is called, with g, which then lives until the end of the
+                      step; True for every class that has a `combine`
     changes_update    whether `combine` changes g_rule
     memory            copies of all parameters that `state` holds from step to step
     state             tensors by name that the next step depends on; a checkpoint keeps them"""
@@ -47,6 +48,12 @@ class Combination:
     needs_gradient = False
     changes_update = True
     memory = 0
+
+    def __init_subclass__(cls) -> None:
+        if cls.combine is not Combination.combine and not cls.needs_gradient:
+            raise TypeError(
+                f"{cls.__name__}.combine would never be called; set needs_gradient = True"
+            )
 
     def __init__(self, axes: RuleConfig) -> None:
         self.axes = axes

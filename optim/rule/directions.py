@@ -32,7 +32,7 @@ class Direction:
                       is spared
     copies            of the moved parameters that making q takes
     memory            copies of the moved parameters that `state` holds from step to step
-    sign              of the move: +1, or -1 where q points downhill
+    sign              of the move: +1, or -1 where it goes against what `__call__` returns
     step              its number, counted from 0
     seed              of noise, on every process that of the first; torch's when the rule was made
     rows              of a parameter, by name, without the padding of a vocabulary, where it has
@@ -86,7 +86,8 @@ class Direction:
 
 @direction("momentum")
 class Momentum(Direction):
-    """q = -m, the first moment of the base optimiser, read only (Momentum-SAM, 2401.12033).
+    """q = m, the first moment of the base optimiser, read only, and a move along -m (Momentum-SAM,
+    2401.12033).
 
     m points uphill, and the step will go along -m, so that the gradient is taken ahead of it.
     Nothing moves before there is an m."""
