@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
 
-from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from conf.exit_codes import EXIT_DIVERGED, EXIT_PREEMPTED
@@ -26,6 +25,7 @@ from launch import config
 from launch.checkpoint.checkpoints import Checkpoints
 from launch.checkpoint.resume import Trained, confirm_finished, resume_or_start
 from launch.evaluate import evaluate
+from launch.plan.batch import part_of
 from launch.plan.description import describe, describe_memory
 from launch.plan.plan import Plan, make_plan, refuse_here
 from launch.run import identity
@@ -56,7 +56,8 @@ def main(settings: Config) -> int:
         if opened.finished:
             confirm_finished(opened, settings)
             return 0
-        # A mistake that shows only here leaves nothing behind, and a signal ends it at once.
+        # Until `claim` nothing is written, and signals are not caught yet: a mistake that is found
+        # while the run is built leaves no trace.
         run = Run(settings, plan, opened)
         with closing(run.checkpoints):
             run.checkpoints.compare(run.progress)
@@ -121,6 +122,7 @@ class Run:
         progress, steps, say = self.progress, self.plan.schedule.steps, self.tracker.message
         while True:
             self.evaluate_if_due()
+            # An evaluation that a stop cut short stays due, and its row waits for it.
             stopping = None
             if progress.step < steps or self.evaluation_due():
                 stopping = self.layout.any_rank(self.preemption.requested)
@@ -148,13 +150,14 @@ class Run:
         """Takes one optimiser step. A loss or gradient that is not finite leaves weights and
         optimiser as they are."""
         progress, schedule, began = self.progress, self.plan.schedule, time.perf_counter()
-        batches = self.next_batches()
+        batch = self.prefetcher.next()
+        batches = part_of(batch, self.plan.micro, self.plan.num_groups, self.layout, self.device)
         self.report_phase("training")
         lr = schedule.lr(progress.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.rule.rho = schedule.radius(progress.step)
-        row = self.log_schedule.row(progress.step)
+        row_step = self.log_schedule.row(progress.step)
         measured = self.log_schedule.is_measured(progress.step)
         diagnosed = self.log_schedule.is_diagnosed(progress.step)
 
@@ -165,8 +168,9 @@ class Run:
         if result.finite:
             clip = self.settings.optim.clip or math.inf
             norm = full_norm(clip_grad_norm_(self.model.parameters(), clip))
-        seen = result.perturbed_loss if result.loss is None else result.loss
-        loss = math.nan if seen is None else seen.item()
+        # A rule of one pass knows the loss at the moved weights only.
+        found = result.perturbed_loss if result.loss is None else result.loss
+        loss = math.nan if found is None else found.item()
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
             progress.count_loss(result, loss)
@@ -180,23 +184,12 @@ class Run:
         progress.seconds += time.perf_counter() - began
         if measured:
             progress.measured = {name: float(value) for name, value in result.metrics.items()}
-        if progress.step == row:
+        if progress.step == row_step:
             progress.row = self.meter.row(progress, self.prefetcher.seconds_waiting, lr, norm)
-
-    def next_batches(self) -> list[list[tuple[Tensor, ...]]]:
-        """Returns this process's part of the next batch: groups that are perturbed on their own,
-        of micro-batches of (inputs, targets)."""
-        # Each process takes its part of every micro-batch of the whole run.
-        mine = slice(self.layout.rank, None, self.layout.world)
-        halves = self.prefetcher.next()
-        parts = zip(*(half_BxT.split(self.plan.micro)[mine] for half_BxT in halves), strict=True)
-        micros = [tuple(half.to(self.device, non_blocking=True) for half in part) for part in parts]
-        size = len(micros) // self.plan.num_groups
-        return [micros[first : first + size] for first in range(0, len(micros), size)]
 
     def evaluation_due(self) -> bool:
         """Returns whether an evaluation is due: at the first step, at every interval and at the
-        end, once."""
+        end, once. A row that is logged already cannot take one."""
         step, done = self.progress.step, self.progress.evaluated
         at_interval = step % self.plan.evaluation_every == 0 or step == self.plan.schedule.steps
         return done < 0 or (at_interval and step not in (done, self.progress.logged))

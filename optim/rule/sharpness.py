@@ -192,7 +192,8 @@ class SharpnessAware(Gradient):
             return False
         self.diagnostics.log_ascent(ascent, move, step)
         self.keep_gradient(ascent, step)
-        # The clean pass has updated the buffers; where there was none, the moved pass does.
+        # One pass of a step updates the buffers: the clean one, or the moved one where there is no
+        # clean one.
         with same_buffers(self.module) if ascent.took_pass else nullcontext():
             with moved([*move.parameters.values()], move.d, move.scale, self.module) as clean:
                 self.restore_gradients(earlier, ascent, terms)
@@ -200,7 +201,7 @@ class SharpnessAware(Gradient):
                 move.d.clear()
                 self.descend(ascent, step, terms, dict(zip(move.parameters, clean, strict=True)))
                 self.diagnostics.log_move(ascent, move, clean, step, terms)
-            # So does a pass that comes after the weights are back.
+            # A term that takes a pass at the clean weights (logit) needs the memory, too.
             clean.clear()
             for term in terms.parts():
                 term.finish(self, ascent, step)
@@ -290,7 +291,7 @@ class SharpnessAware(Gradient):
         if whole and not combines:
             self.observe(ascent.gradients)
             return
-        # There will be another.
+        # What was remembered is replaced at the end of this step.
         self.combination.state = {}
         for name, gradient in ascent.gradients.items():
             own = gradient if whole else self.scope.reduce(gradient * ascent.weight)
