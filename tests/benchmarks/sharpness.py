@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from launch.config import compose
 from model import GPT, GPTConfig
 from model.device import autocast, choose_precision, keep_freed_memory
-from optim import Schedule, build_optimizer, build_rule, forward_flops
+from optim import Schedule, SharpnessAware, build_optimizer, build_rule, forward_flops
 from optim.rule.perturbation import moved
 from optim.rule.tensors import norm
 
@@ -180,11 +180,10 @@ class Step:
             if self.peer
             else [tensor for name, tensor in self.rule.state_dict().items() if "/" in name]
         )
-        of_rule += [
-            tensor
-            for tensor in getattr(getattr(self, "rule", None), "room", {}).values()
-            if tensor is not None
-        ]
+        if self.peer is None and isinstance(self.rule, SharpnessAware):
+            # Stored cotangents keep their memory from one step to the next.
+            buffers = self.rule.cotangents.buffers.values()
+            of_rule += [tensor for tensor in buffers if tensor is not None]
         live = Live(known, of_rule)
         del of_rule, kept, known
         with live:
