@@ -189,7 +189,8 @@ class Prefetcher:
     """The loader's batches from `step` on, made ahead by a thread; in pinned memory if `pin`.
 
     `seconds_waiting` is the time that `next` has kept its caller waiting. What goes wrong in the
-    thread is raised by `next`.
+    thread is raised by `next`. (torch's DataLoader prefetches by processes only, and waits longer:
+    tests/benchmarks/results/libraries.md.)
 
     Args:
         loader: the loader

@@ -54,6 +54,9 @@ class RunLock:
     owner that died left behind is taken over with a notice on stderr. An owner that was only
     suspended, and finds its folder taken over, ends its process at once.
 
+    filelock's lease was tried: on the same disk it gives the folder of a suspended process away
+    (tests/benchmarks/results/libraries.md).
+
     Raises ValueError where the folder is in use, or cannot be made or written.
     """
 
