@@ -23,7 +23,7 @@ HEAVY = (
 # model open runs, and import launch for that inside `main`.
 PACKAGES = ("conf", "data", "model", "optim", "launch")
 # The same of the rooms of launch/. Its commands come last.
-ROOMS = ("config", "plan", "run", "track", "checkpoint", "sweep", "report")
+ROOMS = ("config", "plan", "run", "track", "checkpoint", "sweep", "report", "doctor")
 
 
 def test_a_plain_run_imports_nothing_that_it_does_not_use(tmp_path, cache):

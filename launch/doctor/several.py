@@ -1,0 +1,106 @@
+"""What several processes find together: that they meet, agree, and how fast they exchange."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+
+from launch.doctor.finding import Finding
+from launch.run.process_group import BACKENDS, met
+
+# Processes that have not met or answered by then are taken for lost.
+PATIENCE = timedelta(seconds=120)
+# Bytes that are summed: the gradients of a block of a billion parameters on devices, less on CPUs.
+NUM_BYTES = {"cuda": 256 * 2**20, "cpu": 16 * 2**20}
+ROUNDS = 5
+
+
+def local_device() -> torch.device:
+    """Returns the device of this process, as a run would choose it, and makes it the current
+    one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    device = torch.device("cuda", local % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def process_group(rank: int, world: int, device: torch.device) -> Iterator[None]:
+    """Forms a group of all processes, as a run does. Raises ValueError where they do not meet."""
+    try:
+        torch.distributed.init_process_group(
+            BACKENDS[device.type],
+            store=met(rank, world),
+            rank=rank,
+            world_size=world,
+            timeout=PATIENCE,
+        )
+    except (RuntimeError, torch.distributed.DistError) as error:
+        raise ValueError(
+            f"{world} processes do not meet: {str(error).splitlines()[0]}; check MASTER_ADDR,"
+            " the firewall between the nodes, and GLOO_SOCKET_IFNAME"
+        ) from None
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def check_all_reduce(rank: int, world: int, device: torch.device) -> Finding:
+    """Returns whether a sum over all processes is right, and at which bandwidth it is taken.
+
+    Bandwidth is that of the bus as NCCL's tests count it: 2 (n - 1) / n bytes pass each process
+    for a byte that n processes sum."""
+    num_bytes = NUM_BYTES[device.type]
+    seconds = []
+    for _ in range(1 + ROUNDS):
+        x = torch.full((num_bytes // 4,), float(rank + 1), device=device)
+        synchronize(device)
+        began = time.perf_counter()
+        torch.distributed.all_reduce(x)
+        synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    is_right = bool((x == world * (world + 1) / 2).all())
+    if not is_right:
+        return Finding(
+            "failed",
+            "all-reduce",
+            f"a sum over {world} processes is wrong",
+            "try NCCL_P2P_DISABLE=1 to find the link; report this line",
+        )
+    # The first one sets up connections.
+    median = sorted(seconds[1:])[ROUNDS // 2]
+    bandwidth = 2 * (world - 1) / world * num_bytes / median / 1e9
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    return Finding(
+        "ok",
+        "all-reduce",
+        f"{world} processes, {backend}, {num_bytes // 2**20} MiB in {1e3 * median:.1f} ms, bus"
+        f" {bandwidth:.1f} GB/s",
+    )
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for a CUDA device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def gather(findings: list[Finding], rank: int, world: int, host: str) -> list[Finding]:
+    """Returns the findings of the main process, and of every other one those that are worse than a
+    note, or that the main process does not have, with the process's name."""
+    gathered: list[tuple[str, list[Finding]] | None] = [None] * world
+    torch.distributed.all_gather_object(gathered, (host, findings))
+    shown = list(findings) if rank == 0 else []
+    known = {(finding.subject, finding.verdict) for _, first in gathered[:1] for finding in first}
+    for other, (name, theirs) in enumerate(gathered[1:], 1):
+        for finding in theirs:
+            if (finding.subject, finding.verdict) not in known:
+                found = f"rank {other} on {name}: {finding.found}"
+                shown.append(Finding(finding.verdict, finding.subject, found, finding.remedy))
+    return shown
