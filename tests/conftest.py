@@ -16,6 +16,17 @@ from tests.runs import ROOT, TINY
 # threads that wait for a busy core spin: ten times slower beside other work
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+GPU = Path(__file__).parent / "gpu"
+
+
+def pytest_configure(config):
+    """Hides devices from all tests but those of tests/gpu, which are called by themselves: a run
+    with device=auto must be the same on a laptop and on a GPU node."""
+    paths = [Path(argument.partition("::")[0]).resolve() for argument in config.args]
+    if not all(path == GPU or GPU in path.parents for path in paths):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 LONGEST = ("test_distributed", "test_gates", "test_slurm", "test_survival", "test_wandb", "test_hf")
 
 

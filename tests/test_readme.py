@@ -65,11 +65,14 @@ RUNS = {
     "python -m launch.status runs/radii": [],
     "python -m launch.report": [],
     "python -m launch.dashboard": ["offline=true"],
+    "python -m launch.doctor": ["data.cache=cache"],
     "python train.py plan_only=true parallel=fsdp": ["batch.sequences=64"],
+    "python train.py plan_only=true device=cuda": [],
 }
 NOT_RUN = {
     "make train": "installs; .ci/run does",
     "make test": "is what runs this",
+    "make test-gpu": "needs a GPU; tests/test_gpu_rehearsal.py runs most of it on CPUs",
     "make lint": "is what .ci/run does after the tests",
     "pip install": "needs a network",
     "torchrun": (

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +16,13 @@ from model.device import autocast, choose_precision
 from optim import Gradient, SharpnessAware, build_optimizer
 
 # The axes of the rules that are tried: no perturbation, and the three that the product is for.
-RULES: dict[str, dict[str, str]] = {
+RULES: dict[str, dict[str, Any]] = {
     "adamw": {},
-    "sam": {"path": "full"},
-    "functional_sam": {"path": "functional", "cotangent": "rebuild"},
-    "preconditioned_sam": {"path": "full", "metric": "adam"},
+    "sam": {"path": "full", "rho": 0.05},
+    "functional_sam": {"path": "functional", "rho": 0.05, "cotangent": "rebuild"},
+    "preconditioned_sam": {"path": "full", "rho": 0.05, "metric": "adam"},
 }
 SHAPE = GPTConfig(vocab_size=257, max_length=64, num_layers=2, num_heads=4, width=64)
-RHO = 0.05
 # The largest relative error of a gradient in fp32: a hundred roundings of 6e-8.
 LARGEST_FP32_ERROR = 1e-5
 # How many times the error of bf16 on the CPU a device may show in bf16: its sums have other orders.
@@ -37,7 +37,7 @@ def check_gradients(device: torch.device) -> Iterator[Finding]:
     LARGEST_FP32_ERROR, in bf16 as well as bf16 allows."""
     reference = reference_problem()
     began = time.monotonic()
-    errors = {name: error(reference, name, device, torch.float32) for name in RULES}
+    errors = {name: error(reference, axes, device, torch.float32) for name, axes in RULES.items()}
     worst = max(errors, key=lambda name: errors[name])
     seconds = time.monotonic() - began
     yield judged(
@@ -50,8 +50,8 @@ def check_gradients(device: torch.device) -> Iterator[Finding]:
     if choose_precision("auto", device) != torch.bfloat16:
         yield Finding("note", f"{device} bf16", "no bf16 instructions; precision=auto is fp32")
         return
-    expected = error(reference, "adamw", torch.device("cpu"), torch.bfloat16)
-    found = error(reference, "adamw", device, torch.bfloat16)
+    expected = error(reference, RULES["adamw"], torch.device("cpu"), torch.bfloat16)
+    found = error(reference, RULES["adamw"], device, torch.bfloat16)
     yield judged(
         f"{device} bf16",
         found,
@@ -76,10 +76,12 @@ def judged(subject: str, error: float, largest: float, found: str) -> Finding:
 
 
 def reference_problem() -> tuple[GPT, torch.optim.Optimizer, Batches]:
-    """Returns a small GPT in float64 on the CPU, AdamW with moments of a few steps, and a batch."""
+    """Returns a small GPT in float64 on the CPU, AdamW with moments of a few steps, and a batch of
+    two micro-batches."""
     generator = torch.Generator().manual_seed(0)
     tokens_BxT = torch.randint(SHAPE.vocab_size, (4, SHAPE.max_length + 1), generator=generator)
-    batches = [(tokens_BxT[:, :-1].contiguous(), tokens_BxT[:, 1:].contiguous())]
+    inputs, targets = tokens_BxT[:, :-1].split(2), tokens_BxT[:, 1:].split(2)
+    batches = [(x.contiguous(), y.contiguous()) for x, y in zip(inputs, targets, strict=True)]
     model = GPT(SHAPE).double()
     optimizer = build_optimizer(model, OptimConfig())
     rule = Gradient(model)
@@ -92,7 +94,7 @@ def reference_problem() -> tuple[GPT, torch.optim.Optimizer, Batches]:
 
 def error(
     reference: tuple[GPT, torch.optim.Optimizer, Batches],
-    rule: str,
+    axes: dict[str, Any],
     device: torch.device,
     dtype: torch.dtype,
 ) -> float:
@@ -100,29 +102,31 @@ def error(
 
     Args:
         reference: the model, optimiser and batch in float64, from which g64 is taken too
-        rule: name of the rule
+        axes: those of the rule; none for the plain gradient
         device: where g is taken
         dtype: float32, or bfloat16 for autocast over float32 weights
     """
     model, optimizer, batches = reference
-    exact = gradient(rule, model, optimizer, batches)
+    exact = gradient(axes, model, optimizer, batches)
     other = deepcopy(model).to(device, torch.float32)
     other_optimizer = build_optimizer(other, OptimConfig())
     # Moments are cast to the dtype of their weights.
     other_optimizer.load_state_dict(optimizer.state_dict())
     moved = [(inputs.to(device), targets.to(device)) for inputs, targets in batches]
     with ieee_products(), autocast(device, dtype):
-        found = gradient(rule, other, other_optimizer, moved)
+        found = gradient(axes, other, other_optimizer, moved)
     return distance(found, exact)
 
 
 def gradient(
-    name: str, model: GPT, optimizer: torch.optim.Optimizer, batches: Batches
+    axes: dict[str, Any], model: GPT, optimizer: torch.optim.Optimizer, batches: Batches
 ) -> Gradients:
-    """Returns a rule's gradient in float64 on the CPU, by the names of the parameters."""
-    axes = RULES[name]
-    rule = SharpnessAware(model, optimizer, rho=RHO, **axes) if axes else Gradient(model)
-    rule.gradient(batches)
+    """Returns a rule's gradient in float64 on the CPU, by the names of the parameters. It is that
+    of a second step at the same weights, which knows of a first one what the rule remembers."""
+    rule = SharpnessAware(model, optimizer, **axes) if axes else Gradient(model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        rule.gradient(batches)
     found = {
         key: parameter.grad.to("cpu", torch.float64)
         for key, parameter in model.named_parameters()
