@@ -53,7 +53,7 @@ def examine(arguments: list[str], found: list[Finding]) -> list[Finding]:
     with process_group(rank, world, device):
         own = [*found, *around, *self_check(device)]
         own += guarded("all-reduce", lambda: [check_all_reduce(rank, world, device)])
-        gathered = gather(own, rank, world, socket.gethostname())
+        gathered = gather(own, world, socket.gethostname())
     return show(gathered) if rank == 0 else gathered
 
 

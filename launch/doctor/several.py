@@ -91,13 +91,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def gather(findings: list[Finding], rank: int, world: int, host: str) -> list[Finding]:
+def gather(findings: list[Finding], world: int, host: str) -> list[Finding]:
     """Returns the findings of the main process, and of every other one those that are worse than a
     note, or that the main process does not have, with the process's name."""
-    gathered: list[tuple[str, list[Finding]] | None] = [None] * world
+    gathered: list[tuple[str, list[Finding]]] = [(host, findings)] * world
     torch.distributed.all_gather_object(gathered, (host, findings))
-    shown = list(findings) if rank == 0 else []
-    known = {(finding.subject, finding.verdict) for _, first in gathered[:1] for finding in first}
+    _, shown = gathered[0]
+    known = {(finding.subject, finding.verdict) for finding in shown}
     for other, (name, theirs) in enumerate(gathered[1:], 1):
         for finding in theirs:
             if (finding.subject, finding.verdict) not in known:
