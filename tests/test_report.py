@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -35,7 +36,7 @@ from launch.report.section import AXES, Section
 from launch.report.settings import Selection
 from launch.run.lock import RunLock
 from launch.sweep.jobs import Job, write_jobs
-from tests.runs import Server
+from tests.runs import ROOT, Server
 from tests.test_folder import reseal
 
 SEEDS = (0, 1, 2)
@@ -586,9 +587,8 @@ def test_who_lacks_seeds_does_not_win_without_a_word(made, tmp_path):
     assert "has 2 finished seeds, where 3 were planned of a setting (seed 2 stopped)" in told(
         section
     )
-    assert "1 more runs have not begun" in told(section) and "1 of 6 runs did not finish" in told(
-        section
-    )
+    assert "not begun or cannot be read: 1;" in told(section)
+    assert "1 of 6 runs did not finish" in told(section)
     rows = tables.by_method(section).rows
     assert [row[7] for row in rows] == ["3", "2 of 3"]
 
@@ -793,6 +793,12 @@ DAMAGES = [
     ("metrics.jsonl", '{"step": 20,', '{"st', "metrics.jsonl, line 6, is damaged"),
     (
         "metrics.jsonl",
+        '{"step": 20,',
+        '{"step": 12,',
+        "metrics.jsonl, line 6, is damaged (step 12 comes after step 16)",
+    ),
+    (
+        "metrics.jsonl",
         '"tokens": 2560,',
         '"tokens": "many",',
         "metrics.jsonl, line 6, is damaged (tokens is no number)",
@@ -804,6 +810,14 @@ DAMAGES = [
         '"flop"',
         "summary.json is damaged (Object missing required field flops)",
     ),
+    (
+        "summary.json",
+        '"seconds": ',
+        '"seconds": -',
+        "summary.json is damaged (seconds: Expected float >= 0.0)",
+    ),
+    ("summary.json", '"val/loss": ', '"val/loss": NaN, "was": ', "summary.json is damaged (val"),
+    ("summary.json", '"val/loss": ', '"val/loss": 1e308, "was": ', "summary.json is damaged (val"),
     ("config.yaml", "seed: 0", "seed: [", "config.yaml is damaged"),
     ("config.yaml", "model:\n", "model: 3\nothers:\n", "config.yaml is damaged"),
 ]
@@ -825,9 +839,80 @@ def test_damaged_files_are_named_and_the_other_runs_are_reported(copied, tmp_pat
             if line.startswith(f"{tmp_path}/runs/bad-{number}: damaged at ")
         ]
         assert f"bad-{number}/{told}" in line
-    assert "1 finished, 7 not" in (tmp_path / "report.html").read_text()
+    assert f"1 finished, {len(DAMAGES)} not" in (tmp_path / "report.html").read_text()
     states = [row["state"] for row in csv.DictReader((tmp_path / "report_runs.csv").open())]
     assert states == ["damaged"] * len(DAMAGES) + ["finished"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("axis", ["step", "tokens", "flops", "seconds"])
+def test_a_row_may_lack_any_figure(copied, tmp_path, capsys, axis):
+    """Of every second row all but its step, or what curves are drawn against, is gone; one has
+    figures that no run comes to. What is known is drawn."""
+    for number, name in enumerate(("adamw-0", "sam-0", "sam-1")):
+        file = copied(name, name) / "metrics.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for row in rows[number % 2 :: 2]:
+            for figure in ("tokens", "flops", "seconds") if number else set(row) - {"step"}:
+                del row[figure]
+        rows[3 - number % 2] |= dict(
+            zip(("val/loss", "grad/norm", "train/loss"), (1e308, math.inf, -math.nan), strict=True)
+        )
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    record = read_run(tmp_path / "runs/sam-0")
+    known, losses = record.curve(axis, "val/loss")
+    assert len(known) == (10 if axis == "step" else 5) and losses.max() < 10
+    main([str(tmp_path), f"axis={axis}"])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_summary_beside_the_rows_of_another_run_is_noticed(copied, tmp_path):
+    """The figures are reported, with a word: nobody knows which of the two files is right."""
+    copied("adamw-0", "whole")
+    assert "another run's" not in told(section_of(tmp_path))
+    cut = copied("sam-1", "cut") / "metrics.jsonl"
+    cut.write_text("".join(cut.read_text().splitlines(keepends=True)[:6]))
+    (tmp_path / "runs/whole/summary.json").replace(copied("sam-0", "other") / "summary.json")
+    copied("adamw-1", "whole-1")
+    said = told(section_of(tmp_path))
+    assert "runs/other: its metrics.jsonl ends at a validation loss of" in said
+    assert "runs/cut: its metrics.jsonl ends at step 20, its summary.json at 40" in said
+    assert said.count("another run's") == 2
+
+
+def test_a_run_is_known_to_its_sweep_however_it_is_named(sweep, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(sweep / "nowhere")
+    reason = read_run(sweep / "nowhere").reason
+    assert reason.startswith("error: data.path=nowhere matches no file")
+    assert read_run(tmp_path / "link").reason == reason
+    monkeypatch.chdir(sweep / "nowhere")
+    assert read_run(Path(".")).reason == reason
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv")
+def test_folders_that_cannot_be_read_are_named(copied, tmp_path):
+    copied("adamw-0", "open")
+    copied("sam-0", "closed/sam-0")
+    (copied("sam-1", "half") / "metrics.jsonl").chmod(0)
+    (tmp_path / "runs/closed").chmod(0)
+    # The superuser would read them all the same.
+    without = "-dac_override,-dac_read_search"
+    started = subprocess.run(
+        ["setpriv", "--bounding-set", without, sys.executable, "-m", "launch.report", "runs"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    (tmp_path / "runs/closed").chmod(0o700)
+    assert started.returncode == 0
+    assert started.stderr == (
+        "note: runs/closed cannot be read (Permission denied); what runs it holds are left out\n"
+    )
+    assert "report of 2 runs" in started.stdout
+    assert "runs/half: damaged" in started.stdout and "metrics.jsonl cannot be read" in (
+        started.stdout
+    )
 
 
 def test_what_did_not_finish_is_listed_with_its_reason(sweep, report):
@@ -1221,6 +1306,74 @@ def test_no_text_is_a_formula(text):
 )
 def test_markdown_shows_texts_as_they_are(text, escaped):
     assert exports.plain_text(text) == escaped
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(copied, tmp_path):
+    copied("adamw-0", "one/run")
+    copied("sam-0", "two/run")
+    copied("sam-1", "another")
+    rows = tables.all_runs(section_of(tmp_path)).rows
+    assert {row[0] for row in rows} == {
+        f"{tmp_path}/runs/one/run",
+        f"{tmp_path}/runs/two/run",
+        "another",
+    }
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_folder_may_have_any_name(copied, tmp_path, capsys):
+    """One that is no UTF-8, one of several lines, and one in letters that the font lacks: the files
+    are UTF-8, a run is a line, its link leads to it."""
+    odd = [b"\xff\xfe", b"a\nb\x1b[31m", "\u6f22".encode()]
+    for number, name in enumerate(odd):
+        run = copied(f"sam-{number}", str(number), ("name: sam\n", "name: \u6f22\n"))
+        (run / "summary.json").unlink()
+        os.rename(run, os.path.join(os.fsencode(run.parent), name))
+    copied("sam-0", "calm", ("name: sam\n", "name: \u6f22\n"))
+    main([str(tmp_path), f"out={tmp_path}/page.html"])
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    for shown in (r"\udcff\udcfe", r"a\nb\x1b[31m", "\u6f22"):
+        assert f"\n{tmp_path}/runs/{shown}: stopped at step" in printed.out
+        assert f"{tmp_path}/runs/{shown}," in (tmp_path / "page_runs.csv").read_text()
+    links = {
+        value
+        for _, found in Checked((tmp_path / "page.html").read_text()).elements
+        for value in found.values()
+    }
+    assert {"runs/%FF%FE/", "runs/a%0Ab%1B%5B31m/", "runs/%E6%BC%A2/"} <= links
+
+
+def test_a_page_is_written_where_its_link_leads(copied, tmp_path):
+    run = copied("sam-0", "run")
+    for name in ("site", "pages"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "site/page.html").write_text("older")
+    (tmp_path / "pages/link.html").symlink_to(tmp_path / "site/page.html")
+    for _ in "ab":  # the second time over its own files
+        main([str(run), f"out={tmp_path}/pages/link.html"])
+    assert (tmp_path / "pages/link.html").is_symlink()
+    assert "1 run" in (tmp_path / "site/page.html").read_text()
+    assert sorted(path.name for path in (tmp_path / "pages").iterdir()) == [
+        "link.csv",
+        "link.html",
+        "link.md",
+        "link_runs.csv",
+    ]
+
+
+@pytest.mark.parametrize("name", ["notes.md", "notes.csv", "notes_runs.csv"])
+def test_no_file_beside_the_page_is_overwritten_but_a_reports(copied, tmp_path, capsys, name):
+    run = copied("sam-0", "run")
+    (tmp_path / name).write_text("# Mine\n")
+    with pytest.raises(SystemExit):
+        main([str(run), f"out={tmp_path}/notes.html"])
+    assert (
+        f"error: out={tmp_path}/notes.html would overwrite {tmp_path}/{name}, which is no report's;"
+        " move that file" in capsys.readouterr().err
+    )
+    assert (tmp_path / name).read_text() == "# Mine\n"
+    assert not (tmp_path / "notes.html").exists()
 
 
 def test_one_run_is_a_report_too(sweep, tmp_path, capsys):

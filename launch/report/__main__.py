@@ -20,6 +20,7 @@ roles: tracking.tags=['role=tune'] on those that choose, tracking.tags=['role=re
 reported.
 """
 
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from pathlib import Path
 from conf.key import key
 
 PICTURES = (".png", ".svg", ".pdf")
+# The files beside a page, by the ends of their names, and how each begins.
+BESIDE = {".md": b"## ", ".csv": b"comparison,", "_runs.csv": b"run,"}
 
 
 @dataclass
@@ -90,8 +93,11 @@ def main(arguments: list[str]) -> None:
 
 
 def check_out(out: Path, options: Options) -> None:
-    """Raises ValueError for a file that cannot be written, and for one chart on a page of all."""
-    if out.suffix not in (".html", *PICTURES) or out.is_dir() or not out.parent.is_dir():
+    """Raises ValueError for a file that cannot be written, for one chart on a page of all, and
+    where a file that is no report's would be lost."""
+    # A link is followed to the file that it names.
+    place = Path(os.path.realpath(out))
+    if out.suffix not in (".html", *PICTURES) or place.is_dir() or not place.parent.is_dir():
         raise ValueError(
             f"out={out} cannot be written; name an .html, .png, .svg or .pdf file in a folder"
             " that exists"
@@ -101,6 +107,22 @@ def check_out(out: Path, options: Options) -> None:
             f"chart={options.chart} is one chart, and out={out} holds all; give out=FILE.png,"
             " .svg or .pdf"
         )
+    if out.suffix != ".html":
+        return
+    for ending, beginning in BESIDE.items():
+        file = out.with_name(out.stem + ending)
+        if file.is_file() and not begins_with(file, beginning):
+            raise ValueError(
+                f"out={out} would overwrite {file}, which is no report's; move that file, or give"
+                " out= another name"
+            )
+
+
+def begins_with(file: Path, beginning: bytes) -> bool:
+    """Returns whether a file begins so, as one that a report has written does; an empty one may
+    be lost as well."""
+    with file.open("rb") as opened:
+        return opened.read(len(beginning)) in (beginning, b"")
 
 
 def write(runs: list[Path], out: Path, options: Options) -> str:

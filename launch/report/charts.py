@@ -50,9 +50,13 @@ def chart(section: Section, looks: dict[str, Style], name: str, axis: str) -> Fi
     if drawn is None:
         there = [known for known, make in named.items() if make()]
         there += measured_charts(section, looks, axis)[0]
+        if not there:
+            raise ValueError(
+                f"chart={name}: there is nothing to draw yet; of several runs those that are"
+                " finished are drawn, and none is"
+            )
         raise ValueError(
-            f"chart={name}: these runs have no such chart; choose one of"
-            f" {', '.join(there) or 'none, for nothing is logged yet'}"
+            f"chart={name}: these runs have no such chart; choose one of {', '.join(there)}"
         )
     return drawn
 

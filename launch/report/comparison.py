@@ -42,8 +42,8 @@ def compare(records: list[Record], selection: Selection | None = None) -> list[S
         analyse(section, selection, parents)
         if section.best and len(known) < len(records):
             section.notes.append(
-                f"{len(records) - len(known)} more runs have not begun or cannot be read: a setting"
-                " may lack their seeds."
+                f"Runs that have not begun or cannot be read: {len(records) - len(known)}; a"
+                " setting may lack their seeds."
             )
     return sections
 

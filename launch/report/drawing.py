@@ -5,8 +5,9 @@ of its own."""
 import io
 import math
 import re
+import warnings
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -117,7 +118,7 @@ def lines_of(section: Section, axis: str, figure: str) -> list[Line]:
     """Returns the curves of a figure, of every method that has one."""
     found = []
     for method, runs in section.drawn.items():
-        curves = [(*run.curve("step", figure)[:1], *run.curve(axis, figure)) for run in runs]
+        curves = [run.points(axis, figure) for run in runs]
         found.append(joined(method, curves, thin=figure != "val/loss"))
     return [line for line in found if len(line.x)]
 
@@ -125,8 +126,8 @@ def lines_of(section: Section, axis: str, figure: str) -> list[Line]:
 def joined(
     method: str, curves: list[tuple[np.ndarray, np.ndarray, np.ndarray]], thin: bool = False
 ) -> Line:
-    """Returns the line of curves, each of (steps, x, y), at the steps that all of them have, `thin`
-    as means of consecutive points; x is the mean over the curves."""
+    """Returns the line of curves, each of steps, x and y, at the steps that all of them have,
+    `thin` as means of consecutive points; x is the mean over the curves."""
     curves = [curve for curve in curves if len(curve[0])]
     if not curves:
         return Line(method, np.empty(0), np.empty((0, 0)))
@@ -243,7 +244,7 @@ def start() -> tuple[Figure, Axes]:
     """Returns a figure with one pair of axes."""
     figure = Figure()
     axes = figure.add_subplot()
-    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     return figure, axes
 
 
@@ -290,8 +291,7 @@ def svg(figure: Figure, name: str) -> str:
     """Returns the figure as an SVG element for a page; `name` sets the targets of its references
     apart from those of others."""
     out = io.StringIO()
-    with matplotlib.rc_context(RC | {"svg.hashsalt": name}):
-        figure.savefig(out, format="svg", metadata={"Date": None})
+    save(figure, out, "svg", name)
     found = out.getvalue()
     found = re.sub(r"<metadata>.*?</metadata>", "", found[found.index("<svg") :], flags=re.DOTALL)
     # The names of groups go: nothing refers to them, and every chart has the same.
@@ -304,9 +304,16 @@ def svg(figure: Figure, name: str) -> str:
 def encoded(figure: Figure, suffix: str) -> bytes:
     """Returns the figure as the content of a .png, .svg or .pdf file, on white."""
     out = io.BytesIO()
-    undated: dict[str, dict] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
-    with matplotlib.rc_context(RC | {"svg.hashsalt": "flatgpt"}):
-        figure.savefig(
-            out, format=suffix[1:], dpi=SHARPEST, facecolor="white", metadata=undated[suffix]
-        )
+    save(figure, out, suffix[1:], "flatgpt", dpi=SHARPEST, facecolor="white")
     return out.getvalue()
+
+
+def save(figure: Figure, out: IO, form: str, salt: str, **looks: Any) -> None:
+    """Writes the figure into a stream as "png", "svg" or "pdf", without its date: the same runs
+    give the same bytes. `salt` makes the names of an SVG's references its own."""
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    with matplotlib.rc_context(RC | {"svg.hashsalt": salt}), warnings.catch_warnings():
+        if form == "svg":
+            # In an SVG text is text, which the reader's fonts show.
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(out, format=form, metadata=undated.get(form), **looks)

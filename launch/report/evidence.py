@@ -43,7 +43,8 @@ def tests_at(section: Section, axis: str) -> dict[str, PairedTest]:
 def doubt_about_time(section: Section, chosen: dict[str, Setting]) -> str:
     """Returns why equal time is no evidence between the settings chosen of each method, "" where
     nothing speaks against it."""
-    machines = sorted({run.hardware for setting in chosen.values() for run in setting.runs})
+    runs = [run for setting in chosen.values() for run in setting.runs]
+    machines = sorted({run.hardware or "unknown" for run in runs})
     if len(machines) > 1:
         return f"the machines differ: {'; '.join(machines)}"
     spreads = {}
@@ -86,6 +87,7 @@ def notes_on(section: Section, selection: Selection) -> list[str]:
     settings = [setting for axis in AXES for setting in section.chosen[axis].values()]
     chosen = list({id(setting): setting for setting in settings}.values())
     found = notes_on_validation(chosen)
+    found += notes_on_summaries(chosen)
     if section.doubt:
         found.append(f"Equal time is no evidence, for {section.doubt}.")
     for method, how in section.imprecise.items():
@@ -111,6 +113,16 @@ def notes_on_validation(chosen: list[Setting]) -> list[str]:
                 " comparable."
             )
     return found
+
+
+def notes_on_summaries(chosen: list[Setting]) -> list[str]:
+    """Returns a note on every run whose summary does not go with its rows."""
+    compared = {id(run): run for setting in chosen for run in setting.runs}
+    return [
+        f"{run.name}: {differs}; its rows are cut, or one of the two files is another run's."
+        for run in compared.values()
+        if (differs := run.disagreement())
+    ]
 
 
 def notes_on_setting(setting: Setting, section: Section) -> list[str]:

@@ -132,7 +132,7 @@ def runs_csv(sections: list[Section], records: list[Record]) -> str:
     keys = ("optim.name", "optim.lr", "optim.rho", "seed")
     rows: list[list[Any]] = []
     for run in records:
-        rows.append([run.folder, title.get(id(run)), run.state, run.reason])
+        rows.append([run.name, title.get(id(run)), run.state, run.reason])
         rows[-1] += map(run.settings.get, keys)
         rows[-1] += map(run.summary.get, names)
     return csv_text(header, rows)

@@ -158,7 +158,8 @@ def cells_of(table: Table, beside: Path | None = None) -> Cells:
 def link_to(folder: Path, beside: Path) -> str:
     """Returns the address of a run's folder on a page in the folder `beside`, empty for a run that
     waits and has none."""
-    return f"{quote(os.path.relpath(folder, beside))}/" if folder.is_dir() else ""
+    # As bytes, for the name of a folder may be no UTF-8.
+    return f"{quote(os.fsencode(os.path.relpath(folder, beside)))}/" if folder.is_dir() else ""
 
 
 def cell_of(table: Table, column: int, text: str, link: str) -> Cell:

@@ -1,5 +1,6 @@
 """Reads run folders: their configuration, their curves, and how each run ended."""
 
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,7 @@ import numpy as np
 
 from conf.schema import Config
 from data.files import DamagedFile, read_bytes, read_json
-from launch.run.folder import Row, lines_of, load_config, parse_row, read_summary
+from launch.run.folder import LARGEST, Row, lines_of, load_config, parse_row, read_summary
 from launch.run.heartbeats import Failure
 from launch.run.identity import canonical
 from launch.run.lock import is_in_use, owner_in
@@ -75,6 +76,13 @@ class Record:
     hardware: str = ""
 
     @property
+    def name(self) -> str:
+        """Returns the path of the run's folder as text that every file and terminal takes: a
+        character that cannot be shown, or a byte that is none, as its escape."""
+        path = str(self.folder)
+        return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in path)
+
+    @property
     def loss(self) -> float:
         """Returns the final validation loss, nan unless the run is finished."""
         return self.summary["val/loss"] if self.state == "finished" else np.nan
@@ -86,13 +94,36 @@ class Record:
         return int(self.summary.get("step", steps[-1] if len(steps) else 0))
 
     def curve(self, axis: str, figure: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (values of the axis, values of the figure) where the figure is known."""
-        values = self.columns.get(figure, np.empty(0))
-        along = self.columns.get(axis, np.empty(0))
-        if not (len(values) and len(along)):
-            return np.empty(0), np.empty(0)
-        known = np.isfinite(values) & np.isfinite(along)
-        return along[known], values[known]
+        """Returns (values of the axis, values of the figure) where both are known."""
+        _, along, values = self.points(axis, figure)
+        return along, values
+
+    def points(self, axis: str, figure: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns (steps, values of the axis, values of the figure) where all three are known: a
+        row of the run may lack any of them."""
+        names = ("step", axis, figure)
+        if not all(name in self.columns for name in names):
+            return np.empty(0), np.empty(0), np.empty(0)
+        steps, along, values = np.array([self.columns[name] for name in names])
+        # Nan is at most nothing, so a comparison leaves it out as well.
+        known = (np.abs(along) <= LARGEST) & (np.abs(values) <= LARGEST)
+        return steps[known], along[known], values[known]
+
+    def disagreement(self) -> str:
+        """Returns how summary.json differs from the last row of metrics.jsonl, "" where it does
+        not: a run writes the same figures into both when it ends."""
+        steps, _, losses = self.points("step", "val/loss")
+        if not len(steps) or self.state != "finished":
+            return ""
+        end = self.columns["step"][-1]
+        if end != self.step:
+            return f"its metrics.jsonl ends at step {end:,.0f}, its summary.json at {self.step:,}"
+        if steps[-1] == end and not math.isclose(losses[-1], self.loss, rel_tol=1e-6):
+            return (
+                f"its metrics.jsonl ends at a validation loss of {losses[-1]:.4f}, its summary.json"
+                f" at {self.loss:.4f}"
+            )
+        return ""
 
 
 def find_runs(folders: Iterable[Path]) -> Iterator[Path]:
@@ -102,7 +133,7 @@ def find_runs(folders: Iterable[Path]) -> Iterator[Path]:
     for given in folders:
         if not given.is_dir():
             raise ValueError(f"{given} is no folder; name run folders, or folders that hold some")
-        for root, below, files in os.walk(given, followlinks=True):
+        for root, below, files in os.walk(given, onerror=note_unreadable, followlinks=True):
             here = {*below, *files}
             is_run = "config.yaml" in here and not FILES.isdisjoint(here)
             # The walk goes on to the folders that are left in `below`.
@@ -114,6 +145,15 @@ def find_runs(folders: Iterable[Path]) -> Iterator[Path]:
                     yield run
                 seen.add(real)
             seen.add(os.path.realpath(root))
+
+
+def note_unreadable(error: OSError) -> None:
+    """Prints that a folder cannot be looked into."""
+    print(
+        f"note: {error.filename} cannot be read ({error.strerror}); what runs it holds are left"
+        " out",
+        file=sys.stderr,
+    )
 
 
 def unfilled(folder: Path) -> list[Path]:
@@ -136,8 +176,25 @@ def jobs_of(folder: Path, warn: bool = False) -> list[Job]:
         return []
 
 
-def read_run(folder: Path) -> Record:
-    """Returns the record of a run folder; where a file is damaged, state and reason say so."""
+class Sweeps(dict[Path, dict[Path, Job]]):
+    """The jobs of sweeps, by the folder of the sweep and that of the run; each sweep's list is read
+    once for all of its runs."""
+
+    def __missing__(self, folder: Path) -> dict[Path, Job]:
+        self[folder] = {job.run: job for job in jobs_of(folder)}
+        return self[folder]
+
+
+def read_runs(folders: Iterable[Path]) -> list[Record]:
+    """Returns the records of run folders."""
+    sweeps = Sweeps()
+    return [read_run(folder, sweeps) for folder in folders]
+
+
+def read_run(folder: Path, sweeps: Sweeps | None = None) -> Record:
+    """Returns the record of a run folder; where a file is damaged, state and reason say so.
+
+    `sweeps` holds the jobs that are known from other runs."""
     record = Record(folder)
     try:
         record.settings, config = read_settings(folder)
@@ -149,7 +206,10 @@ def read_run(folder: Path) -> Record:
         record.columns = columns(rows)
         record.summary = read_summary(folder) or {}
         record.harm = next(filter(None, map(unfaithful, rows)), "")
-        record.state, record.reason = ending(folder, record.summary, rows)
+        # The folder may be given as "." or by a link; its sweep is the folder that it lies in.
+        real = folder.resolve()
+        job = (Sweeps() if sweeps is None else sweeps)[real.parent].get(real)
+        record.state, record.reason = ending(folder, record.summary, rows, job)
         start = last_start(folder)
         record.hardware = ", ".join(start.devices) or start.cpu
         if data := data_of(folder):
@@ -201,15 +261,22 @@ def read_sampled(file: Path) -> list[Row]:
     """Returns the rows of a metrics.jsonl with an evaluation, and of the others at most SAMPLED,
     evenly spread, with the last; none where there is no file.
 
-    Raises DamagedFile where a line is damaged."""
+    Raises DamagedFile where a line is damaged, and where the steps of those rows do not rise."""
     lines = lines_of(file)
     stride = -(-len(lines) // SAMPLED)
-    rows = []
+    rows: list[Row] = []
     for number, line in enumerate(lines, 1):
         if not (line.startswith(b'{"step": ') and line.endswith(b"}")):
             raise DamagedFile(f"{file}, line {number}, is damaged (it is no row)")
         if number % stride == 0 or number == len(lines) or any(key in line for key in KEPT):
-            rows.append(parse_row(line, number, file))
+            row = parse_row(line, number, file)
+            if rows and row["step"] <= rows[-1]["step"]:
+                # A run only ever appends, so these are rows of two runs, or not in their order.
+                raise DamagedFile(
+                    f"{file}, line {number}, is damaged (step {row['step']} comes after step"
+                    f" {rows[-1]['step']})"
+                )
+            rows.append(row)
     return rows
 
 
@@ -222,15 +289,16 @@ def columns(rows: list[Row]) -> dict[str, np.ndarray]:
     return found
 
 
-def ending(folder: Path, summary: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[str, str]:
-    """Returns (state, reason) of a run whose files are in order."""
+def ending(
+    folder: Path, summary: dict[str, Any], rows: list[dict[str, Any]], job: Job | None
+) -> tuple[str, str]:
+    """Returns (state, reason) of a run whose files are in order; `job` is its part in a sweep."""
     if summary and summary["val/loss"] is None:
         return "diverged", "its final validation loss is not finite"
     if summary:
         return "finished", ""
     if is_in_use(folder):
         return "running", ""
-    job = next((job for job in jobs_of(folder.parent) if job.run == folder), None)
     line = reason(job)[0] if job and job.log().exists() else read_failure(folder)
     last = rows[-1] if rows else {}
     if "grad/norm" in last and last["grad/norm"] is None:

@@ -138,7 +138,7 @@ def settings_of(
         first = seen.setdefault((*place, seed, chooses, reports), run)
         if first is not run:
             section.notes.append(
-                f"{run.folder} repeats {first.folder}, seed and all, and is left out"
+                f"{run.name} repeats {first.name}, seed and all, and is left out"
                 f" ({run.loss:.4f} beside {first.loss:.4f})."
             )
             continue

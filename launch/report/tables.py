@@ -1,6 +1,7 @@
 """The tables of a report, for its page, its Markdown and its CSV."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -225,9 +226,7 @@ def chosen_keys(run: Record) -> Table:
 def failed(records: list[Record]) -> Table:
     """Returns every run that is not finished."""
     unfinished = [run for run in records if run.state != "finished"]
-    rows = [
-        [str(run.folder), run.state, *swept(run), f"{run.step:,}", run.reason] for run in unfinished
-    ]
+    rows = [[run.name, run.state, *swept(run), f"{run.step:,}", run.reason] for run in unfinished]
     header = ["run", "state", "method", "lr", "rho", "seed", "last step", "why"]
     return Table(header, rows, (0, 1, 2, 7), folders=[run.folder for run in unfinished])
 
@@ -235,9 +234,11 @@ def failed(records: list[Record]) -> Table:
 def all_runs(section: Section) -> Table:
     """Returns every run of a section, the best first."""
     ordered = sorted(section.runs, key=lambda run: (math.isnan(run.loss), run.loss))
+    names = Counter(run.folder.name for run in ordered)
     rows = [
         [
-            run.folder.name,
+            # The path tells apart runs whose folders have one name.
+            Path(run.name).name if names[run.folder.name] == 1 else run.name,
             *swept(run),
             plain(run.loss),
             f"{run.step:,}",

@@ -1,5 +1,6 @@
 """Writes the files of a report, or its one chart."""
 
+import os
 import time
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from launch.report.comparison import compare
 from launch.report.drawing import encoded, styles
 from launch.report.exports import markdown, methods_csv, runs_csv
 from launch.report.page import page
-from launch.report.record import Record, read_run
+from launch.report.record import Record, read_runs
 from launch.report.section import Section
 from launch.report.settings import Selection
 from launch.report.wording import headline, plural
@@ -30,7 +31,7 @@ def write_report(runs: list[Path], selection: Selection, out: Path, axis: str) -
     Raises:
         ValueError: for a file that cannot be written, and a selection that the runs do not allow
     """
-    records = [read_run(run) for run in runs]
+    records = read_runs(runs)
     sections = compare(records, selection)
     made = time.strftime("%Y-%m-%d %H:%M")
     # The page comes last, so that the files that it stands beside are there.
@@ -61,7 +62,7 @@ def write_chart(runs: list[Path], selection: Selection, out: Path, axis: str, na
         ValueError: for a file that cannot be written, a selection that the runs do not allow, and
             a chart that they do not have
     """
-    records = [read_run(run) for run in runs]
+    records = read_runs(runs)
     sections = compare(records, selection)
     if not sections:
         raise ValueError(
@@ -74,10 +75,11 @@ def write_chart(runs: list[Path], selection: Selection, out: Path, axis: str, na
 
 
 def write_files(files: dict[Path, str | bytes], out: Path) -> None:
-    """Writes files by their contents. Raises ValueError where one cannot be written."""
+    """Writes files by their contents, each where its name leads if that is a link. Raises
+    ValueError where one cannot be written."""
     try:
         for path, content in files.items():
-            write_result(path, content)
+            write_result(Path(os.path.realpath(path)), content)
     except OSError as error:
         raise ValueError(
             f"out={out} cannot be written ({error.strerror}); name another place"
@@ -92,5 +94,5 @@ def summary(sections: list[Section], records: list[Record], written: str) -> str
         lines += [f"    {sentence}" for sentence in headline(section)]
     for run in records:
         if run.state != "finished":
-            lines.append(f"{run.folder}: {run.state} at step {run.step:,}; {run.reason}")
+            lines.append(f"{run.name}: {run.state} at step {run.step:,}; {run.reason}")
     return "\n".join([*lines, written])

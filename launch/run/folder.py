@@ -11,7 +11,9 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
+
+import msgspec
 
 from conf.composition import name_files
 from conf.key import check_value
@@ -28,10 +30,15 @@ REMEDY = (
 )
 FILES = ("config.yaml", "metrics.jsonl", "summary.json")  # what a run writes beside its folders
 Row = dict[str, Any]
+# No run comes to a larger figure, of which a square would be no number.
+LARGEST = 1e100
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=LARGEST)]
+Loss = Annotated[float, msgspec.Meta(ge=-LARGEST, le=LARGEST)]
 # of every summary
 Figures = TypedDict(
     "Figures",
-    {"step": int, "tokens": int, "flops": int, "seconds": float, "val/loss": float | None},
+    {"step": Count, "tokens": Count, "flops": Count, "seconds": Seconds, "val/loss": Loss | None},
 )
 
 
