@@ -386,15 +386,16 @@ def test_the_headline_says_what_the_table_says(made, tmp_path):
     section = section_of(tmp_path)
     markdown = exports.markdown([section], section.runs)
     for axis, mark in (("steps", ""), ("flops", wording.MIDWAY)):
-        text = wording.tested(section.tests[axis]["sam"], axis)
+        text = wording.difference_text(section.tests[axis]["sam"], axis)
         assert f"{mark} (3\u00a0pairs, t\u00a0" in text and "by\u00a0Holm" in text
         assert (
-            text in told(section) and tables.paired(section).rows[0][1 + AXES.index(axis)] == text
+            text in told(section)
+            and tables.difference_table(section).rows[0][1 + AXES.index(axis)] == text
         )
-        assert wording.value(section.at_equal(axis, "sam")) in told(section)
+        assert wording.loss_text(section.at_equal(axis, "sam")) in told(section)
     assert (
         f"{wording.MIDWAY} over 3 seeds" in told(section)
-        and wording.MIDWAY in tables.by_method(section).rows[1][2]
+        and wording.MIDWAY in tables.loss_table(section).rows[1][2]
     )
     made("sam", {0: 3.1, 1: 3.1, 2: 3.45}, slope=0.002, name="gsam")
     both = section_of(tmp_path)
@@ -403,7 +404,7 @@ def test_the_headline_says_what_the_table_says(made, tmp_path):
         2 * test.p
     ) and f"p\u00a0{test.p:.2g}, by\u00a0Holm\u00a0{2 * test.p:.2g}" in told(both)
     assert wording.UNANNEALED in told(section) and "read in the middle" in markdown
-    assert "t" not in wording.tested(section.tests["seconds"]["sam"], "seconds").replace(
+    assert "t" not in wording.difference_text(section.tests["seconds"]["sam"], "seconds").replace(
         "\u2020", ""
     )
 
@@ -533,7 +534,7 @@ def test_a_setting_from_another_machine_does_not_win_at_equal_time(made, tmp_pat
         )
     section = section_of(tmp_path)
     assert section.chosen["flops"]["sam"].lr == 0.02 and section.chosen["seconds"]["sam"].lr == 0.01
-    assert "no evidence, for the machines differ" in wording.winner(section, "seconds")
+    assert "no evidence, for the machines differ" in wording.winner_at(section, "seconds")
 
 
 def test_a_difference_to_a_baseline_in_mid_schedule_is_marked_in_the_csv(made, tmp_path):
@@ -589,7 +590,7 @@ def test_who_lacks_seeds_does_not_win_without_a_word(made, tmp_path):
     )
     assert "not begun or cannot be read: 1;" in told(section)
     assert "1 of 6 runs did not finish" in told(section)
-    rows = tables.by_method(section).rows
+    rows = tables.loss_table(section).rows
     assert [row[7] for row in rows] == ["3", "2 of 3"]
 
 
@@ -600,17 +601,17 @@ def test_a_shared_machine_is_no_evidence(made, tmp_path):
     made("adamw", {1: 3.1}, summary={"seconds": 1.08e-9 * flops})
     made("sam", {0: 2.9, 1: 3.0})
     assert (
-        "has the lowest" in wording.winner(section_of(tmp_path), "seconds")
+        "has the lowest" in wording.winner_at(section_of(tmp_path), "seconds")
         and not section_of(tmp_path).doubt
     )
     made("adamw", {2: 3.1}, summary={"seconds": 1.2e-9 * flops})
     section = section_of(tmp_path)
-    assert "no evidence, for the machine was shared" in wording.winner(section, "seconds")
+    assert "no evidence, for the machine was shared" in wording.winner_at(section, "seconds")
     assert "seconds per FLOP of adamw differ by 20%" in told(section)
-    assert "no evidence" in tables.by_method(section).header[3] and not any(
-        "*" in row[3] for row in tables.by_method(section).rows
+    assert "no evidence" in tables.loss_table(section).header[3] and not any(
+        "*" in row[3] for row in tables.loss_table(section).rows
     )
-    assert "p\u00a0" not in wording.tested(section.tests["seconds"]["sam"], "seconds")
+    assert "p\u00a0" not in wording.difference_text(section.tests["seconds"]["sam"], "seconds")
 
 
 def test_children_of_unlike_parents_are_apart(made, tmp_path):
@@ -693,11 +694,11 @@ def test_imprecise_perturbations_are_marked(made, tmp_path):
     section = section_of(tmp_path)
     assert "a cosine of 0.42 with itself in IEEE fp32" in told(section)
     assert f"(lr 0.01, rho 0.05){wording.PRECISION} has the lowest" in told(section)
-    assert [row[0] for row in tables.by_method(section).rows] == [
+    assert [row[0] for row in tables.loss_table(section).rows] == [
         "adamw",
         f"sam{wording.PRECISION}",
     ]
-    assert tables.paired(section).rows[0][0] == f"sam{wording.PRECISION}"
+    assert tables.difference_table(section).rows[0][0] == f"sam{wording.PRECISION}"
 
 
 def test_where_data_lie_is_no_part_of_a_comparison(made, tmp_path):
@@ -1081,7 +1082,7 @@ def test_methods_look_different_and_the_same_everywhere():
 def test_every_seed_stays_in_the_axes():
     """Of the last four fifths; the fall before is cut off."""
     x, losses = np.arange(11.0), np.array([9.0, 8.0, *np.linspace(3, 2, 9)])
-    _figure, axes = drawing.start()
+    _figure, axes = drawing.new_axes()
     drawing.frame_late(
         axes,
         [
@@ -1305,14 +1306,14 @@ def test_no_text_is_a_formula(text):
     ],
 )
 def test_markdown_shows_texts_as_they_are(text, escaped):
-    assert exports.plain_text(text) == escaped
+    assert exports.markdown_text(text) == escaped
 
 
 def test_runs_of_one_name_are_told_apart_by_their_paths(copied, tmp_path):
     copied("adamw-0", "one/run")
     copied("sam-0", "two/run")
     copied("sam-1", "another")
-    rows = tables.all_runs(section_of(tmp_path)).rows
+    rows = tables.runs_table(section_of(tmp_path)).rows
     assert {row[0] for row in rows} == {
         f"{tmp_path}/runs/one/run",
         f"{tmp_path}/runs/two/run",

@@ -72,10 +72,12 @@ class Options:
 def main(arguments: list[str]) -> None:
     """Writes the report of the runs in some folders, and prints what won."""
     from conf.cli import parse, user_errors
-    from launch.report.record import find_runs
 
     with user_errors():
         options, _ = parse(Options, arguments)
+        # Imported only now, so that help and a mistyped option do not wait for torch.
+        from launch.report.record import find_runs
+
         folders = [Path(folder) for folder in options.folders]
         if not folders:
             raise ValueError(
@@ -130,6 +132,7 @@ def write(runs: list[Path], out: Path, options: Options) -> str:
 
     Raises ValueError where a file cannot be written, for a chart or seeds that there are not, and
     without the packages that the report needs."""
+    # Matplotlib, SciPy and Jinja2 come with the extra `report`, which may not be installed.
     try:
         from launch.report.settings import Selection
         from launch.report.writing import write_chart, write_report

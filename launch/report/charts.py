@@ -46,8 +46,11 @@ def chart(section: Section, looks: dict[str, Style], name: str, axis: str) -> Fi
         "lr": lambda: response_chart(section, looks, "lr"),
         "grid": lambda: grid_chart(section),
     }
-    drawn = named[name]() if name in named else measured_charts(section, looks, axis)[0].get(name)
+    # Any other name is that of a figure that was logged.
+    make = named.get(name, lambda: measured_charts(section, looks, axis)[0].get(name))
+    drawn = make()
     if drawn is None:
+        # Which charts there are shows only when they are drawn.
         there = [known for known, make in named.items() if make()]
         there += measured_charts(section, looks, axis)[0]
         if not there:
@@ -63,6 +66,7 @@ def chart(section: Section, looks: dict[str, Style], name: str, axis: str) -> Fi
 
 def charts_of_losses(section: Section, looks: dict[str, Style], axis: str) -> list[Captioned]:
     """Returns the charts of losses with their captions."""
+    # A run that stands alone is compared with nothing at equal FLOPs or time.
     drawn = [
         (caption_of_loss(section, over), loss_chart(section, looks, over))
         for over in AGAINST

@@ -6,7 +6,7 @@ Only runs with the same model, tokenizer, data, batch and schedule are compared.
 
 from typing import Any
 
-from launch.report.evidence import doubt_about_time, imprecise_methods, notes_on, tests_at
+from launch.report.evidence import doubt_about_time, imprecise_methods, notes_on, paired_tests_at
 from launch.report.keys import differing, frozen, shown
 from launch.report.record import Record
 from launch.report.section import AXES, FIGURES, Section
@@ -34,9 +34,10 @@ def compare(records: list[Record], selection: Selection | None = None) -> list[S
     for a selection that these runs do not allow."""
     selection = selection or Selection()
     selection.check(records)
+    # A run that has not begun, or whose config.yaml cannot be read, belongs to no comparison.
     known = [record for record in records if record.settings]
     parents = kinds_of_parents(known)
-    sections = sorted(group(known, parents), key=lambda section: -len(section.runs))
+    sections = sorted(group_runs(known, parents), key=lambda section: -len(section.runs))
     for section in sections:
         section.title = title_of(section, sections)
         analyse(section, selection, parents)
@@ -48,7 +49,7 @@ def compare(records: list[Record], selection: Selection | None = None) -> list[S
     return sections
 
 
-def group(records: list[Record], parents: dict[int, dict[str, Any]]) -> list[Section]:
+def group_runs(records: list[Record], parents: dict[int, dict[str, Any]]) -> list[Section]:
     """Returns the sections of runs, not analysed yet, in the order the runs were found."""
     found: dict[str, Section] = {}
     places: dict[str, dict[str, Any]] = {}
@@ -64,6 +65,7 @@ def group(records: list[Record], parents: dict[int, dict[str, Any]]) -> list[Sec
 def title_of(section: Section, sections: list[Section]) -> str:
     """Returns model, data and horizon of a section, with the keys that tell it from others which
     share those."""
+    # Only the keys that are needed to tell it from the others are named.
     start = horizon(section.keys)
     alike = [other.keys for other in sections if horizon(other.keys) == start]
     return ", ".join(
@@ -79,11 +81,14 @@ def kinds_of_parents(records: list[Record]) -> dict[int, dict[str, Any]]:
     kinds = {}
     groups: dict[str, list[Record]] = {}
     for run in records:
+        # To begin with, without the seeds of its parents.
         kinds[id(run)] = {
             key: value for key, value in run.parent.items() if not is_parents_seed(key)
         }
         own = {key: value for key, value in run.settings.items() if key not in ("seed", "init.run")}
         groups.setdefault(frozen([own, kinds[id(run)]]), []).append(run)
+    # Where one of several runs that are alike has another seed than its parent, what the parents'
+    # seeds were is part of what was done.
     for alike in groups.values():
         if not all(has_seed_of_parents(run) for run in alike):
             kinds |= {id(run): run.parent for run in alike}
@@ -123,6 +128,7 @@ def section_keys(settings: dict[str, Any], parent: dict[str, Any]) -> dict[str, 
     keys |= {name: settings.get(name) for name in ("init.step", "init.hf")}
     if not parent:
         return keys
+    # The path of a parent is left out where its settings are known: they say what it was.
     origin = parent.get("parent.run") or f"a run of {parent['parent.optim.name']}"
     return keys | parent | {"init.run": origin}
 
@@ -134,9 +140,12 @@ def analyse(section: Section, selection: Selection, parents: dict[int, dict[str,
     compared = [run for setting in section.best.values() for run in setting.runs]
     if not compared:
         return
+    # At equal FLOPs and time every run has to have been there; at equal steps the longest runs are
+    # compared, and those that end earlier are not.
     for axis in AXES:
         section.budgets[axis] = min(run.summary[FIGURES[axis]] for run in compared)
     section.budgets["steps"] = max(run.step for run in compared)
+    # Whether times count has to be known first, for it decides which settings equal time chooses.
     section.doubt = doubt_about_time(section, section.best)
     for axis in AXES:
         section.chosen[axis] = {method: chosen_at(section, axis, method) for method in section.best}
@@ -145,6 +154,6 @@ def analyse(section: Section, selection: Selection, parents: dict[int, dict[str,
         section.doubt = doubt_about_time(section, section.chosen["seconds"])
         if section.doubt:
             section.chosen["seconds"] = dict(section.best)
-    section.tests = {axis: tests_at(section, axis) for axis in AXES}
+    section.tests = {axis: paired_tests_at(section, axis) for axis in AXES}
     section.imprecise = imprecise_methods(section)
     section.notes += notes_on(section, selection)

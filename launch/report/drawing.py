@@ -101,10 +101,12 @@ def styles(methods: Iterable[str]) -> dict[str, Style]:
 
     Ten methods have a colour each, the second five of them other dashes; then the colours return.
     AdamW and its variants are black, and differ by their dashes."""
+    # By the order of their names, so that the same methods look the same in every chart.
     found: dict[str, Style] = {}
     ordered = sorted(set(methods))
     black = [method for method in ordered if method.split()[0] == BASELINE]
     coloured = [method for method in ordered if method not in black]
+    # `alike` methods in a row share a dash before the next one's turn comes.
     for palette, alike, members in (((INK,), 1, black), (COLOURS, len(COLOURS) // 2, coloured)):
         for number, method in enumerate(members):
             color = palette[number % len(palette)]
@@ -119,11 +121,11 @@ def lines_of(section: Section, axis: str, figure: str) -> list[Line]:
     found = []
     for method, runs in section.drawn.items():
         curves = [run.points(axis, figure) for run in runs]
-        found.append(joined(method, curves, thin=figure != "val/loss"))
+        found.append(joined_line(method, curves, thin=figure != "val/loss"))
     return [line for line in found if len(line.x)]
 
 
-def joined(
+def joined_line(
     method: str, curves: list[tuple[np.ndarray, np.ndarray, np.ndarray]], thin: bool = False
 ) -> Line:
     """Returns the line of curves, each of steps, x and y, at the steps that all of them have,
@@ -131,6 +133,8 @@ def joined(
     curves = [curve for curve in curves if len(curve[0])]
     if not curves:
         return Line(method, np.empty(0), np.empty((0, 0)))
+    # Long runs are sampled, each at steps of its own, and rows may be lost: only at the steps that
+    # all seeds have is the mean one of the same seeds all along.
     common = curves[0][0]
     for steps, _, _ in curves[1:]:
         common = np.intersect1d(common, steps)
@@ -142,6 +146,7 @@ def joined(
         y_rows.append(y[index])
     x_of_seeds = np.array(x_rows)
     y_of_seeds = np.array(y_rows)
+    # Single steps are noisy, and more points than a screen shows only make the page larger.
     size = len(common) // POINTS
     if size > 1 and thin:
         x_of_seeds = means_of(x_of_seeds, size)
@@ -164,7 +169,7 @@ def evaluated_together(run: Record, other: Record) -> tuple[np.ndarray, np.ndarr
     return steps, losses[here] - others[there]
 
 
-def draw(axes: Axes, lines: list[Line], looks: dict[str, Style], dots: bool = False) -> None:
+def draw_lines(axes: Axes, lines: list[Line], looks: dict[str, Style], dots: bool = False) -> None:
     """Draws means as lines; the seeds as dots, or as a band from the lowest to the highest."""
     for line in lines:
         look = looks[line.method]
@@ -176,6 +181,8 @@ def draw(axes: Axes, lines: list[Line], looks: dict[str, Style], dots: bool = Fa
             label=line.method,
             linewidth=1.5 if dots else 1.1,
         )
+        # Evaluations are few, and every one of every seed is a dot. Of the many other rows a band
+        # shows how far the seeds lie apart.
         if dots:
             axes.plot(
                 line.x,
@@ -204,15 +211,19 @@ def frame_late(axes: Axes, lines: list[Line]) -> None:
     late = np.concatenate(
         [line.seeds[:, line.x >= line.x.min() + 0.2 * np.ptp(line.x)].ravel() for line in lines]
     )
+    # A little room above and below the seeds; some, too, where all losses are the same.
     room = 0.06 * (late.max() - late.min()) or 0.1
     axes.set_ylim(late.min() - room, late.max() + room)
 
 
-def si(largest: float) -> tuple[float, str]:
+def thousands(largest: float) -> tuple[float, str]:
     """Returns (a power of 1000 to divide by, how the power is written) for numbers up to the
     largest."""
+    # 10^3, 10^6, 10^9 and so on, as the prefixes of units go.
     power = 3 * int(math.log10(max(largest, 1.0)) // 3)
-    return 10.0**power, f" (10^{power})" if power else ""
+    if not power:
+        return 1.0, ""
+    return 10.0**power, f" (10^{power})"
 
 
 def in_units(lines: list[Line], axis: str) -> tuple[list[Line], str]:
@@ -226,7 +237,7 @@ def in_units(lines: list[Line], axis: str) -> tuple[list[Line], str]:
         size = 1.0
         label = "steps"
     else:
-        size, power = si(longest)
+        size, power = thousands(longest)
         label = {"tokens": "tokens", "flops": "training FLOPs"}[axis] + power
     return [line._replace(x=line.x / size) for line in lines], label
 
@@ -240,8 +251,9 @@ def unit_of_time(longest: float) -> tuple[float, str]:
     return 1.0, "seconds"
 
 
-def start() -> tuple[Figure, Axes]:
+def new_axes() -> tuple[Figure, Axes]:
     """Returns a figure with one pair of axes."""
+    # Not by pyplot, which keeps every figure until it is closed.
     figure = Figure()
     axes = figure.add_subplot()
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
@@ -251,14 +263,21 @@ def start() -> tuple[Figure, Axes]:
 def lay_out(figure: Figure, axes: Axes, above: float = 0.12) -> Figure:
     """Fits the figure to its place: the legend below the axes, in two columns where they fit, and
     `above` the axes room of that many inches."""
+    # The methods stay in their order; the cross of diverged seeds, which is no method, comes last.
     entries = list(zip(*axes.get_legend_handles_labels(), strict=True))
     entries.sort(key=lambda entry: entry[1] == DIVERGED)
     labels = [label for _, label in entries]
     half = -(-len(labels) // 2)
     left = max(map(len, labels[:half]))
     right = max(map(len, labels[half:]), default=0)
-    columns = 2 if left + right <= LEGEND else 1
-    below = 0.58 + 0.2 * (half if columns == 2 else len(labels))
+    if left + right <= LEGEND:
+        columns = 2
+        rows = half
+    else:
+        columns = 1
+        rows = len(labels)
+    # In inches: the ticks and the title of the axis, and a line for every row of the legend.
+    below = 0.58 + 0.2 * rows
     plot = 2.5
     height = below + plot + above
     figure.set_size_inches(WIDTH, height)
@@ -292,10 +311,12 @@ def svg(figure: Figure, name: str) -> str:
     apart from those of others."""
     out = io.StringIO()
     save(figure, out, "svg", name)
+    # The metadata say which program drew the chart, with links to its pages.
     found = out.getvalue()
     found = re.sub(r"<metadata>.*?</metadata>", "", found[found.index("<svg") :], flags=re.DOTALL)
     # The names of groups go: nothing refers to them, and every chart has the same.
     found = re.sub(r' id="[^"]*_\d+"', "", found)
+    # Without a size of its own the chart is as wide as its place on the page.
     for size in ("width", "height"):
         found = re.sub(rf'(<svg [^>]*?) {size}="[^"]*"', r"\1", found, count=1)
     return found.replace(INK, "currentColor").replace("<svg ", '<svg role="img" ', 1).strip()

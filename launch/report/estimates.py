@@ -64,6 +64,7 @@ def paired_test(
         if math.isfinite(ours[seed] - theirs[seed])
     }
     found = estimate(by_seed.values(), midway)
+    # Differences that are equal but for rounding have no spread to test by: t would be any number.
     if found.seeds < FEWEST or found.error < 1e-12 * max(abs(ours[seed]) for seed in by_seed):
         return PairedTest(by_seed, found)
     pairs = [(ours[seed], theirs[seed]) for seed in by_seed]
@@ -74,6 +75,7 @@ def paired_test(
 def holm(values: dict[str, float]) -> dict[str, float]:
     """Returns p values adjusted for their number (Holm 1979): the k-th smallest of m times m - k +
     1, at most 1 and in the same order."""
+    # From the smallest p on: none is adjusted to less than the one before.
     adjusted: dict[str, float] = {}
     largest = 0.0
     known = sorted((p, name) for name, p in values.items() if math.isfinite(p))

@@ -9,6 +9,7 @@ from launch.report.estimates import PairedTest, holm, paired_test
 from launch.report.record import Record
 from launch.report.section import AXES, Section, Setting
 from launch.report.settings import REPORT, TUNE, Selection
+from launch.report.wording import plural
 
 # Seconds per FLOP of runs on one machine may differ by this share.
 UNEVEN = 0.1
@@ -19,10 +20,12 @@ MEASURED = {
 }
 
 
-def tests_at(section: Section, axis: str) -> dict[str, PairedTest]:
+def paired_tests_at(section: Section, axis: str) -> dict[str, PairedTest]:
     """Returns the tests of the methods beside the baseline at the budget, by seed."""
     if section.baseline is None:
         return {}
+    # Losses by seed: two runs of one seed saw the same data in the same order, and from the same
+    # weights, so that their difference is freer of chance than that of two means.
     losses = {}
     for method, setting in section.chosen[axis].items():
         losses[method] = {run.settings["seed"]: section.read(run, axis)[0] for run in setting.runs}
@@ -34,6 +37,7 @@ def tests_at(section: Section, axis: str) -> dict[str, PairedTest]:
     if axis == "seconds":
         # Time is the machine's as much as the method's: no p value.
         return {method: test._replace(t=math.nan, p=math.nan) for method, test in found.items()}
+    # Of many methods some would be significant by chance alone.
     adjusted = holm({method: test.p for method, test in found.items()})
     return {
         method: test._replace(holm=adjusted.get(method, math.nan)) for method, test in found.items()
@@ -47,6 +51,8 @@ def doubt_about_time(section: Section, chosen: dict[str, Setting]) -> str:
     machines = sorted({run.hardware or "unknown" for run in runs})
     if len(machines) > 1:
         return f"the machines differ: {'; '.join(machines)}"
+    # Steps of one method on one machine cost the same FLOPs and should take the same time; where
+    # they do not, other work ran beside some of them.
     spreads = {}
     for method, settings in section.methods.items():
         runs = [run for setting in settings for run in [*setting.chosen_by, *setting.runs]]
@@ -67,6 +73,7 @@ def spread_of_speed(runs: Iterable[Record]) -> float:
         if run.summary["flops"] > 0:
             rate = run.summary["seconds"] / run.summary["flops"]
             rates.setdefault(run.hardware, []).append(rate)
+    # A run that took no time tells no rate.
     known = [each for each in rates.values() if min(each) > 0]
     return max((max(each) / min(each) - 1 for each in known), default=0.0)
 
@@ -84,6 +91,7 @@ def imprecise_methods(section: Section) -> dict[str, str]:
 
 def notes_on(section: Section, selection: Selection) -> list[str]:
     """Returns what a reader has to know before believing the numbers."""
+    # A setting that is chosen at several budgets is noted once.
     settings = [setting for axis in AXES for setting in section.chosen[axis].values()]
     chosen = list({id(setting): setting for setting in settings}.values())
     found = notes_on_validation(chosen)
@@ -104,6 +112,7 @@ def notes_on_validation(chosen: list[Setting]) -> list[str]:
     compared = {id(run): run for setting in chosen for run in setting.runs}
     found = []
     for key, what in MEASURED.items():
+        # Twelve digits of a checksum tell data apart. A run without a checkpoint has none.
         measured = [str(run.measured_on.get(key, "unknown"))[:12] for run in compared.values()]
         counts = Counter(value for value in measured if value != "unknown")
         if len(counts) > 1:
@@ -158,15 +167,18 @@ def note_on_seeds(setting: Setting, planned: int) -> list[str]:
         for run in setting.failed
         if run.settings["seed"] in setting.planned - finished
     ]
-    why = f" ({', '.join(ended)})" if ended else ""
-    return [
-        f"{setting} has {len(finished)} finished seed{'' if len(finished) == 1 else 's'}, where"
-        f" {planned} were planned of a setting{why}."
-    ]
+    note = (
+        f"{setting} has {plural(len(finished), 'finished seed')}, where {planned} were planned of a"
+        " setting"
+    )
+    if ended:
+        note += f" ({', '.join(ended)})"
+    return [f"{note}."]
 
 
 def note_on_edge(setting: Setting, key: str, value: float | None, tried: set[float]) -> list[str]:
     """Returns a note on a setting whose learning rate or radius is the least or largest tried."""
+    # A radius of 0 is no edge: below it there is nothing to try. One value has no edges.
     if value is None or value <= 0 or len(tried) < 2 or min(tried) < value < max(tried):
         return []
     return [
@@ -189,6 +201,7 @@ def notes_on_parents(section: Section) -> list[str]:
 
 def notes_on_tags(section: Section, selection: Selection) -> list[str]:
     """Returns notes on tags that name no role, and on roles that do not count."""
+    # Role = tune and the like look as if they counted, and do not.
     tags = {tag for run in section.runs for tag in run.tags}
     roles = {tag for tag in tags if re.match(r"\s*role\s*=", tag, re.IGNORECASE)}
     found = []

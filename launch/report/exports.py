@@ -10,7 +10,7 @@ from typing import Any
 from launch.report.estimates import Estimate, PairedTest
 from launch.report.record import Record
 from launch.report.section import Section
-from launch.report.tables import Table, failed, results
+from launch.report.tables import Table, result_tables, unfinished_table
 from launch.report.wording import HOW, TESTING, conditions, headline
 
 METHODS = [
@@ -50,21 +50,27 @@ def markdown(sections: list[Section], records: list[Record]) -> str:
     parts = []
     for section in sections:
         parts += [
-            f"## {plain_text(section.title)}",
-            plain_text(conditions(section)),
-            "\n".join(f"- {plain_text(text)}" for text in headline(section)),
+            f"## {markdown_text(section.title)}",
+            markdown_text(conditions(section)),
+            "\n".join(f"- {markdown_text(text)}" for text in headline(section)),
         ]
-        for table in results(section):
-            parts += [f"**{plain_text(table.caption)}**", markdown_table(table)]
+        for table in result_tables(section):
+            parts += [f"**{markdown_text(table.caption)}**", markdown_table(table)]
+        # A run that stands alone has neither an interval nor a test to explain.
         if section.best and len(section.runs) > 1:
             parts += [HOW, TESTING]
-    failures = failed(records)
-    parts += ["## Runs that did not finish", markdown_table(failures) if failures.rows else "None."]
+    parts.append("## Runs that did not finish")
+    failures = unfinished_table(records)
+    if failures.rows:
+        parts.append(markdown_table(failures))
+    else:
+        parts.append("None.")
     return "\n\n".join(parts) + "\n"
 
 
 def methods_csv(sections: list[Section]) -> str:
     """Returns a row for every method and budget."""
+    # Numbers have all of their digits here, for further computing; the tables are rounded.
     rows = [
         method_cells(section, axis, method)
         for section in sections
@@ -89,7 +95,7 @@ def method_cells(section: Section, axis: str, method: str) -> list[Any]:
         section.budgets[axis],
         found.mean,
         found.error,
-        *ends(found),
+        *interval(found),
         found.seeds,
         section.planned,
         found.midway,
@@ -111,7 +117,7 @@ def difference_cells(test: PairedTest | None, baseline: str | None) -> list[Any]
         each,
         found.mean,
         found.error,
-        *ends(found),
+        *interval(found),
         found.midway,
         test.t,
         test.p,
@@ -119,7 +125,7 @@ def difference_cells(test: PairedTest | None, baseline: str | None) -> list[Any]
     ]
 
 
-def ends(found: Estimate) -> tuple[float, float]:
+def interval(found: Estimate) -> tuple[float, float]:
     """Returns the ends of the 95 % interval."""
     return found.mean - found.margin, found.mean + found.margin
 
@@ -157,18 +163,22 @@ def csv_cell(value: Any) -> Any:
         return value
     # csv would leave a carriage return bare, and readers take that for the end of the row.
     text = str(value).replace("\r", " ")
-    return f"'{text}" if re.match(r"\t|\s*[=+\-@\uff1d\uff0b\uff0d\uff20]", text) else text
+    # The last four are the same signs in full width, which spreadsheets take for them.
+    if re.match(r"\t|\s*[=+\-@\uff1d\uff0b\uff0d\uff20]", text):
+        return f"'{text}"
+    return text
 
 
 def markdown_table(table: Table) -> str:
     """Returns a table as Markdown."""
+    # :-- aligns a column of text to the left, --: one of numbers to the right.
     rule = [":--" if column in table.text else "--:" for column in range(len(table.header))]
-    rows = [list(map(plain_text, row)) for row in table.rows]
+    rows = [list(map(markdown_text, row)) for row in table.rows]
     lines = [table.header, rule, *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def plain_text(text: str) -> str:
+def markdown_text(text: str) -> str:
     """Returns a text such that Markdown shows it as it is: on one line, and without meaning for it
     or for HTML."""
     line = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", escape(" ".join(text.split()), quote=False))

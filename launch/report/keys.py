@@ -1,4 +1,4 @@
-"""Keys of the configuration by which runs are told apart."""
+"""Keys of the configuration in which runs differ."""
 
 import json
 from typing import Any
@@ -7,9 +7,11 @@ from typing import Any
 def differing(several: list[dict[str, Any]]) -> list[str]:
     """Returns the keys whose values are not the same in all; those of parents, in all that have
     one."""
+    # A dictionary keeps the order of the configuration, which a set would not.
     names = dict.fromkeys(name for settings in several for name in settings)
     found = []
     for name in names:
+        # A run without a parent differs from the others in other keys.
         holders = [
             settings for settings in several if name in settings or not name.startswith("parent.")
         ]

@@ -10,16 +10,16 @@ from launch.report.drawing import (
     RC,
     Line,
     Style,
-    draw,
+    draw_lines,
     evaluated_together,
     frame_late,
     in_units,
-    joined,
+    joined_line,
     lay_out,
     lines_of,
     logarithmic_values,
-    si,
-    start,
+    new_axes,
+    thousands,
 )
 from launch.report.meanings import LONE, MEANINGS, meaning, title
 from launch.report.section import BASELINE, Section
@@ -38,8 +38,8 @@ def loss_chart(section: Section, looks: dict[str, Style], axis: str) -> Figure |
     lines, unit = in_units(lines_of(section, axis, "val/loss"), axis)
     if not lines:
         return None
-    figure, axes = start()
-    draw(axes, lines, looks, dots=True)
+    figure, axes = new_axes()
+    draw_lines(axes, lines, looks, dots=True)
     axes.set(xlabel=unit, ylabel="validation loss (nats per token)")
     axes.set_xlim(left=0)
     frame_late(axes, lines)
@@ -52,7 +52,8 @@ def loss_chart(section: Section, looks: dict[str, Style], axis: str) -> Figure |
 
 def add_tokens_above(axes: Axes, tokens: int, largest: float) -> None:
     """Adds an axis of tokens, up to the largest, above one of steps of `tokens` each."""
-    power, prefix = si(largest)
+    # The axis needs both directions, from steps to tokens and back, for arrays.
+    power, prefix = thousands(largest)
     scale = tokens / power
     top = axes.secondary_xaxis(
         "top", functions=(lambda x: np.multiply(x, scale), lambda x: np.divide(x, scale))
@@ -68,7 +69,7 @@ def difference_chart(section: Section, looks: dict[str, Style]) -> Figure | None
     lines = differences(section)
     if not lines:
         return None
-    figure, axes = start()
+    figure, axes = new_axes()
     for line in lines:
         look = looks[line.method]
         axes.plot(
@@ -82,6 +83,7 @@ def difference_chart(section: Section, looks: dict[str, Style]) -> Figure | None
             label=line.method,
             linewidth=2.0,
         )
+    # The baseline's difference to itself.
     axes.axhline(0.0, color=INK, linewidth=0.8, label=section.baseline)
     axes.set(xlabel="steps", ylabel=f"loss minus {BASELINE}'s (nats)")
     axes.set_xlim(left=0)
@@ -94,6 +96,7 @@ def differences(section: Section) -> list[Line]:
     seed, by step; a method without such a seed is left out."""
     if section.baseline is None:
         return []
+    # Seed by seed: what the seed does to the loss of both cancels out.
     theirs = {run.settings["seed"]: run for run in section.best[section.baseline].runs}
     lines = []
     for method, setting in section.best.items():
@@ -106,7 +109,7 @@ def differences(section: Section) -> list[Line]:
             if other is not None and run.step == other.step:
                 steps, difference = evaluated_together(run, other)
                 curves.append((steps, steps, difference))
-        lines.append(joined(method, curves))
+        lines.append(joined_line(method, curves))
     return [line for line in lines if len(line.x)]
 
 
@@ -117,8 +120,8 @@ def training_chart(section: Section, looks: dict[str, Style], axis: str = "step"
     lines, unit = in_units(lines_of(section, axis, "train/loss"), axis)
     if not lines:
         return None
-    figure, axes = start()
-    draw(axes, lines, looks)
+    figure, axes = new_axes()
+    draw_lines(axes, lines, looks)
     axes.set(xlabel=unit, ylabel="training loss (nats per token)")
     axes.set_xlim(left=0)
     frame_late(axes, lines)
@@ -137,6 +140,8 @@ def measured_charts(
         lines, unit = in_units(lines_of(section, axis, name), axis)
         if not lines:
             continue
+        # A chart of a constant would show its rounding; a sentence says it better. Where one method
+        # varies, the others are drawn beside it.
         if all(is_constant(line) for line in lines):
             levels = [f"{line.method}: {line.mean.mean():.4g}" for line in lines]
             constant.append(f"{meaning(name)} {', '.join(levels)}")
@@ -153,6 +158,7 @@ def is_constant(line: Line) -> bool:
 def figures_of(section: Section) -> list[str]:
     """Returns the names of the figures that are charted beside the losses, in the order of
     MEANINGS."""
+    # Whatever a method of the user's own logs under sharpness/ is drawn too, after the known ones.
     logged = {name for runs in section.drawn.values() for run in runs for name in run.columns}
     names = sorted(name for name in logged if name.startswith("sharpness/") or name in MEANINGS)
     wanted = [name for name in names if name not in LONE or len(section.runs) == 1]
@@ -162,10 +168,11 @@ def figures_of(section: Section) -> list[str]:
 @matplotlib.rc_context(RC)
 def measured_chart(lines: list[Line], looks: dict[str, Style], unit: str, name: str) -> Figure:
     """Draws one figure."""
-    figure, axes = start()
-    draw(axes, lines, looks)
+    figure, axes = new_axes()
+    draw_lines(axes, lines, looks)
     axes.set(xlabel=unit, ylabel=title(name))
     axes.set_xlim(left=0)
+    # A figure of both signs, or with a zero, has no logarithm and keeps a linear axis.
     values = np.concatenate([line.mean for line in lines])
     if values.min() > 0 and values.max() > WIDE * values.min():
         logarithmic_values(axes)

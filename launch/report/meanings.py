@@ -152,9 +152,15 @@ LONE = (
 
 def title(name: str) -> str:
     """Returns the title of a figure's axis."""
-    return MEANINGS[name][0] if name in MEANINGS else re.sub("[/_]", " ", name)
+    return described(name)[0]
 
 
 def meaning(name: str) -> str:
     """Returns the meaning of a figure, in a sentence."""
-    return MEANINGS[name][1] if name in MEANINGS else f"{name}."
+    return described(name)[1]
+
+
+def described(name: str) -> tuple[str, str]:
+    """Returns (title of the axis, meaning) of a figure. One that a method of the user's own logs is
+    not in MEANINGS, and its name stands for both."""
+    return MEANINGS.get(name, (re.sub("[/_]", " ", name), f"{name}."))

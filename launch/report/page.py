@@ -15,13 +15,14 @@ from launch.report.charts import Captioned, charts_of_losses, charts_while_train
 from launch.report.drawing import Style, styles, svg
 from launch.report.record import Record
 from launch.report.section import Section
-from launch.report.tables import Table, all_runs, failed, results
+from launch.report.tables import Table, result_tables, runs_table, unfinished_table
 from launch.report.wording import HOW, TESTING, caveats, conditions, plural, winners
 
 FOLDER = Path(__file__).parent
 PAGES = Environment(
     loader=FileSystemLoader(FOLDER),
     autoescape=True,
+    # A name that page.html misspells is an error, and not an empty text.
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
@@ -100,7 +101,7 @@ def page(sections: list[Section], records: list[Record], made: str, axis: str, b
         beside: the folder of the page, from which links lead to runs
     """
     looks = styles(method for section in sections for method in section.methods)
-    failures = failed(records)
+    failures = unfinished_table(records)
     return PAGES.get_template("page.html").render(
         style=Markup((FOLDER / "report.css").read_text(encoding="utf-8")),
         runs=plural(len(records), "run"),
@@ -124,16 +125,17 @@ def part_of(section: Section, looks: dict[str, Style], axis: str, beside: Path) 
         winners=winners(section),
         caveats=caveats(section),
         compares=bool(section.best) and len(section.runs) > 1,
-        tables=[cells_of(table) for table in results(section)],
+        tables=[cells_of(table) for table in result_tables(section)],
         losses=pictures_of(charts_of_losses(section, looks, axis), section.title),
         training=pictures_of(training, section.title),
         constant=constant,
-        runs=cells_of(all_runs(section), beside),
+        runs=cells_of(runs_table(section), beside),
     )
 
 
 def pictures_of(charts: Iterable[Captioned], name: str) -> list[Picture]:
     """Returns those charts that there are; `name` and their captions tell their targets apart."""
+    # Markup is not escaped by the template: an SVG escapes its own texts.
     return [
         Picture(Markup(svg(figure, f"{name} {caption}")), caption)
         for caption, figure in charts

@@ -85,13 +85,15 @@ class Record:
     @property
     def loss(self) -> float:
         """Returns the final validation loss, nan unless the run is finished."""
-        return self.summary["val/loss"] if self.state == "finished" else np.nan
+        if self.state != "finished":
+            return np.nan
+        return self.summary["val/loss"]
 
     @property
     def step(self) -> int:
         """Returns the last step that the run has written of."""
-        steps = self.columns.get("step", np.empty(0))
-        return int(self.summary.get("step", steps[-1] if len(steps) else 0))
+        steps = self.columns.get("step", np.zeros(1))
+        return int(self.summary.get("step", steps[-1]))
 
     def curve(self, axis: str, figure: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns (values of the axis, values of the figure) where both are known."""
@@ -105,7 +107,7 @@ class Record:
         if not all(name in self.columns for name in names):
             return np.empty(0), np.empty(0), np.empty(0)
         steps, along, values = np.array([self.columns[name] for name in names])
-        # Nan is at most nothing, so a comparison leaves it out as well.
+        # Every comparison with nan is false, so nan is left out as well.
         known = (np.abs(along) <= LARGEST) & (np.abs(values) <= LARGEST)
         return steps[known], along[known], values[known]
 
@@ -136,11 +138,16 @@ def find_runs(folders: Iterable[Path]) -> Iterator[Path]:
         for root, below, files in os.walk(given, onerror=note_unreadable, followlinks=True):
             here = {*below, *files}
             is_run = "config.yaml" in here and not FILES.isdisjoint(here)
-            # The walk goes on to the folders that are left in `below`.
+            # The walk goes on to the folders that are left in `below`. Those inside a run are its
+            # own, and a folder that was seen is met again where links lead in a circle.
             if is_run or os.path.realpath(root) in seen:
                 below.clear()
+            # Folders are walked in the order of their names, so that a report of the same runs is
+            # the same on any file system.
             below[:] = sorted(name for name in below if not name.startswith("."))
-            for run in [Path(root)] if is_run else unfilled(Path(root)):
+            found = [Path(root)] if is_run else unfilled(Path(root))
+            for run in found:
+                # A run that lies in two of the given folders, or that a link leads to, counts once.
                 if (real := os.path.realpath(run)) not in seen:
                     yield run
                 seen.add(real)
@@ -195,7 +202,11 @@ def read_run(folder: Path, sweeps: Sweeps | None = None) -> Record:
     """Returns the record of a run folder; where a file is damaged, state and reason say so.
 
     `sweeps` holds the jobs that are known from other runs."""
+    if sweeps is None:
+        sweeps = Sweeps()
     record = Record(folder)
+    # What was read before a damaged file is met stays in the record: its settings still say to
+    # which method and seed the lost run belongs.
     try:
         record.settings, config = read_settings(folder)
         if config:
@@ -208,7 +219,7 @@ def read_run(folder: Path, sweeps: Sweeps | None = None) -> Record:
         record.harm = next(filter(None, map(unfaithful, rows)), "")
         # The folder may be given as "." or by a link; its sweep is the folder that it lies in.
         real = folder.resolve()
-        job = (Sweeps() if sweeps is None else sweeps)[real.parent].get(real)
+        job = sweeps[real.parent].get(real)
         record.state, record.reason = ending(folder, record.summary, rows, job)
         start = last_start(folder)
         record.hardware = ", ".join(start.devices) or start.cpu
@@ -241,16 +252,18 @@ def read_parent(folder: Path, config: Config, ancestors: int = ANCESTORS) -> dic
     if not config.init.run:
         return {}
     named = Path(config.init.run)
+    # init.run is a path as it was typed, and the folders may lie elsewhere by now.
     try:
         # Where the run was started, and beside it: folders of runs are copied together.
         places = (last_start(folder).folder / named, folder.parent / named.name)
         parent = next((place for place in places if (place / "config.yaml").exists()), places[0])
-        settings, theirs = read_settings(parent) if ancestors else ({}, None)
+        settings, theirs = read_settings(parent)
     except (OSError, ValueError):
         parent = named
         settings = {}
         theirs = None
-    if theirs is None:
+    # Without an end to the ancestors, two runs that name each other as parents would never be read.
+    if theirs is None or not ancestors:
         return {"parent.run": str(parent)}
     # The path of a run is no part of what it is.
     known = settings | read_parent(parent, theirs, ancestors - 1)
@@ -263,9 +276,12 @@ def read_sampled(file: Path) -> list[Row]:
 
     Raises DamagedFile where a line is damaged, and where the steps of those rows do not rise."""
     lines = lines_of(file)
+    # Every stride-th line is parsed, rounded up so that at most SAMPLED are.
     stride = -(-len(lines) // SAMPLED)
     rows: list[Row] = []
     for number, line in enumerate(lines, 1):
+        # To parse every line would cost most of a report's time. How a line begins and ends is
+        # looked at in all of them: that shows half a line, which a crash or a second writer left.
         if not (line.startswith(b'{"step": ') and line.endswith(b"}")):
             raise DamagedFile(f"{file}, line {number}, is damaged (it is no row)")
         if number % stride == 0 or number == len(lines) or any(key in line for key in KEPT):
@@ -281,7 +297,8 @@ def read_sampled(file: Path) -> list[Row]:
 
 
 def columns(rows: list[Row]) -> dict[str, np.ndarray]:
-    """Returns the rows as an array for every figure."""
+    """Returns the rows as an array for every figure. A figure that a row lacks is nan, and so is
+    null, which stands for one that was not finite."""
     names = {name for row in rows for name in row}
     found = {}
     for name in names:
@@ -290,29 +307,50 @@ def columns(rows: list[Row]) -> dict[str, np.ndarray]:
 
 
 def ending(
-    folder: Path, summary: dict[str, Any], rows: list[dict[str, Any]], job: Job | None
+    folder: Path, summary: dict[str, Any], rows: list[Row], job: Job | None
 ) -> tuple[str, str]:
     """Returns (state, reason) of a run whose files are in order; `job` is its part in a sweep."""
+    # A run writes its summary last, so a run with one is done.
     if summary and summary["val/loss"] is None:
         return "diverged", "its final validation loss is not finite"
     if summary:
         return "finished", ""
     if is_in_use(folder):
         return "running", ""
-    line = reason(job)[0] if job and job.log().exists() else read_failure(folder)
-    last = rows[-1] if rows else {}
-    if "grad/norm" in last and last["grad/norm"] is None:
-        skipped = f"{last.get('skipped', '?')} steps were skipped in all"
-        return "diverged", line or f"its last step was not finite; {skipped}"
+    return ending_before_the_end(folder, rows, job)
+
+
+def ending_before_the_end(folder: Path, rows: list[Row], job: Job | None) -> tuple[str, str]:
+    """Returns (state, reason) of a run that is not done and that no process works on."""
+    line = last_word(folder, job)
+    # A row has null for the norm of a gradient that is not finite: such a step is skipped, and too
+    # many in a row end the run.
+    if rows and rows[-1].get("grad/norm", 0.0) is None:
+        skipped = rows[-1].get("skipped", "?")
+        return (
+            "diverged",
+            line or f"its last step was not finite; {skipped} steps were skipped in all",
+        )
+    if line and job and job.stopped:
+        return "stopped", line
     if line:
-        return "stopped" if job and job.stopped else "crashed", line
+        return "crashed", line
     if job and not rows:
         return "waiting", ""
+    # A process that ends in order empties its lock; one that is killed leaves its name there.
     lock = folder / "lock"
     content = read_bytes(lock) if lock.exists() else b""
     if content:
         return "stopped", f"killed: {owner_in(content, lock)} had it; the same command goes on"
     return "stopped", "ended in order before its end; the same command goes on"
+
+
+def last_word(folder: Path, job: Job | None) -> str:
+    """Returns the line that says why a run ended, "" where none does: of a run of a sweep by its
+    log, of any other the error with which a process ended it."""
+    if job and job.log().exists():
+        return reason(job)[0]
+    return read_failure(folder)
 
 
 def data_of(folder: Path) -> str | None:

@@ -9,7 +9,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from launch.report.drawing import DIVERGED, INK, RC, WIDTH, Style, lay_out, plain_numbers, start
+from launch.report.drawing import DIVERGED, INK, RC, WIDTH, Style, lay_out, new_axes, plain_numbers
 from launch.report.section import Section, Setting
 
 # Text on a coloured cell is dark in any colour scheme.
@@ -24,13 +24,15 @@ TITLES = {"rho": "radius rho", "lr": "peak learning rate"}
 def response_chart(section: Section, looks: dict[str, Style], key: str) -> Figure | None:
     """Draws the final validation loss against "rho" or "lr", the other at its best, a dot for every
     seed; None where no method tried two values."""
+    # One line through the settings of each method: the other key stays at the best one's.
     slices = {}
     for method, best in section.best.items():
         settings = section.methods[method]
         slices[method] = [setting for setting in settings if on_slice(setting, best, key)]
     if all(len(settings) < 2 for settings in slices.values()):
         return None
-    figure, axes = start()
+    figure, axes = new_axes()
+    # A method without a radius has no place on its axis, so it is a level across the whole of it.
     without_radius = []
     for method in slices:
         setting = section.best[method]
@@ -49,7 +51,9 @@ def response_chart(section: Section, looks: dict[str, Style], key: str) -> Figur
 
 def on_slice(setting: Setting, best: Setting, key: str) -> bool:
     """Returns whether a setting differs from the best one in this key only."""
-    return setting.lr == best.lr if key == "rho" else setting.rho == best.rho
+    if key == "rho":
+        return setting.lr == best.lr
+    return setting.rho == best.rho
 
 
 def draw_level(axes: Axes, setting: Setting, look: Style) -> None:
@@ -64,6 +68,7 @@ def draw_level(axes: Axes, setting: Setting, look: Style) -> None:
 
 def draw_response(axes: Axes, method: str, settings: list[Setting], look: Style, key: str) -> None:
     """Draws the final loss of a method's settings as a line, and a dot for every seed."""
+    # A setting of which every seed failed has no loss; the line goes on to the next.
     finished = [setting for setting in settings if setting.chosen_by]
     x = [getattr(setting, key) for setting in finished]
     y = [setting.final.mean for setting in finished]
@@ -86,6 +91,7 @@ def mark_diverged(
                 colours.append(looks[method].color)
     if not places:
         return
+    # The height is a share of the axis, not a loss: a diverged seed has none.
     axes.scatter(
         places,
         [0.97] * len(places),
@@ -100,11 +106,13 @@ def mark_diverged(
 def log_ticks(axes: Axes, values: list[float]) -> None:
     """Makes the horizontal axis logarithmic, linear near a radius of 0, with ticks at the values
     that were tried."""
+    # A logarithm has no place for a radius of 0, which stands for plain AdamW in a sweep of radii.
     positive = [value for value in values if value > 0]
     if len(positive) < len(values):
         axes.set_xscale("symlog", linthresh=min(positive))
     else:
         axes.set_xscale("log")
+    # One value would make an axis of no length.
     if len(values) == 1:
         axes.set_xlim(values[0] / 2, values[0] * 2)
     stride = max(1, -(-len(values) // TICKS))
@@ -135,6 +143,7 @@ def grid_chart(section: Section) -> Figure | None:
         grid = grid_of(settings)
         if len(grid.rates) > 1 and len(grid.radii) > 1:
             grids[method] = grid
+    # One scale of colours over all panels, so that methods can be compared by eye.
     losses = [setting.final.mean for method in grids for setting in section.tried(method)]
     if not losses:
         return None
@@ -151,6 +160,7 @@ def grid_chart(section: Section) -> Figure | None:
 
 def grid_of(settings: list[Setting]) -> Grid:
     """Returns the rates and radii of the settings of which something is known."""
+    # A setting whose runs have yet to finish would be an empty row or column.
     known = [setting for setting in settings if setting.chosen_by or setting.diverged]
     radii = {setting.rho for setting in known}
     return Grid(
@@ -171,6 +181,7 @@ def draw_grid(axes: Axes, settings: list[Setting], grid: Grid, scale: tuple[floa
     """Draws one panel: a coloured cell with its loss for every setting, a cross where a seed
     diverged."""
     values = np.full((len(grid.radii), len(grid.rates)), np.nan)
+    # Points: a cell of more than seven columns is too narrow for the larger text.
     size = 9 if len(grid.rates) < 8 else 6.5
     for setting in settings:
         place = grid.place(setting)
@@ -188,6 +199,7 @@ def draw_grid(axes: Axes, settings: list[Setting], grid: Grid, scale: tuple[floa
             fontsize=size,
             color=PRINT if setting.chosen_by else INK,
         )
+    # Cells without a loss stay without a colour.
     axes.grid(visible=False)
     axes.pcolormesh(
         np.ma.masked_invalid(values),
@@ -204,6 +216,9 @@ def draw_grid(axes: Axes, settings: list[Setting], grid: Grid, scale: tuple[floa
 
 def cell_text(setting: Setting) -> str:
     """Returns the text of a setting's cell: its loss, and a cross where a seed diverged."""
-    loss = [f"{setting.final.mean:.4f}"] if setting.chosen_by else []
-    cross = ["x"] if setting.diverged else []
-    return " ".join([*loss, *cross])
+    parts = []
+    if setting.chosen_by:
+        parts.append(f"{setting.final.mean:.4f}")
+    if setting.diverged:
+        parts.append("x")
+    return " ".join(parts)

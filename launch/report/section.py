@@ -28,7 +28,7 @@ class Setting:
     """One method at one learning rate and radius: runs that differ by their seeds only.
 
     chosen_by  finished runs that it is chosen by
-    runs       finished runs that are reported; the same ones, unless roles are told apart
+    runs       finished runs that are reported; the same ones, unless runs carry roles
     failed     the others
     diverged   whether a run that it would be chosen by diverged
     planned    seeds to report, finished or not
@@ -51,7 +51,9 @@ class Setting:
     @property
     def numbers(self) -> str:
         """Returns its learning rate and radius in words."""
-        return f"lr {self.lr:g}" + ("" if self.rho is None else f", rho {self.rho:g}")
+        if self.rho is None:
+            return f"lr {self.lr:g}"
+        return f"lr {self.lr:g}, rho {self.rho:g}"
 
     def __str__(self) -> str:
         return f"{self.method} ({self.numbers})"
@@ -132,11 +134,18 @@ class Section:
         between the two evaluations around the budget; nan where the run never was there."""
         budget = self.budgets[axis]
         end = run.summary[FIGURES[axis]]
-        if abs(end - budget) <= (0.0 if axis == "steps" else NEAR * budget):
+        # Steps are whole numbers and alike in all runs. FLOPs and time are not: a run that ends
+        # near the budget was meant to end there, as one that was matched to the baseline's FLOPs.
+        tolerance = 0.0
+        if axis != "steps":
+            tolerance = NEAR * budget
+        if abs(end - budget) <= tolerance:
             return run.loss, False
         spent, losses = run.curve(FIGURES[axis], "val/loss")
+        # A finished run may have lost its rows: its last loss is known, and no other.
         if not len(spent):
             return math.nan, False
+        # Outside of the evaluations there is no loss to read: interp would give the nearest.
         loss = float(np.interp(budget, spent, losses, left=math.nan, right=math.nan))
         return loss, self.keys["schedule.shape"] != "constant"
 

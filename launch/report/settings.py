@@ -32,24 +32,21 @@ class Selection:
 
     seeds: tuple[int, ...] = ()
 
-    def of(self, runs: list[Record]) -> tuple[list[Record], list[Record], str]:
+    def divide(self, runs: list[Record]) -> tuple[list[Record], list[Record], str]:
         """Returns (runs that choose, runs that are reported, the former in words) of a method's
         runs."""
         if self.seeds:
             choosing = [run for run in runs if run.settings["seed"] in self.seeds]
             reported = [run for run in runs if run.settings["seed"] not in self.seeds]
-            role = ""
         else:
-            tuned = [run for run in runs if TUNE in run.tags]
-            tagged = [run for run in runs if REPORT in run.tags]
-            choosing = tuned or [run for run in runs if REPORT not in run.tags]
-            # Without another, the runs that choose are all that there is so far.
-            reported = tagged or [run for run in runs if TUNE not in run.tags] or tuned
-            role = f" ({TUNE})" if tuned else ""
+            choosing, reported = by_roles(runs)
+        # Without a run to choose by there is nothing to choose on but what is reported.
         if not choosing or choosing == reported:
             return reported, reported, "on these seeds"
-        seeds = seeds_in_words({run.settings["seed"] for run in choosing})
-        return choosing, reported, f"on {seeds}{role}"
+        words = f"on {seeds_in_words({run.settings['seed'] for run in choosing})}"
+        if not self.seeds and TUNE in choosing[0].tags:
+            words += f" ({TUNE})"
+        return choosing, reported, words
 
     def check(self, records: list[Record]) -> None:
         """Raises ValueError where the seeds are not those of runs, or leave none to report."""
@@ -66,6 +63,19 @@ class Selection:
             )
 
 
+def by_roles(runs: list[Record]) -> tuple[list[Record], list[Record]]:
+    """Returns (runs that choose, runs that are reported) of a method's runs by their tags.
+
+    Runs without a role do what no run is tagged for: they choose where none has role=tune, and are
+    reported where none has role=report."""
+    tuning = [run for run in runs if TUNE in run.tags]
+    reporting = [run for run in runs if REPORT in run.tags]
+    choosing = tuning or [run for run in runs if REPORT not in run.tags]
+    # Where every run is tagged to choose, those are all that there is to report so far.
+    reported = reporting or [run for run in runs if TUNE not in run.tags] or tuning
+    return choosing, reported
+
+
 def seeds_in_words(seeds: Iterable[int]) -> str:
     """Returns "seed 0" or "seeds 0, 1"."""
     ordered = sorted(seeds)
@@ -79,6 +89,8 @@ def find_methods(
 
     Runs of one method that differ in any other key than seed, rate and radius become variants,
     named by those keys where they do not have their default."""
+    # Keys that vary are looked for among the runs of one method only: those in which two methods
+    # differ are what their names stand for.
     variants: dict[str, list[Record]] = {}
     # Where a run branches off makes a variant, from which folder does not.
     same = {*section.keys, *SWEPT, "init.run"} - {"init.step"}
@@ -87,7 +99,7 @@ def find_methods(
         others = [without(run.settings | parents[id(run)], same) for run in runs]
         varying = differing(others)
         for run, other in zip(runs, others, strict=True):
-            variants.setdefault(variant(run, other, varying), []).append(run)
+            variants.setdefault(variant_name(run, other, varying), []).append(run)
     ordered = sorted(variants, key=lambda method: (method.split()[0] != BASELINE, method))
     return {method: settings_of(section, selection, method, variants[method]) for method in ordered}
 
@@ -97,7 +109,7 @@ def without(settings: dict[str, Any], names: set[str]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in names}
 
 
-def variant(run: Record, other: dict[str, Any], varying: list[str]) -> str:
+def variant_name(run: Record, other: dict[str, Any], varying: list[str]) -> str:
     """Returns the name of a run's method, with those keys that vary between runs of that name and
     do not have their default."""
     name = run.settings["optim.name"]
@@ -118,8 +130,9 @@ def settings_of(
     """Returns the settings of a method by learning rate and radius; runs that are left out are
     named in the section's notes."""
     found: dict[tuple, Setting] = {}
+    # The first finished run of each setting, seed and role: a seed counts once in a mean.
     seen: dict[tuple, Record] = {}
-    choosing, reported, section.selectors[method] = selection.of(runs)
+    choosing, reported, section.selectors[method] = selection.divide(runs)
     section.notes += notes_on_roles(method, runs, choosing, reported)
     for run in runs:
         chooses = run in choosing
@@ -129,6 +142,8 @@ def settings_of(
         place = (run.settings["optim.lr"], run.settings.get("optim.rho"))
         seed = run.settings["seed"]
         setting = found.setdefault(place, Setting(method, *place))
+        # Runs that failed count as planned, so that a setting whose bad seeds all failed is seen to
+        # lack them.
         if reports:
             setting.planned.add(seed)
         if run.state != "finished":
@@ -153,6 +168,7 @@ def notes_on_roles(
     method: str, runs: list[Record], choosing: list[Record], reported: list[Record]
 ) -> list[str]:
     """Returns notes on the runs of a method without a role, and on seeds with both roles."""
+    # Runs that neither choose nor report are those without a role, where others have one.
     found = []
     idle = [run for run in runs if run not in choosing and run not in reported]
     if idle:
@@ -175,6 +191,8 @@ def choose_best(section: Section) -> dict[str, Setting]:
     found = {}
     for method, settings in section.methods.items():
         if tried := section.tried(method):
+            # A setting of which a seed diverged comes after all others: the mean over the seeds
+            # that did not flatters it.
             best = min(tried, key=lambda setting: (setting.diverged, setting.final.mean))
             if best.runs:
                 found[method] = best
@@ -194,12 +212,15 @@ def choose_best(section: Section) -> dict[str, Setting]:
 def chosen_at(section: Section, axis: str, method: str) -> Setting:
     """Returns the setting of a method with the lowest mean loss at the budget, of those that
     reached it with every run they are chosen by."""
+    # At equal steps runs are read at their end, which is what the best is chosen by. Times that are
+    # no evidence choose nothing.
     best = section.best[method]
     if axis == "steps" or (axis == "seconds" and section.doubt):
         return best
     lowest = (True, math.inf)
     for setting in section.methods[method]:
         at = section.mean_of(setting.chosen_by, axis)
+        # A mean over those seeds alone that came far enough would be one of a lucky choice.
         if setting.runs and at.seeds and at.seeds == len(setting.chosen_by):
             rank = (setting.diverged, at.mean)
             if rank < lowest:

@@ -14,13 +14,14 @@ from launch.report.section import AXES, Section, Setting
 from launch.report.settings import DEFAULTS
 from launch.report.wording import (
     AT,
+    budget_text,
+    difference_text,
+    loss_text,
+    number_text,
     of_planned,
-    plain,
     precision_mark,
-    spent,
-    swept,
-    tested,
-    value,
+    setting_text,
+    setting_texts,
 )
 
 # Figures of a run that stands alone: of its summary the last, of its rows the median.
@@ -66,42 +67,48 @@ class Table(NamedTuple):
     folders: Sequence[Path] = ()
 
 
-def results(section: Section) -> list[Table]:
+def result_tables(section: Section) -> list[Table]:
     """Returns the tables of a section's results that have rows: of a run that stands alone its
     figures and settings, else those that compare methods."""
     if len(section.runs) == 1:
-        found = [facts(section.runs[0]), chosen_keys(section.runs[0])]
+        found = [figures_table(section.runs[0]), settings_table(section.runs[0])]
     else:
-        found = tables(section)
+        found = method_tables(section)
     return [table for table in found if table.rows]
 
 
-def tables(section: Section) -> list[Table]:
-    """Returns validation loss by method, the paired tests, and what the methods cost."""
-    return [by_method(section), paired(section), cost(section)] if section.best else []
+def method_tables(section: Section) -> list[Table]:
+    """Returns validation loss by method, the paired tests, and what the methods cost; nothing
+    before a run is finished."""
+    if not section.best:
+        return []
+    return [loss_table(section), difference_table(section), throughput_table(section)]
 
 
-def by_method(section: Section) -> Table:
+def loss_table(section: Section) -> Table:
     """Returns validation loss by method at equal steps, FLOPs and time."""
     rows = []
     for method, setting in section.best.items():
         losses = [loss_cell(section, axis, method) for axis in AXES]
         seeds = [of_planned(section, section.at_equal(axis, method)) for axis in AXES]
+        # The losses come first: on a telephone the columns after them are beyond the edge.
         rows.append(
             [
                 method + precision_mark(section, method),
                 *losses,
-                f"{setting.lr:g}",
-                "" if setting.rho is None else f"{setting.rho:g}",
+                setting_text(setting.lr),
+                setting_text(setting.rho),
                 str(len(section.tried(method))),
                 *(text.split(" seed")[0] for text in seeds),
             ]
         )
-    at = {axis: f"{AT[axis]}: {spent(section, axis)}" for axis in AXES}
+    # The header says how much of each axis the methods had, and where that is no fair comparison.
+    at = {axis: f"{AT[axis]}: {budget_text(section, axis)}" for axis in AXES}
     if section.doubt:
         at["seconds"] += f" (no evidence: {section.doubt.partition(':')[0]})"
     numbers = [f"n, {AT[axis]}" for axis in AXES]
     header = ["method", *at.values(), "best lr", "best rho", "settings", *numbers]
+    # Methods may be chosen on different runs, if only some carry roles.
     selectors = ", ".join(dict.fromkeys(section.selectors[method] for method in section.best))
     caption = (
         "Validation loss (nats per token) by method, \u00b1 half the 95 % interval; * is the"
@@ -115,46 +122,57 @@ def loss_cell(section: Section, axis: str, method: str) -> str:
     than at equal steps."""
     found = section.at_equal(axis, method)
     setting = section.chosen[axis][method]
+    # At equal steps a compute-matched run has ended before the others; at equal FLOPs or time the
+    # rows of a run may be lost where they would have to be read.
+    if not found.seeds and axis == "steps":
+        return "ends earlier"
     if not found.seeds:
-        return "ends earlier" if axis == "steps" else "not reached"
-    text = value(found)
+        return "not reached"
+    text = loss_text(found)
     if setting is not section.best[method]:
         text += f" ({setting.numbers})"
+    # One method wins over nothing, and where times are no evidence none wins.
     doubted = axis == "seconds" and section.doubt
     if len(section.best) > 1 and not doubted and section.ranked(axis)[0] == method:
         text += " *"
     return text
 
 
-def paired(section: Section) -> Table:
+def difference_table(section: Section) -> Table:
     """Returns each method beside AdamW by seed."""
     rows = []
     for method in section.tests["steps"]:
-        cells = [tested(section.tests[axis][method], axis) for axis in AXES]
+        cells = [difference_text(section.tests[axis][method], axis) for axis in AXES]
         rows.append([method + precision_mark(section, method), *cells])
     head = [f"at {AT[axis]}" for axis in AXES]
-    if section.doubt:
-        head[-1] += " (no evidence)"
+    # Time is the last of the axes.
+    head[-1] += no_evidence(section)
     caption = f"Difference to {section.baseline}, paired by seed (negative: a lower loss)"
     return Table(["method", *head], rows, caption=caption)
 
 
-def cost(section: Section) -> Table:
+def no_evidence(section: Section) -> str:
+    """Returns the mark of figures of time where time is no evidence, "" where it is."""
+    return " (no evidence)" if section.doubt else ""
+
+
+def throughput_table(section: Section) -> Table:
     """Returns what a step of each method costs, beside AdamW's; a column that no method has a
     figure for is left out."""
     rates = {method: Rate.of(setting) for method, setting in section.best.items()}
+    # Without AdamW the rates beside it are unknown, and their columns go.
     base = rates.get(section.baseline or "", Rate())
     rows = [
         [
             method,
-            plain(rate.speed, ",.0f"),
-            plain(ratio(rate.seconds, base.seconds), ".2f"),
-            plain(ratio(rate.flops, base.flops), ".2f"),
-            plain(rate.utilisation, ".1%"),
+            number_text(rate.speed, ",.0f"),
+            number_text(ratio(rate.seconds, base.seconds), ".2f"),
+            number_text(ratio(rate.flops, base.flops), ".2f"),
+            number_text(rate.utilisation, ".1%"),
         ]
         for method, rate in rates.items()
     ]
-    doubt = " (no evidence)" if section.doubt else ""
+    doubt = no_evidence(section)
     header = [
         "method",
         f"tokens per second (median){doubt}",
@@ -162,7 +180,8 @@ def cost(section: Section) -> Table:
         "FLOPs of a step / AdamW's",
         f"MFU (median){doubt}",
     ]
-    # MFU needs a device whose peak is known.
+    # MFU needs a device whose peak is known. The columns are tuples of a title and its cells, so a
+    # table is transposed twice to leave out those without a cell.
     columns = [column for column in zip(header, *rows, strict=True) if any(column[1:])]
     kept = [list(line) for line in zip(*columns, strict=True)]
     return Table(kept[0], kept[1:], caption="Throughput")
@@ -180,7 +199,10 @@ class Rate(NamedTuple):
     @classmethod
     def of(cls, setting: Setting) -> "Rate":
         """Returns the rate of a setting."""
+        # The median, for single rows, such as the first after a start, are slow.
         speeds = [median(run, "perf/tokens_per_second") for run in setting.runs]
+        # Of whole runs, in which steps that move the weights and plain ones are mixed as the rule
+        # mixes them. A run that has taken no step divides by 1.
         seconds = [run.summary["seconds"] / max(1, run.step) for run in setting.runs]
         flops = [run.summary["flops"] / max(1, run.step) for run in setting.runs]
         utilisations = [median(run, "perf/mfu") for run in setting.runs]
@@ -203,57 +225,67 @@ def ratio(ours: float, theirs: float) -> float:
     return ours / theirs if theirs else math.nan
 
 
-def facts(run: Record) -> Table:
+def figures_table(run: Record) -> Table:
     """Returns the final figures of a run that stands alone."""
-    rows = [["state", f"{run.state}: {run.reason}" if run.reason else run.state]]
+    rows = [["state", ": ".join(filter(None, (run.state, run.reason)))]]
+    # A run that is not done has no summary, and not every run has every figure.
     for key, name in FINAL.items():
         if isinstance(figure := run.summary.get(key), (int, float)):
-            rows.append([name, number(figure)])
+            rows.append([name, figure_text(figure)])
     for key, name in MEDIANS.items():
         if not math.isnan(typical := median(run, key)):
-            rows.append([name, number(typical)])
+            rows.append([name, figure_text(typical)])
     if run.hardware:
         rows.append(["machine", run.hardware])
     return Table(["figure", "value"], rows, (0, 1), "The run")
 
 
-def chosen_keys(run: Record) -> Table:
+def settings_table(run: Record) -> Table:
     """Returns the settings of a run that are not the defaults."""
     rows = [[name, shown(given)] for name, given in run.settings.items() if given != DEFAULTS[name]]
     return Table(["key", "value"], rows, (0, 1), "Settings other than the defaults")
 
 
-def failed(records: list[Record]) -> Table:
+def unfinished_table(records: list[Record]) -> Table:
     """Returns every run that is not finished."""
     unfinished = [run for run in records if run.state != "finished"]
-    rows = [[run.name, run.state, *swept(run), f"{run.step:,}", run.reason] for run in unfinished]
+    rows = [
+        [run.name, run.state, *setting_texts(run), f"{run.step:,}", run.reason]
+        for run in unfinished
+    ]
     header = ["run", "state", "method", "lr", "rho", "seed", "last step", "why"]
     return Table(header, rows, (0, 1, 2, 7), folders=[run.folder for run in unfinished])
 
 
-def all_runs(section: Section) -> Table:
+def runs_table(section: Section) -> Table:
     """Returns every run of a section, the best first."""
+    # Nan compares with nothing, so runs without a loss are put last by hand.
     ordered = sorted(section.runs, key=lambda run: (math.isnan(run.loss), run.loss))
-    names = Counter(run.folder.name for run in ordered)
     rows = [
         [
-            # The path tells apart runs whose folders have one name.
-            Path(run.name).name if names[run.folder.name] == 1 else run.name,
-            *swept(run),
-            plain(run.loss),
+            name,
+            *setting_texts(run),
+            number_text(run.loss),
             f"{run.step:,}",
-            plain(run.summary.get("flops", math.nan), ".3g"),
-            plain(run.summary.get("seconds", math.nan), ",.0f"),
+            number_text(run.summary.get("flops", math.nan), ".3g"),
+            number_text(run.summary.get("seconds", math.nan), ",.0f"),
             str(run.summary.get("skipped", "")),
             run.state,
         ]
-        for run in ordered
+        for name, run in zip(short_names(ordered), ordered, strict=True)
     ]
     return Table(RUNS, rows, (0, 1, 10), folders=[run.folder for run in ordered])
 
 
-def number(given: float) -> str:
-    """Returns a number of any size as a person reads it."""
-    if isinstance(given, float) and given.is_integer() and abs(given) < 1e15:
-        given = int(given)
-    return f"{given:,}" if isinstance(given, int) and abs(given) < 1e9 else f"{given:.5g}"
+def short_names(runs: list[Record]) -> list[str]:
+    """Returns the names of runs' folders, with their paths where two have one name."""
+    names = Counter(run.folder.name for run in runs)
+    return [Path(run.name).name if names[run.folder.name] == 1 else run.name for run in runs]
+
+
+def figure_text(given: float) -> str:
+    """Returns a number of any size as a person reads it: whole ones below a billion with all of
+    their digits, any other with five."""
+    if abs(given) < 1e9 and given == int(given):
+        return f"{int(given):,}"
+    return f"{given:.5g}"

@@ -42,35 +42,39 @@ def headline(section: Section) -> list[str]:
 
 def winners(section: Section) -> list[str]:
     """Returns what won at equal steps, FLOPs and time, a sentence each."""
+    # Less than two methods with a finished run leave nothing to win.
     if len(section.runs) == 1:
-        return [lone(section.runs[0])]
+        return [lone_run(section.runs[0])]
     if not section.best:
         return ["No run is finished yet."]
     if len(section.best) == 1:
         ((method, setting),) = section.best.items()
         found = section.at_equal("steps", method)
         return [
-            f"{setting}: final validation loss {value(found)} over {of_planned(section, found)},"
-            f" {how_chosen(section, method)}. There is no other method to compare."
+            f"{setting}: final validation loss {loss_text(found)} over"
+            f" {of_planned(section, found)}, {how_chosen(section, method)}. There is no other"
+            " method to compare."
         ]
-    return [winner(section, axis) for axis in AXES]
+    return [winner_at(section, axis) for axis in AXES]
 
 
-def lone(run: Record) -> str:
+def lone_run(run: Record) -> str:
     """Returns how a run that stands alone has fared."""
-    method, *numbers = swept(run)
+    # AdamW has no radius; a number that a run does not have is not named.
+    method, *numbers = setting_texts(run)
     named = zip(("lr", "rho", "seed"), numbers, strict=True)
     name = ", ".join(f"{key} {text}" for key, text in named if text)
     if run.state == "finished":
         ended = f"final validation loss {run.loss:.4f}"
     else:
-        ended = f"{run.state} at step {run.step:,}. {run.reason}".rstrip(". ")
+        ended = f"{run.state} at step {run.step:,}; {run.reason}".rstrip("; ")
     return f"{method} ({name}): {ended}. There is no other method to compare."
 
 
-def winner(section: Section, axis: str) -> str:
+def winner_at(section: Section, axis: str) -> str:
     """Returns what won at the budget of an axis, in a sentence."""
-    at = f"At {AT[axis]} ({spent(section, axis)}): "
+    at = f"At {AT[axis]} ({budget_text(section, axis)}): "
+    # The doubt goes into details behind its colon, which stand among the caveats.
     if axis == "seconds" and section.doubt:
         return f"{at}no evidence, for {section.doubt.partition(':')[0]}."
     ranked = section.ranked(axis)
@@ -80,12 +84,15 @@ def winner(section: Section, axis: str) -> str:
     found = section.at_equal(axis, first)
     sentence = (
         f"{at}{section.chosen[axis][first]}{precision_mark(section, first)} has the"
-        f" lowest validation loss, {value(found)} over "
+        f" lowest validation loss, {loss_text(found)} over "
         f"{of_planned(section, found)}, {how_chosen(section, first)}"
     )
-    tried = first if first != section.baseline else next(iter(others), None)
-    if tried:
-        sentence += beside_baseline(section, axis, tried, is_winner=tried == first)
+    # The winner is compared with the baseline; where the baseline wins, the second is.
+    compared = first
+    if first == section.baseline:
+        compared = next(iter(others), "")
+    if compared:
+        sentence += beside_baseline(section, axis, compared, is_winner=compared == first)
     return f"{sentence}."
 
 
@@ -94,23 +101,28 @@ def beside_baseline(section: Section, axis: str, method: str, is_winner: bool) -
 
     The sentence has said the setting of the winner; that of the other of the two is said here.
     Nothing is returned where the two were not compared."""
+    # The difference is always the method's minus the baseline's, whichever of the two has won.
     test = section.tests[axis].get(method)
     if section.baseline is None or test is None:
         return ""
-    other = section.baseline if is_winner else method
-    setting = f" ({section.chosen[axis][other].numbers}; {how_chosen(section, other)})"
     ours = f"{method}{precision_mark(section, method)}"
     theirs = section.baseline
     if is_winner:
-        theirs += setting
+        theirs += setting_in_brackets(section, axis, section.baseline)
     else:
-        ours += setting
-    return f"; {ours} minus {theirs} by seed: {tested(test, axis)}"
+        ours += setting_in_brackets(section, axis, method)
+    return f"; {ours} minus {theirs} by seed: {difference_text(test, axis)}"
+
+
+def setting_in_brackets(section: Section, axis: str, method: str) -> str:
+    """Returns the setting of a method at the budget, and how it was chosen, in brackets."""
+    return f" ({section.chosen[axis][method].numbers}; {how_chosen(section, method)})"
 
 
 def how_chosen(section: Section, method: str) -> str:
     """Returns of how many settings that of a method is the best, and on which runs; variants of a
-    method are told apart by other keys."""
+    method differ in other keys."""
+    # Who tries more, of settings or of variants, wins more often by chance: so both are counted.
     tried = len(section.tried(method))
     found = "its only setting"
     if tried > 1:
@@ -126,6 +138,7 @@ def how_chosen(section: Section, method: str) -> str:
 
 def of_planned(section: Section, found: Estimate) -> str:
     """Returns the number of seeds, and of those that were planned where these are more."""
+    # The most seeds of any setting: one with fewer lacks some.
     planned = max(section.planned, found.seeds)
     if found.seeds == planned:
         return plural(found.seeds, "seed")
@@ -134,6 +147,7 @@ def of_planned(section: Section, found: Estimate) -> str:
 
 def caveats(section: Section) -> list[str]:
     """Returns what is to be said against the figures."""
+    # Marks that stand in the tables are explained first; the section's notes follow.
     found = []
     estimates = [
         section.at_equal(axis, method) for axis in section.chosen for method in section.best
@@ -165,36 +179,56 @@ def conditions(section: Section) -> str:
     return f"{shape}, {step}, {keys['schedule.shape']} schedule; {plural(len(section.runs), 'run')}"
 
 
-def spent(section: Section, axis: str) -> str:
+def budget_text(section: Section, axis: str) -> str:
     """Returns the budget of an axis, as a person reads it."""
     budget = section.budgets[axis]
     if axis == "steps":
         return f"{budget:,.0f} steps"
     if axis == "flops":
         return f"{budget:.3g} FLOPs"
-    return f"{budget:,.0f} s" if budget >= 10 else f"{budget:.2g} s"
+    if budget < 10:
+        return f"{budget:.2g} s"
+    return f"{budget:,.0f} s"
 
 
-def tested(test: PairedTest, axis: str) -> str:
+def difference_text(test: PairedTest, axis: str) -> str:
     """Returns a comparison by seed as text, for tables and sentences alike."""
-    mark = MIDWAY if test.difference.midway else ""
+    mark = midway_mark(test.difference)
     pairs = test.difference.seeds
+    # A mean of two differences has an interval of t(0.975, 1) = 12.7 standard errors, which says
+    # less than the two themselves.
     if not pairs:
         return "no pair of seeds"
     if pairs < FEWEST:
         each = ", ".join(
-            f"{signed(difference)}{mark} (seed {seed})" for seed, difference in test.by_seed.items()
+            f"{signed_text(difference)}{mark} (seed {seed})"
+            for seed, difference in test.by_seed.items()
         )
         return f"{each}; too few pairs for a test"
     details = f"{pairs} pairs"
-    if axis != "seconds" and math.isnan(test.p):
-        details += ", no spread, so no test"
-    elif axis != "seconds":
-        details += f", t {test.t:.2f}, p {test.p:.2g}, by Holm {test.holm:.2g}"
-        details += "" if test.holm < LEVEL else "; may be chance"
-    # A line breaks between the parts of the brackets, not inside one.
+    if axis != "seconds":
+        details += f", {significance_text(test)}"
+    # A no-break space in place of each but those after , and ; lets a narrow cell break between the
+    # figures, not inside one.
     details = details.replace(" ", "\u00a0").replace(",\u00a0", ", ").replace(";\u00a0", "; ")
-    return f"{signed(test.difference.mean)} \u00b1 {test.difference.margin:.4f}{mark} ({details})"
+    return (
+        f"{signed_text(test.difference.mean)} \u00b1 {test.difference.margin:.4f}{mark} ({details})"
+    )
+
+
+def significance_text(test: PairedTest) -> str:
+    """Returns t and p of a test, and whether the difference may be chance."""
+    if math.isnan(test.p):
+        return "no spread, so no test"
+    figures = f"t {test.t:.2f}, p {test.p:.2g}, by Holm {test.holm:.2g}"
+    if test.holm < LEVEL:
+        return figures
+    return f"{figures}; may be chance"
+
+
+def midway_mark(found: Estimate) -> str:
+    """Returns the mark of runs that were read in the middle of their schedule."""
+    return MIDWAY if found.midway else ""
 
 
 def precision_mark(section: Section, method: str) -> str:
@@ -202,35 +236,40 @@ def precision_mark(section: Section, method: str) -> str:
     return PRECISION if method in section.imprecise else ""
 
 
-def swept(run: Record) -> list[str]:
+def setting_texts(run: Record) -> list[str]:
     """Returns method, learning rate, radius and seed of a run, each empty where the run does not
     tell it."""
     names = ("optim.name", "optim.lr", "optim.rho", "seed")
-    return [swept_text(run.settings.get(name)) for name in names]
+    return [setting_text(run.settings.get(name)) for name in names]
 
 
-def swept_text(value: str | float | None) -> str:
-    """Returns a value of `swept` as text."""
+def setting_text(value: str | float | None) -> str:
+    """Returns a value of `setting_texts` as text, "" for None."""
     if value is None:
         return ""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)
 
 
-def value(found: Estimate) -> str:
+def loss_text(found: Estimate) -> str:
     """Returns a mean with half its 95 % interval, where it has one, and the mark of runs in the
     middle of their schedule."""
-    margin = "" if math.isnan(found.margin) else f" \u00b1 {found.margin:.4f}"
-    return f"{found.mean:.4f}{margin}{MIDWAY if found.midway else ''}"
+    text = f"{found.mean:.4f}"
+    # One seed has no interval.
+    if not math.isnan(found.margin):
+        text += f" \u00b1 {found.margin:.4f}"
+    return text + midway_mark(found)
 
 
-def plain(value: float, form: str = ".4f") -> str:
+def number_text(value: float, form: str = ".4f") -> str:
     """Returns a number, or nothing where it is unknown."""
     return "" if math.isnan(value) else f"{value:{form}}"
 
 
-def signed(value: float) -> str:
+def signed_text(value: float) -> str:
     """Returns a difference with its sign, or nothing where it is unknown."""
-    return "" if math.isnan(value) else f"{value:+.4f}"
+    return number_text(value, "+.4f")
 
 
 def plural(number: int, thing: str) -> str:

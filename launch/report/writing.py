@@ -69,6 +69,7 @@ def write_chart(runs: list[Path], selection: Selection, out: Path, axis: str, na
             f"out={out}: no run has a configuration to draw anything of; give out=FILE.html, which"
             " lists them"
         )
+    # The sections are ordered by their size.
     drawn = chart(sections[0], styles(sections[0].methods), name, axis)
     write_files({out: encoded(drawn, out.suffix)}, out)
     return summary(sections, records, f"{name} of {sections[0].title}: {out}")
@@ -77,6 +78,7 @@ def write_chart(runs: list[Path], selection: Selection, out: Path, axis: str, na
 def write_files(files: dict[Path, str | bytes], out: Path) -> None:
     """Writes files by their contents, each where its name leads if that is a link. Raises
     ValueError where one cannot be written."""
+    # Everything was computed before the first file is written, so that a mistake leaves none.
     try:
         for path, content in files.items():
             write_result(Path(os.path.realpath(path)), content)

@@ -32,7 +32,7 @@ RATES = (1e-3, 2e-3, 3e-3, 5e-3, 1e-2)
 
 
 def copy(run: Path, target: Path, method: str, lr: float, seed: int, steps: int) -> None:
-    """Writes a run of so many rows that looks like the given one."""
+    """Writes a run of `steps` rows that looks like the given one."""
     target.mkdir(parents=True)
     config, summary = (
         yaml.safe_load((run / "config.yaml").read_text()),
