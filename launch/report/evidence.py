@@ -51,8 +51,8 @@ def doubt_about_time(section: Section, chosen: dict[str, Setting]) -> str:
     machines = sorted({run.hardware or "unknown" for run in runs})
     if len(machines) > 1:
         return f"the machines differ: {'; '.join(machines)}"
-    # Steps of one method on one machine cost the same FLOPs and should take the same time; where
-    # they do not, other work ran beside some of them.
+    # Runs of one method spend the same time per FLOP on one machine, unless other work ran beside
+    # some of them.
     spreads = {}
     for method, settings in section.methods.items():
         runs = [run for setting in settings for run in [*setting.chosen_by, *setting.runs]]

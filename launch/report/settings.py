@@ -79,7 +79,8 @@ def by_roles(runs: list[Record]) -> tuple[list[Record], list[Record]]:
 def seeds_in_words(seeds: Iterable[int]) -> str:
     """Returns "seed 0" or "seeds 0, 1"."""
     ordered = sorted(seeds)
-    return f"seed{'' if len(ordered) == 1 else 's'} {', '.join(map(str, ordered))}"
+    word = "seed" if len(ordered) == 1 else "seeds"
+    return f"{word} {', '.join(map(str, ordered))}"
 
 
 def find_methods(
@@ -173,8 +174,8 @@ def notes_on_roles(
     idle = [run for run in runs if run not in choosing and run not in reported]
     if idle:
         found.append(
-            f"{len(idle)} runs of {method} have neither {TUNE} nor {REPORT} among their"
-            " tags and are left out."
+            f"Runs of {method} with neither {TUNE} nor {REPORT} among their tags are left out:"
+            f" {len(idle)}."
         )
     chosen_on = {run.settings["seed"] for run in choosing}
     both = chosen_on.intersection(run.settings["seed"] for run in reported)
