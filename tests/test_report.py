@@ -1424,6 +1424,15 @@ def test_a_folder_without_a_finished_run_is_a_report_too(sweep, tmp_path, capsys
     assert "0 finished, 2 not" in (tmp_path / "none.html").read_text()
 
 
+def test_a_chart_of_runs_that_are_not_finished_is_of_one_alone(sweep, tmp_path, capsys):
+    runs = [str(sweep / name) for name in ("stopped", "diverged")]
+    with pytest.raises(SystemExit):
+        main([*runs, f"out={tmp_path}/chart.png"])
+    assert "none is; name one run alone to see its curves" in capsys.readouterr().err
+    main([str(sweep / "diverged"), f"out={tmp_path}/chart.png", "chart=optim/lr"])
+    assert [path.name for path in tmp_path.iterdir()] == ["chart.png"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

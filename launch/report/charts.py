@@ -53,11 +53,13 @@ def chart(section: Section, looks: dict[str, Style], name: str, axis: str) -> Fi
         # Which charts there are shows only when they are drawn.
         there = [known for known, make in named.items() if make()]
         there += measured_charts(section, looks, axis)[0]
-        if not there:
+        if not there and len(section.runs) > 1:
             raise ValueError(
-                f"chart={name}: there is nothing to draw yet; of several runs those that are"
-                " finished are drawn, and none is"
+                f"chart={name}: of several runs those that are finished are drawn, and none is;"
+                " name one run alone to see its curves"
             )
+        if not there:
+            raise ValueError(f"chart={name}: the run has logged nothing to draw yet")
         raise ValueError(
             f"chart={name}: these runs have no such chart; choose one of {', '.join(there)}"
         )

@@ -252,7 +252,7 @@ def read_parent(folder: Path, config: Config, ancestors: int = ANCESTORS) -> dic
     if not config.init.run:
         return {}
     named = Path(config.init.run)
-    # init.run is a path as it was typed, and the folders may lie elsewhere by now.
+    # init.run may be relative to where the run was started, and folders may lie elsewhere by now.
     try:
         # Where the run was started, and beside it: folders of runs are copied together.
         places = (last_start(folder).folder / named, folder.parent / named.name)
