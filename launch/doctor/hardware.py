@@ -102,7 +102,7 @@ def toolchain() -> Finding:
             "warning",
             "toolchain",
             f"{', '.join(missing)} missing, which torch.compile needs",
-            "install it (gcc, python3-dev), or set compile=off, which is slower",
+            "install it (gcc, python3-dev), or set compile=none, which is slower",
         )
     return Finding("ok", "toolchain", "Triton, a C compiler and Python.h are there")
 

@@ -168,10 +168,10 @@ def check_compiler(device: torch.device) -> Finding:
         found = compiled(x)
     except Exception as problem:  # whatever a toolchain can raise
         line = str(problem).strip().splitlines()[0] if str(problem).strip() else repr(problem)
-        return Finding("warning", subject, line, "compile=off runs without it, slower on CUDA")
+        return Finding("warning", subject, line, "compile=none runs without it, slower on CUDA")
     seconds = time.monotonic() - began
     if not torch.allclose(found, function(x), rtol=1e-4, atol=1e-5):
         return Finding(
-            "failed", subject, "a compiled function computes something else", "set compile=off"
+            "failed", subject, "a compiled function computes something else", "set compile=none"
         )
     return Finding("ok", subject, f"a first kernel in {seconds:.1f} s")

@@ -75,8 +75,10 @@ def read_summary(run: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except DamagedFile as error:
+        damage = str(error).removesuffix("; remove it")
         raise DamagedFile(
-            f"{error}; remove it, and the run's own command writes it anew from the last checkpoint"
+            f"{damage}; remove it, and the run's own command writes it anew from the last"
+            " checkpoint"
         ) from None
     return summary
 
