@@ -1,0 +1,137 @@
+"""The softmax of rows of logits as one kernel for GPUs, in Triton.
+
+Eager operations make fp32 copies of the logits and pass over them about eight times, some 32 bytes
+a logit. Here a program has a row to itself, reads it once for its log-normaliser and once more to
+overwrite it by its cotangent: 2 + 2 + 2 bytes a logit in bf16, of which the second reading mostly
+comes out of the cache (a row of 50304 logits has 100 KB). The least that is possible is 2 + 2.
+
+The equations are those of model/chunked_head.py:
+
+    z~ = c tanh(z / c)                                      where there is a soft-cap c
+    l = lse - z~[target] + b lse^2,  lse = logsumexp(z~)    b is the z-loss
+    factor r = factor (softmax(z~) (1 + 2 b lse) - onehot) (1 - (z~ / c)^2)
+
+tests/test_fused_head.py counts the loads and stores in the code that is generated for two kinds of
+devices; no device has run it yet."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.chunked_head import HeadConfig, Labels, RowLosses
+
+# Columns that a program takes at a time, in fp32 registers of its WARPS x 32 threads.
+COLUMNS = 4096
+WARPS = 8
+IGNORED = tl.constexpr(-100)
+
+
+@triton.jit
+def capped(z, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Returns c tanh(z / c), by the exponential that every device has; z without a soft-cap."""
+    if HAS_SOFTCAP:
+        # tanh x = 1 - 2 / (exp(2 x) + 1), which is 1 and -1 where the exponential is inf and 0.
+        z = softcap * (1 - 2 / (tl.exp(2 * z / softcap) + 1))
+    return z
+
+
+@triton.jit
+def row_kernel(  # noqa: PLR0913 - a kernel takes pointers and numbers one by one
+    z_ptr,
+    targets_ptr,
+    factor_ptr,
+    losses_ptr,
+    lse_ptr,
+    row_stride,
+    vocab_size,
+    padded_size,
+    softcap,
+    z_loss,
+    HAS_SOFTCAP: tl.constexpr,
+    KNOWS_LSE: tl.constexpr,
+    WRITES_COTANGENT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Computes one row: its loss and log-normaliser, unless that is known, and its cotangent in
+    place of its logits, if asked for."""
+    row = tl.program_id(0)
+    # In 64 bits: 2^31 logits are 43,000 rows of GPT-2's vocabulary.
+    z_row = z_ptr + row.to(tl.int64) * row_stride
+    # The padding is read too: its size is a multiple of 16, so a thread reads 16 bytes at once.
+    columns = tl.arange(0, COLUMNS)
+    target = tl.load(targets_ptr + row)
+    index = tl.where(target == IGNORED, 0, target)
+    z_target = capped(tl.load(z_row + index).to(tl.float32), softcap, HAS_SOFTCAP)
+
+    if KNOWS_LSE:
+        lse = tl.load(lse_ptr + row)
+    else:
+        # The sum is kept relative to the largest logit so far.
+        largest = float("-inf")
+        total = 0.0
+        for begin in range(0, padded_size, COLUMNS):
+            here = begin + columns
+            z = tl.load(z_row + here, mask=here < padded_size, other=0.0).to(tl.float32)
+            z = tl.where(here < vocab_size, capped(z, softcap, HAS_SOFTCAP), float("-inf"))
+            before = largest
+            largest = tl.maximum(largest, tl.max(z, 0))
+            total = total * tl.exp(before - largest) + tl.sum(tl.exp(z - largest), 0)
+        lse = largest + tl.log(total)
+        tl.store(lse_ptr + row, lse)
+        tl.store(losses_ptr + row, lse - z_target + z_loss * lse * lse)
+
+    if WRITES_COTANGENT:
+        factor = tl.load(factor_ptr + row)
+        scale = factor * (1 + 2 * z_loss * lse)
+        for begin in range(0, padded_size, COLUMNS):
+            here = begin + columns
+            z = tl.load(z_row + here, mask=here < padded_size, other=0.0).to(tl.float32)
+            z = capped(z, softcap, HAS_SOFTCAP)
+            r = tl.exp(z - lse) * scale - tl.where(here == index, factor, 0.0)
+            if HAS_SOFTCAP:
+                r = r * (1 - (z / softcap) * (z / softcap))
+            # The padding has no cotangent.
+            r = tl.where(here < vocab_size, r, 0.0)
+            tl.store(z_row + here, r.to(z_ptr.dtype.element_ty), mask=here < padded_size)
+
+
+def rows_of_logits(
+    z_KxV: Tensor,
+    labels: Labels,
+    head: HeadConfig,
+    writes_cotangent: bool,
+    lse_K: Tensor | None = None,
+) -> RowLosses:
+    """Returns l and the log-normaliser of every row, and overwrites z by factor * r if asked for.
+
+    Args:
+        z_KxV: logits with their padding, in bf16, fp16 or fp32
+        labels: targets and factors of the rows
+        head: vocabulary, soft-cap and z-loss
+        writes_cotangent: whether z is overwritten
+        lse_K: the log-normalisers, where they are known; then no losses are computed
+    """
+    K, V = z_KxV.shape
+    losses_K = torch.empty_like(labels.factor_N)
+    knows_lse = lse_K is not None
+    if lse_K is None:
+        lse_K = torch.empty_like(losses_K)
+    row_kernel[(K,)](
+        z_KxV,
+        labels.targets_N,
+        labels.factor_N,
+        losses_K,
+        lse_K,
+        z_KxV.stride(0),
+        head.vocab_size,
+        V,
+        head.softcap or 1.0,
+        head.z_loss,
+        HAS_SOFTCAP=head.softcap is not None,
+        KNOWS_LSE=knows_lse,
+        WRITES_COTANGENT=writes_cotangent,
+        COLUMNS=min(COLUMNS, triton.next_power_of_2(V)),
+        num_warps=WARPS,
+    )
+    return RowLosses(losses_K, lse_K)
