@@ -31,7 +31,8 @@ from model.hf_weights import (
 )
 from model.sharding import load_weights
 
-WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json", *FILES)
+ADAPTER = "adapter_config.json"
+WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json", *FILES, ADAPTER)
 
 
 class Folder(NamedTuple):
@@ -56,6 +57,12 @@ def open_folder(name_or_dir: str | Path) -> Folder:
     """Opens a Hugging Face folder or hub name. Raises ValueError where a GPT cannot have its shape,
     and where its weights are missing, pickled or of another one."""
     folder = find_folder(name_or_dir, WEIGHTS)
+    if (folder / ADAPTER).exists():
+        raise ValueError(
+            f"{folder / ADAPTER}: the folder holds an adapter, which changes the logits of a model"
+            " and is not applied here; in peft, merge_and_unload() and save_pretrained write a"
+            " whole model"
+        )
     path = folder / "config.json"
     try:
         theirs = read_settings(path, dict[str, Any])

@@ -19,8 +19,9 @@ from model.hf_formats import FORMATS, GELU, ROPE, SCALING, Format
 
 # Keys of GPTConfig that every config.json must have.
 REQUIRED = ("vocab_size", "max_length", "num_layers", "num_heads", "width")
-# The keys of rope_parameters that are read.
+# The keys of rope_parameters that are read, and those of them that may stand outside of it.
 ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", *ROPE.values())
+OUTSIDE = ("rope_theta", "partial_rotary_factor", ROPE["rope_original_length"])
 
 
 @dataclass
@@ -100,7 +101,7 @@ def from_config(theirs: dict[str, Any]) -> GPTConfig:
             f"model_type={show(kind)} is not among {', '.join(FORMATS)}; choose a model of theirs"
         )
     format = FORMATS[kind]
-    theirs = with_rotary_keys(theirs)
+    theirs = with_rotary_keys(with_own_names(theirs, format))
     refuse_other_computation(theirs, format)
     shape: dict[str, Any] = {}
     for key, ours in format.keys.items():
@@ -121,15 +122,28 @@ def from_config(theirs: dict[str, Any]) -> GPTConfig:
     return config
 
 
+def with_own_names(theirs: dict[str, Any], format: Format) -> dict[str, Any]:
+    """Returns a config.json with the names of its own format for keys that transformers knows by
+    two. The general name wins where both are there, as it does in transformers."""
+    general = {own: theirs[key] for key, own in format.aliases.items() if key in theirs}
+    return theirs | general
+
+
 def with_rotary_keys(theirs: dict[str, Any]) -> dict[str, Any]:
     """Returns a config.json with its rotary keys on top: those of transformers 4, which had
     rope_theta outside, and of 5, which goes by the older name where both are there."""
     rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"rope_parameters={show(rope)} is of the wrong type; it must be an object")
-    theirs = theirs | {key: rope[key] for key in ROPE_KEYS if key in rope}
-    theirs["rope_type"] = theirs.get("rope_type") or theirs.get("type", "default")
-    return theirs
+    # A key such as "type" or "factor" on top is of something else.
+    on_top = {key: theirs[key] for key in theirs if key not in ROPE_KEYS or key in OUTSIDE}
+    merged = on_top | {key: rope[key] for key in ROPE_KEYS if key in rope}
+    # Of this one alone transformers takes the number outside (`standardize_rope_params`).
+    original = ROPE["rope_original_length"]
+    if original in on_top:
+        merged[original] = on_top[original]
+    merged["rope_type"] = merged.get("rope_type") or merged.get("type", "default")
+    return merged
 
 
 def refuse_other_computation(theirs: dict[str, Any], format: Format) -> None:
@@ -141,6 +155,11 @@ def refuse_other_computation(theirs: dict[str, Any], format: Format) -> None:
                 f"{key}={show(theirs[key])} is not what a GPT computes"
                 f" ({', '.join(map(show, allowed))}); choose another model"
             )
+    if theirs.get("quantization_config"):
+        raise ValueError(
+            f"quantization_config={show(theirs['quantization_config'])} would quantise the weights,"
+            " which a GPT does not; choose a model without it"
+        )
 
 
 def gpt2_defaults(theirs: dict[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class Format:
     inner: dict[str, tuple[str, ...]]
     transposed: bool  # whether linear layers within blocks are kept input x output
     buffers: str  # names of what older versions kept beside the weights, a regular expression
+    aliases: dict[str, str]  # other names of keys of config.json, which transformers takes too
 
     def names_of(self, name: str) -> tuple[str, ...]:
         """Returns what the format calls, without its prefix, the tensors that share the rows of
@@ -88,6 +89,7 @@ FORMATS = {
             "scale_attn_weights": (True,),
             "scale_attn_by_inverse_layer_idx": (False,),
             "add_cross_attention": (False,),
+            "is_causal": (True,),
         },
         "transformer.",
         {"embedding": "wte", "positions": "wpe", "norm": "ln_f", "head": "lm_head"},
@@ -102,6 +104,12 @@ FORMATS = {
         },
         transposed=True,
         buffers=r"h\.\d+\.attn\.(masked_)?bias",
+        aliases={
+            "hidden_size": "n_embd",
+            "max_position_embeddings": "n_positions",
+            "num_attention_heads": "n_head",
+            "num_hidden_layers": "n_layer",
+        },
     ),
     "llama": Format(
         "LlamaForCausalLM",
@@ -130,6 +138,7 @@ FORMATS = {
             "hidden_act": ("silu",),
             "rope_type": ("default", "linear", "llama3"),
             "partial_rotary_factor": (1.0,),
+            "is_causal": (True,),
         },
         "model.",
         {"embedding": "embed_tokens", "norm": "norm", "head": "lm_head"},
@@ -145,6 +154,7 @@ FORMATS = {
         },
         transposed=False,
         buffers=r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
+        aliases={},
     ),
 }
 

@@ -25,6 +25,8 @@ from model.rotary import rotary_frequencies
 
 # The types of safetensors that weights may have; integers and 8 bits are quantised.
 FLOATS = ("F64", "F32", "F16", "BF16")
+# Endings of files of weights by which a message tells a user what his folder has instead.
+OTHER_WEIGHTS = (".safetensors", ".gguf", ".h5", ".msgpack")
 
 
 class Index(TypedDict):
@@ -78,6 +80,18 @@ def weight_files(folder: Path) -> list[Path]:
         return [file]
     if os.path.exists(index):
         return indexed_files(folder, index)
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in OTHER_WEIGHTS)
+    others = [name for name in others if name != file.name]  # a link to nothing
+    if any(re.search(r"-of-\d+\.safetensors$", name) for name in others):
+        raise ValueError(
+            f"{folder} has files of weights such as {show(others[0])}, and no {index.name}, which"
+            " names them all; fetch it too"
+        )
+    if others:
+        raise ValueError(
+            f"{folder} has {show(others[0])}, and no {file.name}, which alone is read here;"
+            " from_pretrained and save_pretrained of transformers write it"
+        )
     raise ValueError(
         f"{folder} has no {file.name}; save_pretrained of transformers writes it, from pickled"
         " weights (*.bin) too, which are not read here: they can run code"
@@ -203,6 +217,12 @@ def check_sizes(tensors: Stored, config: GPTConfig, format: Format) -> None:
 def require(tensors: Stored, name: str, why: str = "") -> StoredTensor:
     """Returns a tensor of a folder. Raises ValueError where it is missing."""
     if name not in tensors:
+        for other in tensors:
+            if other.endswith(f".{name}"):
+                raise ValueError(
+                    f"{name} is missing, and {tensors[other].name} is there: those are the weights"
+                    " of a wrapper (torch.compile, DDP, peft); save the model within it"
+                )
         raise ValueError(f"{name} is missing{why}; the folder is incomplete, fetch it again")
     return tensors[name]
 
@@ -246,17 +266,28 @@ def read_state(
                 continue
             names = format.names_of(name)
             if not left.issuperset(names):
-                raise ValueError(
-                    f"{' or '.join(names)} is missing; the folder is incomplete, fetch it again"
-                )
+                raise ValueError(missing(names))
             left.difference_update(names)
             parts = [tensors[their] for their in names]
             state[name] = read_tensor(name, shape, parts, config, format)
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"{folder}: {error}") from None
     if left:
-        raise ValueError(f"{folder}: {min(left)} has no place in a GPT; choose another model")
+        raise ValueError(
+            f"{folder}: {min(left)} has no place in a GPT; choose another model, or leave it out"
+            " (from_pretrained and save_pretrained of transformers do)"
+        )
     return state
+
+
+def missing(names: tuple[str, ...]) -> str:
+    """Returns the message on tensors that a folder lacks, in part or all."""
+    if names == (HEAD,):
+        return (
+            f"{HEAD} is missing, and config.json does not say tie_word_embeddings=true; fetch the"
+            " folder again, or say it there where the head is the embedding"
+        )
+    return f"{' or '.join(names)} is missing; the folder is incomplete, fetch it again"
 
 
 def has_bias(name: str, theirs: dict[str, Any], format: Format) -> bool:

@@ -17,7 +17,7 @@ from model.checkpoint import checkpoint_path, load
 from model.config import GPTConfig
 from model.export import LENGTH
 from model.gpt import GPT
-from model.hf import check_rows, from_hf
+from model.hf import ADAPTER, check_rows, from_hf
 from model.hf_weights import mismatch, open_weights, require
 
 
@@ -32,7 +32,8 @@ class Trained(NamedTuple):
 
 def is_run(folder: Path) -> bool:
     """Returns whether a folder is read as a run: an export has a configuration of its own."""
-    return not any(os.path.lexists(folder / name) for name in ("config.json", "gpt.json"))
+    marks = ("config.json", "gpt.json", ADAPTER)
+    return not any(os.path.lexists(folder / name) for name in marks)
 
 
 def open_trained(folder: Path, step: int | None) -> Trained:
@@ -47,7 +48,9 @@ def open_trained(folder: Path, step: int | None) -> Trained:
             f"step={step} is of runs, and run={folder} is a Hugging Face folder, which has one set"
             " of weights; leave step out"
         )
-    model = from_hf(folder) if os.path.lexists(folder / "config.json") else from_plain(folder)
+    is_plain = os.path.lexists(folder / "gpt.json")
+    is_theirs = os.path.lexists(folder / "config.json")
+    model = from_plain(folder) if is_plain and not is_theirs else from_hf(folder)
     tokenizer = read_tokenizer(folder)
     check_rows(f"run={folder}", model.config, tokenizer)
     return Trained(folder, model, tokenizer, training_length(folder, model.config))
