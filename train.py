@@ -77,6 +77,7 @@ class Run:
         self.dtype = choose_precision(settings.precision, self.device)
         set_up_process(settings.seed, self.layout.rank, settings.deterministic, self.device)
 
+        # What a run is made of, in the order in which one needs the other.
         self.data = open_data(settings, opened.liveness)
         opened.liveness.report_phase("building the model", timeout_factor=FIRST)
         self.model = build_model(settings, plan, self.layout, self.device, self.dtype)
@@ -97,10 +98,10 @@ class Run:
         """Trains until the horizon, or until somebody asks to stop; returns the exit code."""
         self.tracker = open_tracker(self.opened, self.settings, self.plan, self.start)
         self.rule.say = say = self.tracker.message
-        computes = f"{self.device.type} in {str(self.dtype).removeprefix('torch.')}"
-        said = self.start.said
+        device_and_precision = f"{self.device.type} in {str(self.dtype).removeprefix('torch.')}"
+        start_note = self.start.note
         for line in announcement(
-            self.settings, self.plan, self.opened, self.optimizer, computes, said
+            self.settings, self.plan, self.opened, self.optimizer, device_and_precision, start_note
         ):
             say(line)
         self.model.train()
@@ -149,6 +150,7 @@ class Run:
     def step(self) -> None:
         """Takes one optimiser step. A loss or gradient that is not finite leaves weights and
         optimiser as they are."""
+        # Data, rate and radius are functions of the step's number: a resumed run has the same.
         progress, schedule, began = self.progress, self.plan.schedule, time.perf_counter()
         batch = self.prefetcher.next()
         batches = part_of(batch, self.plan.micro, self.plan.num_groups, self.layout, self.device)
@@ -239,7 +241,7 @@ class Run:
         return bool(self.preemption.requested)
 
     def autocast(self) -> AbstractContextManager:
-        """Returns the context in which the model computes in the run's precision."""
+        """Returns the context in which the model device_and_precision in the run's precision."""
         return autocast(self.device, self.dtype)
 
 

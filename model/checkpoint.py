@@ -85,6 +85,7 @@ class Stored:
         # An empty slice has the type of the numbers, and costs no reading.
         empty = self.parts[0].file.get_slice(self.name)[:0]
         found = empty.new_empty([side.stop - side.start for side in region])
+        # The parts of a full tensor do not overlap, so their sizes add up to the region's.
         filled = 0
         for part in self.parts:
             common = overlap(region, part)
@@ -118,7 +119,9 @@ def save_parts(path: Path, parts: Mapping[str, Part]) -> None:
     offsets = {name: {"saved_offsets": part.offset} for name, part in parts.items()}
     # Where all begin with the first number, as whole tensors do, the header says nothing.
     has_parts = any(any(part.offset) for part in parts.values())
-    metadata = {SHARDING: json.dumps(offsets)} if has_parts else None
+    metadata = None
+    if has_parts:
+        metadata = {SHARDING: json.dumps(offsets)}
     save_file({name: part.values for name, part in parts.items()}, path, metadata)
 
 
@@ -132,6 +135,7 @@ def open_tensors(files: Iterable[Path]) -> dict[str, Any]:
     """Returns the tensors of some files by name: a number as a tensor, any other as `Stored`.
     Raises OSError, SafetensorError, KeyError or ValueError where a file is missing or is not what
     `save_parts` wrote."""
+    # A tensor may lie in several files, each of which says where its part begins.
     parts: dict[str, list[StoredPart]] = {}
     for path in files:
         file = safe_open(path, "pt")
@@ -140,7 +144,9 @@ def open_tensors(files: Iterable[Path]) -> dict[str, Any]:
         )
         for name in file.keys():  # noqa: SIM118 - no mapping
             shape = file.get_slice(name).get_shape()
-            offset = offsets[name]["saved_offsets"] if offsets else [0] * len(shape)
+            offset = [0] * len(shape)
+            if offsets:
+                offset = offsets[name]["saved_offsets"]
             parts.setdefault(name, []).append(StoredPart(file, offset, shape))
     tensors: dict[str, Any] = {}
     for name, found in parts.items():
@@ -167,8 +173,11 @@ def files_of(group: str, names: Iterable[str]) -> list[str]:
 def checkpoints(run: Path) -> dict[int, Path]:
     """Returns the checkpoints of a run by their steps, oldest first; partial ones, and what else
     lies there, are none. Raises OSError for a folder that cannot be read."""
+    # Listed rather than globbed: a folder that cannot be read must not look like one without any.
     folder = run / "checkpoints"
-    names = os.listdir(folder) if os.path.lexists(folder) else []
+    names = []
+    if os.path.lexists(folder):
+        names = os.listdir(folder)
     steps = {name.removeprefix("step_"): name for name in names if name.startswith("step_")}
     numbers = sorted(filter(str.isdecimal, steps), key=int)
     return {int(step): folder / steps[step] for step in numbers}
@@ -185,7 +194,9 @@ def checkpoint_path(run: str | Path, step: int | None = None) -> Path:
             f"step={step} is not among the checkpoints of {run}; it has"
             f" {', '.join(map(str, found))}"
         )
-    return found[max(found) if step is None else step]
+    if step is None:
+        step = max(found)
+    return found[step]
 
 
 def describe(file: Path) -> tuple[int, str]:
@@ -248,6 +259,7 @@ def verified_state(path: Path, only: Collection[str], layout: Layout) -> dict[st
     wanted = {name for name in files if not name.endswith(".safetensors")}
     for group in only:
         wanted.update(files_of(group, files))
+    # Each process reads some of the files: a checksum costs as much as loading.
     for name in sorted(wanted)[layout.rank :: layout.world]:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise DamagedCheckpoint(f"{name} lies outside it")

@@ -30,7 +30,7 @@ ELEMENTS_ELSEWHERE = 2**24  # of both, on any other kind of device
 
 # (which instances of the micro-batch, the mean loss of each) -> their weights w_i: the gradient is
 # that of sum_i w_i sum_{n in i} l_n over the instances i.
-Weigh = Callable[[slice, Tensor], Tensor]
+InstanceWeighting = Callable[[slice, Tensor], Tensor]
 
 
 class Point(NamedTuple):
@@ -80,24 +80,24 @@ class Products(NamedTuple):
 
 @dataclass
 class InstanceWeights:
-    """Weights of instances of `length` rows each, which `weigh` gives by their mean losses."""
+    """Weights of instances of `length` rows each, which `weighting` gives by their mean losses."""
 
     length: int
-    weigh: Weigh
+    weighting: InstanceWeighting
     weights_B: Tensor  # filled in as they become known
 
     @staticmethod
-    def of(targets_BxT: Tensor, weigh: Weigh, labels: Labels) -> "InstanceWeights":
+    def of(targets_BxT: Tensor, weighting: InstanceWeighting, labels: Labels) -> "InstanceWeights":
         """Returns the weights of a micro-batch, none of which is known yet."""
         weights_B = labels.factor_N.new_zeros(len(targets_BxT))
-        return InstanceWeights(targets_BxT.shape[1], weigh, weights_B)
+        return InstanceWeights(targets_BxT.shape[1], weighting, weights_B)
 
     def of_rows(self, rows: slice, losses_N: Tensor, targets_N: Tensor) -> Tensor:
         """Returns the weight of every row of some whole instances, and fills in `weights_B`."""
         T = self.length
         instances = slice(rows.start // T, rows.stop // T)
         means = instance_means(losses_N[rows].view(-1, T), targets_N[rows].view(-1, T) != IGNORED)
-        self.weights_B[instances] = self.weigh(instances, means)
+        self.weights_B[instances] = self.weighting(instances, means)
         return self.weights_B[instances].repeat_interleave(T)
 
 
@@ -117,7 +117,9 @@ def losses(
 ) -> RowLosses:
     """Returns the losses of the logits of a point; with `r_NxV`, writes factor * r there."""
     found = RowLosses(torch.zeros_like(labels.factor_N), torch.zeros_like(labels.factor_N))
-    block_losses = losses_of_block if r_NxV is None else turn_into_cotangent
+    block_losses = losses_of_block
+    if r_NxV is not None:
+        block_losses = turn_into_cotangent
     for rows, z_CxV in chunked_head(source, chunk_size(source), r_NxV):
         for block, z_KxV in blocks_of(rows, z_CxV):
             found.losses_N[block], found.lse_N[block] = block_losses(z_KxV, labels.of(block), head)
@@ -147,6 +149,7 @@ def losses_and_gradients(
     dh_NxD = torch.empty_like(target.h_NxD)
     dW_VxD: Tensor | None = None
     size = chunk_size(source, target)
+    # An instance's weight takes its mean loss, so a chunk holds whole instances.
     if weights:
         size = max(weights.length, size // weights.length * weights.length)
     for rows, z_CxV in chunked_head(source, size, r_NxV):
@@ -215,8 +218,10 @@ def chunked_head(
     and one after another in the same memory; or all at once, in `r_NxV`, where that is given."""
     if r_NxV is not None:
         size = len(r_NxV)
-    # One buffer for all chunks: fresh memory of this size is paid for page by page.
-    buffer_CxV = source.h_NxD.new_empty(size, len(source.weight_VxD)) if r_NxV is None else r_NxV
+        buffer_CxV = r_NxV
+    else:
+        # One buffer for all chunks: fresh memory of this size is paid for page by page.
+        buffer_CxV = source.h_NxD.new_empty(size, len(source.weight_VxD))
     for rows in slices(len(source.h_NxD), size):
         z_CxV = buffer_CxV[: rows.stop - rows.start]
         torch.mm(source.h_NxD[rows], source.weight_VxD.T, out=z_CxV)
@@ -238,9 +243,10 @@ def slices(total: int, size: int) -> Iterator[slice]:
 def chunk_size(source: Point, target: Point | None = None) -> int:
     """Returns the rows of a chunk of the head; see `rows_per_chunk`."""
     V, D = source.weight_VxD.shape
-    two_heads = target is not None and target.weight_VxD is not source.weight_VxD
-    device = source.h_NxD.device.type
-    return rows_per_chunk(len(source.h_NxD), V, device, second_width=D if two_heads else 0)
+    second_width = 0
+    if target is not None and target.weight_VxD is not source.weight_VxD:
+        second_width = D
+    return rows_per_chunk(len(source.h_NxD), V, source.h_NxD.device.type, second_width)
 
 
 def rows_per_chunk(num_rows: int, V: int, device: str, second_width: int = 0) -> int:
@@ -266,6 +272,7 @@ def block_size(V: int, device: str) -> int:
 
 def even_chunk_size(total: int, largest: int) -> int:
     """Returns the size of parts of one size, as few as can be, of at most `largest` rows."""
+    # A short last part would make a small, slow product.
     num_parts = max(1, -(-total // max(1, largest)))
     return -(-total // num_parts)
 
@@ -296,6 +303,7 @@ def index_of(labels: Labels) -> Tensor:
 def losses_of_block(z_KxV: Tensor, labels: Labels, head: HeadConfig) -> RowLosses:
     """Returns l and the log-normaliser of a block of rows."""
     index_Kx1 = index_of(labels)
+    # log p[target] = z[target] - logsumexp(z): the log-normaliser comes without another pass.
     z = capped_logits(z_KxV, labels, head)
     log_p = z.log_softmax(1).gather(1, index_Kx1)
     lse = z.gather(1, index_Kx1) - log_p
@@ -327,7 +335,10 @@ def write_cotangent(
     """Writes factor * r = factor (p (1 + 2 b lse) - onehot) (1 - (z/c)^2), with zeros for the
     padding, where b is the z-loss and c the soft-cap. Changes p."""
     factor_Kx1 = labels.factor_N[:, None]
-    scale = factor_Kx1 * (1 + 2 * head.z_loss * lse) if head.z_loss else factor_Kx1
+    scale = factor_Kx1
+    if head.z_loss:
+        scale = factor_Kx1 * (1 + 2 * head.z_loss * lse)
+    # In place of p, and -factor at the targets for the one-hot: no further K x V is made.
     r = p.mul_(scale).scatter_add_(1, index_of(labels), -factor_Kx1)
     if head.softcap is not None:
         r.mul_(1 - (z / head.softcap).square())
@@ -349,5 +360,6 @@ def differentiable_gradients(
     if head.softcap is not None:
         r = r * (1 - (z / head.softcap).square())
     r = r.to(h_NxD.dtype)
+    # Rows of the padding belong to W and get no gradient.
     padding = weight_VxD.new_zeros(weight_VxD.shape[0] - vocab_size, weight_VxD.shape[1])
     return Products(r @ weight_VxD[:vocab_size], torch.cat([r.T @ h_NxD, padding]))

@@ -1,4 +1,4 @@
-"""What a process computes on, and how: device, precision, determinism."""
+"""The device of a process, its precision, and its determinism."""
 
 import contextlib
 import ctypes
@@ -31,7 +31,7 @@ PEAK_FLOPS = {
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that `device=name` means. Raises ValueError for CUDA without CUDA."""
+    """Returns the device that `device=name` means. Raises ValueError for CUDA without CUDA."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "device=cuda, but torch sees no CUDA device; use device=cpu or install the CUDA build"
@@ -41,7 +41,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of a known device."""
+    """Returns the dense bf16 FLOP/s of a known device, None of another."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -51,8 +51,8 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products: bf16 by `auto` where the hardware multiplies bf16, on CUDA and
-    on CPUs alike."""
+    """Returns the dtype of matrix products: bf16 by `auto` where the hardware multiplies bf16, on
+    CUDA and on CPUs alike."""
     if name != "auto":
         return torch.bfloat16 if name == "bf16" else torch.float32
     if device.type == "cuda":
@@ -61,12 +61,13 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
             if torch.cuda.is_bf16_supported(including_emulation=False)
             else torch.float32
         )
+    # Of CPUs, those with instructions for it: the others only emulate bf16.
     supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if supported else torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """bf16 compute over fp32 weights; nothing for fp32."""
+    """Returns the context of bf16 products over fp32 weights; for fp32 it does nothing."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype == torch.bfloat16)
 
 
@@ -81,8 +82,12 @@ def seed_everything(seed: int, rank: int, deterministic: bool) -> None:
     """Seeds torch (dropout, apart on every process; weights and data have generators of their own)
     and forbids nondeterministic kernels if asked. The main process has the seed itself, the others
     a hash: generators of CPUs look at the lower 32 bits of a seed only."""
+    # Dropout must differ between processes, which have different parts of the batch.
     digest = hashlib.sha256(f"{seed}/{rank}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1 if rank else seed)
+    own_seed = seed
+    if rank:
+        own_seed = int.from_bytes(digest[:8], "little") >> 1
+    torch.manual_seed(own_seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

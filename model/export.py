@@ -105,6 +105,7 @@ def write_whole(
 ) -> None:
     """Writes an export that appears whole or not at all, in the place of an earlier one. Raises
     OSError or SafetensorError where the disk refuses."""
+    # Beside the folder, and so on its disk: only there is a rename at once.
     partial = folder.with_name(f".{folder.name}.partial")
     # That of an export which was killed may lie there.
     shutil.rmtree(partial, ignore_errors=True)

@@ -7,7 +7,7 @@ logits = Norm(x) U^T                                             U = E where the
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -32,12 +32,15 @@ class KeyValueCache:
     """The keys and values that one block has computed so far, each B x H x T x D/H."""
 
     def __init__(self) -> None:
+        # Empty until the first tokens come, whose batch and type they take.
         self.k = self.v = torch.empty(0)
 
     @property
     def length(self) -> int:
         """Returns the number of tokens held."""
-        return self.k.shape[2] if self.k.numel() else 0
+        if not self.k.numel():
+            return 0
+        return self.k.shape[2]
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Appends the keys and values of new tokens and returns all of them."""
@@ -62,6 +65,8 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     On CPUs, on short sequences, it takes a third to a half of the time of the fused kernel, whose
     backward is slow there (tests/benchmarks/kernels.py)."""
+    # All heads in one batched product. Queries go in parts: those of a part see no key behind its
+    # last one, which spares nearly half of the products.
     B, H, T, d = q.shape
     q, k, v = (heads.reshape(B * H, T, d) for heads in (q, k, v))
     parts = []
@@ -104,8 +109,9 @@ class Attention(nn.Module):
         B, T, D = x_BxTxD.shape
         H, G = self.config.num_heads, self.config.kv_heads
         heads = self.qkv(x_BxTxD).view(B, T, H + 2 * G, self.config.head_width).transpose(1, 2)
-        # B x H x T x d, and G heads of k and v.
+        # B x H x T x d for q, and B x G x T x d for k and v.
         q, k, v = heads.split([H, G, G], dim=1)
+        # Autocast may compute a norm in fp32, and attention takes q, k and v of one dtype.
         if self.config.qk_norm:
             q = self.q_norm(q).to(v.dtype)
             k = self.k_norm(k).to(v.dtype)
@@ -124,7 +130,9 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
         """Computes attention, B x H x T x d, by the kernel that is fastest where it runs."""
         H, G = self.config.num_heads, self.config.kv_heads
-        dropout = self.config.dropout if self.training else 0.0
+        dropout = 0.0
+        if self.training:
+            dropout = self.config.dropout
         is_plain = is_causal and G == H and dropout == 0
         is_bf16_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
         if is_plain and is_bf16_on_cpu and q.shape[2] <= SHORT:
@@ -198,6 +206,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         device = torch.get_default_device()
+        # Nothing is drawn on the meta device: `init_weights` draws all.
         with torch.device("meta"):
             self.embedding = table(config.padded_vocab_size, config.width)
             if config.positions == "learned":
@@ -214,13 +223,17 @@ class GPT(nn.Module):
     @property
     def unembedding(self) -> Tensor:
         """Returns U_VxD, padded rows included; the embedding where the head is tied."""
-        return self.embedding.weight if self.config.tied else self.head.weight
+        if self.config.tied:
+            return self.embedding.weight
+        return self.head.weight
 
     @property
     def unpadded_rows(self) -> dict[str, int]:
         """Returns the rows that are the vocabulary's own, by name, of the parameters that are
         padded."""
-        names = ["embedding.weight"] if self.config.tied else ["embedding.weight", "head.weight"]
+        names = ["embedding.weight"]
+        if not self.config.tied:
+            names.append("head.weight")
         return dict.fromkeys(names, self.config.vocab_size)
 
     def hidden(self, tokens_BxT: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
@@ -240,6 +253,7 @@ class GPT(nn.Module):
                 f"{past + T} tokens exceed model.max_length={self.config.max_length}; shorten the"
                 " sequence"
             )
+        # Positions go on where the cached ones end.
         positions_T = torch.arange(past, past + T, device=tokens_BxT.device)
         x_BxTxD = self.embedding(tokens_BxT)
         rotary = None
@@ -249,6 +263,7 @@ class GPT(nn.Module):
             rotary = rotary_table(self.config, positions_T)
         x_BxTxD = self.dropout(x_BxTxD)
         for layer, block in enumerate(self.blocks):
+            # Without gradients there is no backward that a block would be run again for.
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x_BxTxD = checkpoint(block, x_BxTxD, rotary, use_reentrant=False)
             else:
@@ -257,7 +272,10 @@ class GPT(nn.Module):
 
     def logits(self, h_BxTxD: Tensor) -> LazyLogits:
         """Returns the logits of hidden states, as the pair (h, unembedding), not computed yet."""
-        z_loss = self.config.z_loss if self.training else 0.0
+        # Validation losses are cross-entropies, so that models with and without a z-loss compare.
+        z_loss = 0.0
+        if self.training:
+            z_loss = self.config.z_loss
         return LazyLogits(
             h_BxTxD, self.unembedding, self.config.vocab_size, self.config.logit_softcap, z_loss
         )
@@ -311,15 +329,20 @@ class GPT(nn.Module):
         """Fills one weight matrix, out x in, by the rules of `init_weights`."""
         D = self.config.width
         if self.config.init == "gpt2":
-            std = 0.01 if name == "positions.weight" else 0.02
+            std = 0.02
+            if name == "positions.weight":
+                std = 0.01
             if name.endswith(("attention.out.weight", "mlp.down.weight")):
                 std /= math.sqrt(2 * self.config.num_layers)
             values.normal_(0.0, std, generator=generator)
         elif name in ("embedding.weight", "positions.weight"):
             values.normal_(0.0, D**-0.5, generator=generator)
         else:
-            kv = self.config.kv_heads * self.config.head_width
-            parts = values.split([D, kv, kv]) if name.endswith("qkv.weight") else [values]
+            # q, k and v share a matrix here, and are three maps for Glorot's formula.
+            parts: Sequence[Tensor] = [values]
+            if name.endswith("qkv.weight"):
+                kv = self.config.kv_heads * self.config.head_width
+                parts = values.split([D, kv, kv])
             for part in parts:
                 bound = math.sqrt(6 / (part.shape[0] + part.shape[1]))
                 part.uniform_(-bound, bound, generator=generator)
@@ -336,7 +359,9 @@ class GPT(nn.Module):
                 tables += rows * self.config.width
             else:
                 body += parameter.numel()
-        return body + tables if embedding else body
+        if embedding:
+            return body + tables
+        return body
 
 
 @contextmanager

@@ -76,6 +76,7 @@ def open_folder(name_or_dir: str | Path) -> Folder:
         raise ValueError(f"{path}: {error}") from None
     format = FORMATS[theirs["model_type"]]
     tensors = open_weights(folder, format.prefix)
+    # The headers of the files tell names and shapes, and nothing is read before these fit.
     try:
         drop_buffers(tensors, config, format)
         config = settle_head(tensors, config, *format.names_of("embedding.weight"))
@@ -136,6 +137,7 @@ def check_vocabulary(
     ours: GPTConfig, folder: Folder, name_or_dir: str, tokenizer: Tokenizer
 ) -> None:
     """Raises ValueError where a folder has another vocabulary than a run."""
+    # A folder of weights alone has sizes to compare, and no tokens.
     has_tokenizer = (folder.path / "tokenizer.json").exists()
     same_tokens = True
     if has_tokenizer:
@@ -153,8 +155,13 @@ def check_vocabulary(
 
 def check_shape(ours: GPTConfig, wanted: GPTConfig, name_or_dir: str) -> None:
     """Raises ValueError, with the keys to set, where the logits of two shapes differ."""
+    # Keys that the logits of the wanted shape do not depend on may differ: those of training, of
+    # positions of the other kind, and of a scaling that it does not have.
     unused = TRAINING | {"vocab_size"} | {*ROPE} - {*SCALING[wanted.rope_scaling]}
-    unused |= {"rope_base", "rope_scaling"} if wanted.positions == "learned" else {"max_length"}
+    if wanted.positions == "learned":
+        unused |= {"rope_base", "rope_scaling"}
+    else:
+        unused |= {"max_length"}
     here, there = full_shape(ours), full_shape(wanted)
     differing = [key for key in there if key not in unused and there[key] != here[key]]
     if differing:

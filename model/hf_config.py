@@ -46,7 +46,9 @@ def to_config(config: GPTConfig, format: str) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tied,
     }
-    return common | (to_gpt2(config) if format == "gpt2" else to_llama(config))
+    if format == "gpt2":
+        return common | to_gpt2(config)
+    return common | to_llama(config)
 
 
 def to_gpt2(config: GPTConfig) -> dict[str, Any]:
@@ -69,8 +71,10 @@ def to_llama(config: GPTConfig) -> dict[str, Any]:
     """Returns the keys of Llama alone."""
     scaling = {ROPE[key]: getattr(config, key) for key in SCALING[config.rope_scaling]}
     scaling["rope_type"] = config.rope_scaling if scaling else "default"
-    is_scaled = scaling["rope_type"] != "default"
-    return ({"rope_scaling": scaling} if is_scaled else {}) | {
+    older: dict[str, Any] = {}
+    if scaling["rope_type"] != "default":
+        older["rope_scaling"] = scaling
+    return older | {
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.kv_heads,
@@ -107,8 +111,10 @@ def from_config(theirs: dict[str, Any]) -> GPTConfig:
     for key, ours in format.keys.items():
         if (value := stated(theirs, key, ours)) is not None:
             shape[ours] = value
-    defaults = gpt2_defaults(theirs) if kind == "gpt2" else LLAMA_DEFAULTS
-    if kind == "llama":
+    if kind == "gpt2":
+        defaults = gpt2_defaults(theirs)
+    else:
+        defaults = LLAMA_DEFAULTS
         shape |= llama_extras(theirs)
     try:
         config = GPTConfig(**defaults | {"init": "gpt2"} | shape)
@@ -207,6 +213,7 @@ def stated(theirs: dict[str, Any], key: str, ours: str) -> Any:
         raise ValueError(f"{key} is missing; fetch the folder again")
     if value is None:
         return None
+    # Of the size of the vocabulary there is no key: a run takes it from its tokenizer.
     entry = VOCABULARY if ours == "vocab_size" else KEYS[f"model.{ours}"]
     try:
         value = msgspec.convert(value, entry.type, strict=True)
@@ -221,5 +228,9 @@ def stated(theirs: dict[str, Any], key: str, ours: str) -> Any:
 
 def show(value: Any) -> str:
     """Returns a value of a JSON file as it stands there, cut where it is long."""
-    text = value if isinstance(value, str) and value and value.isprintable() else json.dumps(value)
-    return text if len(text) <= 60 else text[:60] + "..."
+    # As it is where it is a word; else as JSON, so that "" and a line break are seen.
+    is_word = isinstance(value, str) and value and value.isprintable()
+    text = value if is_word else json.dumps(value)
+    if len(text) > 60:
+        text = text[:60] + "..."
+    return text

@@ -179,6 +179,7 @@ def is_computed(stored: StoredTensor, name: str, config: GPTConfig) -> bool:
     """Returns whether a buffer holds what a GPT of this shape computes."""
     if name.endswith("masked_bias"):
         return True  # the number that stood for minus infinity
+    # Frequencies are compared roughly: a model in bf16 has saved them in bf16, too.
     values = stored.file.get_tensor(stored.name).float()
     if name.endswith("inv_freq"):
         expected = rotary_frequencies(config, torch.device("cpu"))
@@ -205,6 +206,7 @@ def check_sizes(tensors: Stored, config: GPTConfig, format: Format) -> None:
     }
     if config.positions == "learned":
         sizes["positions.weight"] = {keys["max_length"]: config.max_length} | width
+    # Sorted, since GPT-2 keeps its matrices transposed; `read_tensor` looks at the order.
     for name, wanted in sizes.items():
         [their] = format.names_of(name)
         stored = require(tensors, their)
@@ -258,6 +260,7 @@ def read_state(
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
     state = {}
+    # Whatever is left in the end is part of a model that a GPT is not.
     left = set(tensors)
     try:
         for name, shape in shapes.items():
@@ -302,6 +305,7 @@ def read_tensor(
 ) -> Tensor:
     """Returns one tensor of ours, out of those of theirs that share its rows. Raises ValueError
     where they have another shape."""
+    # Their tables have as many rows as the vocabulary; ours are padded with zeros.
     is_padded = name in ("embedding.weight", "head.weight")
     wanted = [config.vocab_size, config.width] if is_padded else list(shape)
     if format.is_transposed(name):
@@ -322,7 +326,9 @@ def read_tensor(
 def rows_of_parts(num_parts: int, num_rows: int, config: GPTConfig) -> list[int]:
     """Returns how the rows of a tensor of ours are shared: by q, k and v, or not at all."""
     kv = config.kv_heads * config.head_width
-    return [config.width, kv, kv] if num_parts == 3 else [num_rows]
+    if num_parts == 3:
+        return [config.width, kv, kv]
+    return [num_rows]
 
 
 def to_tensors(model: GPT, format: Format) -> dict[str, Tensor]:
@@ -337,7 +343,8 @@ def to_tensors(model: GPT, format: Format) -> dict[str, Tensor]:
         names = format.names_of(name)
         parts = tensor.split(rows_of_parts(len(names), len(tensor), config))
         for their, part in zip(names, parts, strict=True):
-            their = their if name == "head.weight" else format.prefix + their
+            if name != "head.weight":
+                their = format.prefix + their
             is_turned = format.is_transposed(name) and part.ndim == 2
             tensors[their] = part.T if is_turned else part
             if format.is_transposed(name) and not config.bias:

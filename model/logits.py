@@ -29,11 +29,11 @@ from torch import Tensor
 from model.chunked_head import (
     IGNORED,
     HeadConfig,
+    InstanceWeighting,
     InstanceWeights,
     Labels,
     Point,
     Products,
-    Weigh,
     capped,
     differentiable_gradients,
     instance_means,
@@ -45,7 +45,14 @@ from model.chunked_head import (
 )
 from model.sharding import compute_device
 
-__all__ = ["IGNORED", "Cotangent", "LazyLogits", "Weigh", "compute_dtype", "instance_means"]
+__all__ = [
+    "IGNORED",
+    "Cotangent",
+    "InstanceWeighting",
+    "LazyLogits",
+    "compute_dtype",
+    "instance_means",
+]
 
 
 @dataclass
@@ -54,7 +61,10 @@ class Cotangent:
 
     stored       r_NxV, in the compute dtype
     to rebuild   h_NxD of the source, to be joined with its W, and lse_N, its log-normalisers
-    spent        dh_NxD and dW_VxD, the products of r with the h and W of some target"""
+    spent        dh_NxD and dW_VxD, the products of r with the h and W of some target
+
+    One class for the three, since they are no alternatives: the angle path keeps r and h of one
+    pass, and the head fills in what it keeps only when it is computed."""
 
     targets_N: Tensor
     factor_N: Tensor  # scale of each row: 0 where the target is not counted
@@ -101,7 +111,7 @@ class LazyLogits:
         scale: float = 1.0,
         keep_r: bool = False,
         keep_h: bool = False,
-        weigh: Weigh | None = None,
+        weighting: InstanceWeighting | None = None,
         into: Tensor | None = None,
     ) -> tuple[Tensor, Cotangent]:
         """Returns the loss as `cross_entropy` does, and r.
@@ -111,7 +121,7 @@ class LazyLogits:
             scale: what multiplies the loss and r
             keep_r: stores r, N x V in the compute dtype
             keep_h: keeps h, which with the W of this moment rebuilds r
-            weigh: weights of the instances (sequences) in the gradient, and in no other result
+            weighting: weights of the instances (sequences) in the gradient, and in no other result
             into: memory for r, used where it fits
         """
         # Where `compute` runs, both autocast and gradients are off: it needs what holds here.
@@ -119,17 +129,19 @@ class LazyLogits:
         with_gradients = torch.is_grad_enabled()
         head = self.config
         labels = self._labels(targets_BxT, scale)
-        cotangent, weights = new_cotangent(targets_BxT, labels, weigh)
+        cotangent, weights = new_cotangent(targets_BxT, labels, weighting)
 
         def compute(h_NxD: Tensor, weight_VxD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             here = Point(h_NxD.to(dtype), weight_VxD.to(dtype))
             r_NxV = room_for_cotangent(here, into) if keep_r else None
+            # Two of the head's three products are gradients, which only autograd asks for.
             if with_gradients:
                 found, products = losses_and_gradients(here, here, labels, head, r_NxV, weights)
             else:
                 found, products = losses(here, labels, head, r_NxV), Products.none(labels)
             cotangent.r_NxV = r_NxV
-            cotangent.h_NxD = here.h_NxD.detach() if keep_h else None
+            if keep_h:
+                cotangent.h_NxD = here.h_NxD.detach()
             cotangent.lse_N = found.lse_N
             return (found.losses_N * labels.factor_N).sum(), *products
 
@@ -144,19 +156,19 @@ class LazyLogits:
             cotangent: r, in any of its three forms
             source_VxD: the unembedding that r was made with, needed where r is to be rebuilt
         """
+        # The value is 0: all that matters of it is its backward.
         dtype = compute_dtype(self.h_BxTxD)
         labels = Labels(cotangent.targets_N, cotangent.factor_N)
 
         def compute(h_NxD: Tensor, weight_VxD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             zero = torch.zeros((), dtype=labels.factor_N.dtype, device=h_NxD.device)
             if cotangent.dh_NxD is not None:
-                # Without dimensions: no gradient by W, which another micro-batch hands on for all.
-                nothing = weight_VxD.new_zeros(())
-                return (
-                    zero,
-                    cotangent.dh_NxD,
-                    nothing if cotangent.dW_VxD is None else cotangent.dW_VxD,
-                )
+                dW_VxD = cotangent.dW_VxD
+                if dW_VxD is None:
+                    # Without dimensions: no gradient by W, which another micro-batch hands on for
+                    # all.
+                    dW_VxD = weight_VxD.new_zeros(())
+                return zero, cotangent.dh_NxD, dW_VxD
             here = Point(h_NxD.to(dtype), weight_VxD.to(dtype))
             if cotangent.r_NxV is not None:
                 return zero, *stored_products(cotangent.r_NxV, here, labels)
@@ -172,6 +184,7 @@ class LazyLogits:
     ) -> tuple[Tensor, Cotangent]:
         """Returns `scale` times the summed loss of these logits, and their r as its products with
         another point: dh = r W, dW = r^T h for the given h and W."""
+        # The logits are of this point, and the products are taken with the h and W of the other.
         here, labels = self._point(), self._labels(targets_BxT, scale)
         target = Point(h_NxD, weight_VxD.to(here.weight_VxD.dtype))
         with torch.autocast(self.h_BxTxD.device.type, enabled=False):
@@ -201,6 +214,7 @@ class LazyLogits:
         largest logit, the root mean square of |h|, and |W|. With it the share of the tokens whose
         logits had to be computed."""
         h_NxD = self.h_BxTxD.reshape(-1, self.h_BxTxD.shape[-1])
+        # Spread over the batch, since neighbouring tokens are alike.
         num_chosen = min(max_tokens, len(h_NxD))
         chosen = torch.linspace(0, len(h_NxD) - 1, num_chosen, device=h_NxD.device).long()
         h_CxD = h_NxD[chosen].to(wide_dtype(h_NxD))
@@ -220,6 +234,7 @@ class LazyLogits:
 
     def _labels(self, targets_BxT: Tensor, scale: float) -> Labels:
         """Returns the targets row by row, with `scale` as the factor of those that are counted."""
+        # A factor of 0 takes a row out of the loss and out of both gradients.
         targets_N = targets_BxT.reshape(-1)
         return Labels(targets_N, (targets_N != IGNORED).to(wide_dtype(self.h_BxTxD)) * scale)
 
@@ -249,24 +264,27 @@ def logit_statistics(z_NxV: Tensor) -> dict[str, Tensor]:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Returns the dtype of matrix products with x: autocast's where it is on, else x's own."""
     device = compute_device(x).type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def new_cotangent(
-    targets_BxT: Tensor, labels: Labels, weigh: Weigh | None
+    targets_BxT: Tensor, labels: Labels, weighting: InstanceWeighting | None
 ) -> tuple[Cotangent, InstanceWeights | None]:
     """Returns the cotangent of a micro-batch before the head has been computed, and the weights of
     its instances, which the head fills in."""
     cotangent = Cotangent(labels.targets_N, labels.factor_N, lse_N=labels.factor_N)
-    if weigh is None:
+    if weighting is None:
         return cotangent, None
-    weights = InstanceWeights.of(targets_BxT, weigh, labels)
+    weights = InstanceWeights.of(targets_BxT, weighting, labels)
     cotangent.weights_B = weights.weights_B
     return cotangent, weights
 
 
 def room_for_cotangent(point: Point, into: Tensor | None) -> Tensor:
     """Returns memory for r_NxV of a point: `into` where that fits, else new memory."""
+    # A micro-batch of another size, or another precision, needs memory of its own.
     shape = (len(point.h_NxD), len(point.weight_VxD))
     if into is not None and into.shape == shape and into.dtype == point.h_NxD.dtype:
         return into
@@ -284,12 +302,14 @@ class _Head(torch.autograd.Function):
     def forward(
         h_NxD: Tensor, weight_VxD: Tensor, compute: Callable, again: Callable | None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        # `compute` chooses its own types: autocast would cast sums that are meant to be wide.
         with torch.autocast(h_NxD.device.type, enabled=False):
             return compute(h_NxD, weight_VxD)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
         h_NxD, weight_VxD, _, ctx.again = inputs
+        # The gradients are outputs so that torch.func can save them; nobody differentiates them.
         _, dh_NxD, dW_VxD = output
         ctx.mark_non_differentiable(dh_NxD, dW_VxD)
         ctx.save_for_backward(h_NxD, weight_VxD, dh_NxD, dW_VxD)

@@ -99,6 +99,7 @@ def shard_blocks(
     over tokens. So a sharded run computes what one process does."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    # Gradients are added up in fp32 in any case: sums over processes in bf16 would lose small ones.
     reduce = torch.float32 if compute else None
     precision = MixedPrecisionPolicy(compute, reduce, cast_forward_inputs=False)
     for block in model.blocks:

@@ -91,6 +91,7 @@ def draw_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator)
         )
     if sampling.temperature == 0:
         return int(logits_V.argmax())
+    # Sorted, so that top_k is a slice and top_p a running sum.
     logits_V, ids_V = logits_V.sort(descending=True)
     # From the largest down and in fp64, so that no temperature makes a number that is not one.
     below_largest_K = logits_V[: sampling.top_k].double() - logits_V[0]
@@ -149,6 +150,7 @@ def decode_stream(
 ) -> Iterator[str]:
     """Yields the text of tokens as it becomes certain: a character cut between two tokens waits for
     its last byte."""
+    # The decoder keeps the bytes of a character that is not complete yet.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in tokens:
         yield decoder.decode(decode_bytes([token]))

@@ -30,7 +30,9 @@ def local(tensor: Tensor) -> Tensor:
     """Returns the shard of a tensor that this process holds, sharing its memory; a plain tensor as
     it is, without its graph."""
     plain: Any = tensor.detach()
-    return plain.to_local() if is_sharded(tensor) else plain
+    if is_sharded(tensor):
+        return plain.to_local()
+    return plain
 
 
 def summed(value: Tensor, tensors: Sequence[Tensor]) -> Tensor:
@@ -51,6 +53,7 @@ def region_of(like: Tensor) -> tuple[slice, ...]:
     if not is_sharded(like):
         return tuple(region)
     sharded: Any = like
+    # A tensor may be cut along several dimensions of the mesh, each cut within the one before.
     for dim, placement in enumerate(sharded.placements):
         if placement.is_shard():
             whole = region[placement.dim]
@@ -88,13 +91,17 @@ def sharded_as(shard: Tensor, like: Tensor) -> Any:
 
 def gathered(shard: Tensor, like: Tensor) -> Tensor:
     """Returns the same as a full tensor, on every process."""
-    return sharded_as(shard, like).full_tensor() if is_sharded(like) else shard
+    if not is_sharded(like):
+        return shard
+    return sharded_as(shard, like).full_tensor()
 
 
 def full_norm(norm: Tensor) -> float:
     """Returns the number behind a norm that may be a DTensor."""
     whole: Any = norm
-    return (whole.full_tensor() if is_sharded(norm) else norm).item()
+    if is_sharded(norm):
+        whole = whole.full_tensor()
+    return whole.item()
 
 
 # Modules
@@ -108,7 +115,9 @@ def sharded_modules(module: nn.Module) -> list[Any]:
 
 def reshard(module: nn.Module | None) -> None:
     """Frees gathered weights: what was gathered before the shards changed would be used again."""
-    sharded = sharded_modules(module) if module is not None else []
+    if module is None:
+        return
+    sharded = sharded_modules(module)
     for owner in sharded:
         owner.reshard()
     if sharded:

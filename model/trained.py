@@ -50,6 +50,7 @@ def open_trained(folder: Path, step: int | None) -> Trained:
         )
     is_plain = os.path.lexists(folder / "gpt.json")
     is_theirs = os.path.lexists(folder / "config.json")
+    # gpt.json is of our own format; config.json is of transformers'.
     model = from_plain(folder) if is_plain and not is_theirs else from_hf(folder)
     tokenizer = read_tokenizer(folder)
     check_rows(f"run={folder}", model.config, tokenizer)
@@ -72,6 +73,7 @@ def from_plain(folder: Path) -> GPT:
     """Returns the GPT of an export with format=plain, in evaluation mode. Raises ValueError where
     it is damaged."""
     path = folder / "gpt.json"
+    # The file may be damaged or made by hand: its values are checked as those of a run are.
     config = read_settings(path, GPTConfig)
     for entry in fields(GPTConfig):
         if f"model.{entry.name}" in KEYS and (value := getattr(config, entry.name)) is not None:

@@ -15,6 +15,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, split: bool = False)
     biases), which do not. With `split` the matrices of the body come first, in a group of their
     own. Every trainable parameter is in exactly one group, tied ones once. Each group has a `name`
     and the `names` of its parameters."""
+    # Embeddings, positions and the head are matrices by shape and tables by use: Muon's steps are
+    # for maps between hidden states, so `split` leaves tables out of the body.
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     tables = ("embedding.", "positions.", "head.")
     matrices = [
@@ -46,6 +48,8 @@ class MuonAndAdamW(Optimizer):
     states are one dict, of disjoint keys."""
 
     def __init__(self, muon: Muon, adamw: AdamW) -> None:
+        # One dict of states and one list of groups, which `step` of either part reads: schedules,
+        # rules and checkpoints see an optimiser like any other.
         self.parts = (muon, adamw)
         self.defaults = {}
         self.state = adamw.state
@@ -122,8 +126,9 @@ def load_state_tensors(model: nn.Module, optimizer: Optimizer, tensors: dict[str
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition(".")
         p = parameters[name]
-        optimizer.state[p][key] = (
-            sharded_as(shard_of(value, p).to(p.device, copy=True), p)
-            if value.shape == p.shape
-            else value.to(p.device)
-        )
+        # Moments have the shape of their parameter and are cut as it is; the count of steps is not.
+        if value.shape == p.shape:
+            shard = shard_of(value, p).to(p.device, copy=True)
+            optimizer.state[p][key] = sharded_as(shard, p)
+        else:
+            optimizer.state[p][key] = value.to(p.device)

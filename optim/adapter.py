@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.gpt import GPT
-from model.logits import IGNORED, Cotangent, Weigh, instance_means, logit_statistics
+from model.logits import IGNORED, Cotangent, InstanceWeighting, instance_means, logit_statistics
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -43,7 +43,9 @@ def is_counted(targets: Tensor) -> Tensor:
 def logits_of(module: nn.Module, inputs: Any) -> Tensor:
     """Returns the logits of a module, which takes a dict by names: what it gives, or the `logits`
     in that, as models of transformers have them. Raises ValueError where there are none."""
+    # A dict goes in by names, as models of transformers take it.
     output = module(**inputs) if hasattr(inputs, "items") else module(inputs)
+    # What comes out may be the logits, a dict that holds them, or an object that has them.
     logits = output.get("logits") if hasattr(output, "items") else getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim == 0:
         raise ValueError(
@@ -98,18 +100,22 @@ class DenseLogits:
         scale: float = 1.0,
         keep_r: bool = False,
         keep_h: bool = False,
-        weigh: Weigh | None = None,
+        weighting: InstanceWeighting | None = None,
         into: Tensor | None = None,
     ) -> tuple[Tensor, Cotangent]:
+        # r = dL/dz by autograd on a leaf of its own, since the loss may be any function of z.
         with torch.enable_grad():  # r is wanted even where no gradient is
             leaf = self.z.detach().requires_grad_()
             losses, counted = self.losses(leaf, targets), self.counted(targets)
             total = torch.where(counted, losses, 0).sum() * scale
-            r = torch.autograd.grad(total, leaf, retain_graph=weigh is not None)[0]
+            r = torch.autograd.grad(total, leaf, retain_graph=weighting is not None)[0]
             factor = counted * torch.full_like(losses, scale)
             cotangent = Cotangent(targets, factor, factor, r_NxV=r)
-            if weigh is not None:
-                weights_B = weigh(slice(0, len(targets)), instance_means(losses.detach(), counted))
+            # Instance weights enter the gradient alone: the loss and the stored r are without them.
+            if weighting is not None:
+                weights_B = weighting(
+                    slice(0, len(targets)), instance_means(losses.detach(), counted)
+                )
                 losses_B = torch.where(counted, losses, 0).reshape(len(targets), -1).sum(1)
                 r = torch.autograd.grad((weights_B * losses_B).sum() * scale, leaf)[0]
                 cotangent.weights_B = weights_B
@@ -203,6 +209,7 @@ def split_labels(micro: Any, module: nn.Module) -> tuple[dict[str, Any], Tensor]
         )
     inputs = {name: value for name, value in micro.items() if name != "labels"}
     targets = micro["labels"]
+    # The last position has no next token here, and is not counted.
     if is_causal(module) and targets.ndim == 2:
         targets = nn.functional.pad(targets[:, 1:], (0, 1), value=IGNORED)
     return inputs, targets
@@ -231,7 +238,9 @@ def is_causal(module: nn.Module) -> bool:
 def refuse_unshifted(inputs: Any, targets: Tensor, module: nn.Module) -> None:
     """Raises ValueError where a language model is to predict the token that it reads, and not the
     next one."""
-    tokens = inputs.get("input_ids") if hasattr(inputs, "items") else inputs
+    tokens = inputs
+    if hasattr(inputs, "items"):
+        tokens = inputs.get("input_ids")
     # A module that does not say what it is: with "input_ids" it is most likely such a model within
     # another.
     unknown = hasattr(inputs, "items") and not hasattr(module, "loss_type")
@@ -242,6 +251,7 @@ def refuse_unshifted(inputs: Any, targets: Tensor, module: nn.Module) -> None:
         or targets.ndim != 2
     ):
         return
+    # A text of one token repeated is its own shift: only targets that are no shift are a mistake.
     counted = targets != IGNORED
     same = (tokens == targets) | ~counted
     shifted = (tokens[:, 1:] == targets[:, :-1]) | ~counted[:, :-1]

@@ -76,7 +76,9 @@ def _norms(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     """Returns Euclidean norms, accumulated in `dtype`. Those of sharded tensors (DTensors) are
     of the whole tensor, by one all-reduce."""
     norms = torch.stack(torch._foreach_norm(tensors, 2, dtype))
-    return norms.full_tensor() if is_sharded(norms) else norms  # type: ignore[attr-defined]
+    if is_sharded(norms):
+        return norms.full_tensor()  # type: ignore[attr-defined]
+    return norms
 
 
 def _check_options(mu: float, form: str, schedule: str, steps: int | None) -> None:
@@ -159,6 +161,7 @@ class BAR:
         self.schedule = schedule
         self.steps = steps
         self.done = 0
+        # By identity: the group of each parameter, and the pair that a factor belongs to.
         groups: dict[int, int] = {}
         for index, group in enumerate(optimizer.param_groups):
             groups |= {id(p): index for p in group["params"]}
@@ -188,7 +191,9 @@ class BAR:
 
     def mu_at(self, step: int) -> float:
         """Returns mu_t of the call after `step` others."""
-        progress = min(1.0, step / self.steps) if self.steps else 0.0
+        progress = 0.0
+        if self.steps:
+            progress = min(1.0, step / self.steps)
         fraction = {
             "constant": 1.0,
             "linear": 1 - progress,
@@ -204,6 +209,7 @@ class BAR:
         Returns the balancedness (|X|^2 - |Y|^2) / 2 of every pair, as it was before, by name:
         scalars on the pair's device, so that only who reads them waits for it. For logs, read them
         at once: `torch.stack([*balancedness.values()]).tolist()`."""
+        # Pairs of one device, dtype and group are rescaled by a few kernels for all of them.
         batches = defaultdict(list)
         for pair in self.pairs:
             lr = self._lr(pair)
@@ -222,6 +228,8 @@ class BAR:
 
     def _rescale(self, pairs: list[Pair]) -> Tensor:
         """Rescales pairs of one device, dtype and group; returns their balancedness before."""
+        # A missing gradient counts as NaN, so that its pair is left alone without a question to the
+        # device.
         factors = [pair.x for pair in pairs] + [pair.y for pair in pairs]
         gradients = [torch.full_like(p, math.nan) if p.grad is None else p.grad for p in factors]
         dtype = pairs[0].x.dtype
@@ -229,6 +237,7 @@ class BAR:
         grows = gx >= gy if self.form == "nbar" else x < y
         acts = norms.isfinite().all(dim=0) & (gx + gy > 0)
         scale = self.mu_at(self.done) * self.optimizer.param_groups[pairs[0].x_group]["lr"]
+        # s is positive where X grows, negative where Y does, and 0 where the pair is left alone.
         s = (2 * grows.to(dtype) - 1) * acts * scale
         torch._foreach_mul_([local(p) for p in factors], list(torch.cat([1 + s, 1 - s]).unbind()))
         return (x - y) * (x + y) / 2

@@ -41,6 +41,7 @@ def forward_flops(config: GPTConfig, length: int) -> ForwardFlops:
     M = config.hidden_width
     L = config.num_layers
     kv = config.kv_heads * config.head_width
+    # SwiGLU has a gate beside the two maps, up and down.
     maps = 3 if config.activation == "swiglu" else 2
     body = 2 * (2 * D * D + 2 * D * kv + maps * D * M) * L
     return ForwardFlops(body, attention=4 * length * D * L, head=2 * D * config.padded_vocab_size)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model.gpt import GPT
-from model.logits import Cotangent, Weigh
+from model.logits import Cotangent, InstanceWeighting
 from model.processes import Layout
 from model.sharding import all_sum, compute_device, sharded_modules
 from optim.adapter import Adapter, as_groups, is_counted, refuse_unshifted
@@ -54,10 +54,10 @@ class RuleResult:
         self.backwards += share * backwards
         self.head_products += share * head_products
 
-    def log(self, weight: float, metrics: dict[str, Any]) -> None:
-        """Adds metrics of a group, to be averaged over the groups by their weights."""
+    def log(self, token_share: float, metrics: dict[str, Any]) -> None:
+        """Adds metrics of a group, to be averaged over the groups by their tokens."""
         for name, value in metrics.items():
-            self.metrics[name] = self.metrics.get(name, 0) + weight * value
+            self.metrics[name] = self.metrics.get(name, 0) + token_share * value
 
 
 @dataclass
@@ -67,15 +67,17 @@ class MicroBatch:
     inputs: Any
     targets: Tensor
     counted_B: Tensor  # counted targets of each instance
-    tokens: int  # and of all of them, over all processes
+    tokens: int  # counted targets of all instances, over all processes
     share: float  # of the instances of the batch
 
     # Of rules that move the weights:
     # The share of its instances, over all processes, on which the ascent gradient is taken.
     ascends: float = 1.0
     chosen_B: Tensor | None = None  # which of this process's, where its pass takes others along
-    weigh: Weigh | None = None  # of the instances in the ascent loss, where they weigh differently
-    weights_B: Tensor | None = None  # which came of it, their mean over all counted tokens 1
+    # Gives the weights of its instances in the ascent loss; None where all weigh the same.
+    weighting: InstanceWeighting | None = None
+    # The weights that it gave, of mean 1 over all counted tokens.
+    weights_B: Tensor | None = None
     cotangent: Cotangent | None = None  # r at the clean weights
 
 

@@ -52,15 +52,16 @@ class Schedule:
 
     def radius(self, step: int) -> float:
         """Returns the radius of the perturbation in the same update."""
+        # Of the span that moves the weights, not of the run: a late rule warms up when it begins.
         progress = max(0, step - self.first) / max(1, self.stop - self.first)
         fractions = {
             "constant": 1.0,
             "warmup": min(1.0, progress / self.rho_warmup),
             "cosine": (1 + math.cos(math.pi * progress)) / 2,
         }
-        return self.rho * (
-            self.fraction(step) if self.rho_shape == "lr" else fractions[self.rho_shape]
-        )
+        if self.rho_shape == "lr":
+            return self.rho * self.fraction(step)
+        return self.rho * fractions[self.rho_shape]
 
     def moves(self, step: int) -> bool:
         """Returns whether the rule moves the weights in the same update."""
@@ -81,6 +82,7 @@ class Schedule:
         if self.shape == "linear":
             return 1 - (1 - self.final) * progress
         if self.shape == "wsd":
+            # The last factor is 0 until the decay begins, and rises to 1 at the end.
             return 1 - (1 - self.final) * max(0.0, 1 - (self.steps - step) / self.decay_steps)
         return 1.0
 
@@ -131,6 +133,7 @@ def matched(steps: int, optim: OptimConfig, perturbed_cost: float) -> int:
     def cost(horizon: int) -> float:
         return horizon + (perturbed_cost - 1) * len(range(*span(optim, horizon), optim.period))
 
+    # A little more than the budget, so that rounding does not cost a step of an exact match.
     budget = steps * (1 + 1e-12)
     # The cost rises with the horizon but for the rounding of the first and last perturbed step,
     # which a few horizons make up for.
@@ -140,6 +143,7 @@ def matched(steps: int, optim: OptimConfig, perturbed_cost: float) -> int:
 
 def span(optim: OptimConfig, steps: int) -> tuple[int, int]:
     """Returns the first perturbed step and the first no longer perturbed, of a horizon."""
+    # From 1 on a number is a step, below it a fraction of the horizon; a stop of 1 is all of it.
     first = optim.start if optim.start >= 1 else optim.start * steps
     if optim.stop is None:
         stop: float = steps
@@ -150,8 +154,12 @@ def span(optim: OptimConfig, steps: int) -> tuple[int, int]:
 
 def make_schedule(steps: int, config: ScheduleConfig, optim: OptimConfig) -> Schedule:
     """Returns the schedule over a horizon."""
-    warmup = round(config.warmup * steps) if config.warmup_steps is None else config.warmup_steps
-    decay_steps = max(1, round(config.decay * steps)) if config.shape == "wsd" else 0
+    warmup = config.warmup_steps
+    if warmup is None:
+        warmup = round(config.warmup * steps)
+    decay_steps = 0
+    if config.shape == "wsd":
+        decay_steps = max(1, round(config.decay * steps))
     check_phases(steps, warmup, decay_steps, config)
     plain = Schedule(steps, warmup, optim.lr, config.shape, config.start, config.final, decay_steps)
     if optim.path == "none":

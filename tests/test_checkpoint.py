@@ -26,6 +26,8 @@ from model.checkpoint import (
     checksum,
     describe,
     open_checkpoint,
+    open_tensors,
+    save_parts,
 )
 from tests.runs import ROOT, assert_same_tensors, content
 
@@ -339,6 +341,20 @@ def test_a_file_that_was_not_saved_is_not_read(tmp_path):
     (path / "rule.safetensors").write_bytes(pickle.dumps(Bomb(tmp_path / "marker")))
     assert_is(open_checkpoint(path), 4)
     assert not (tmp_path / "marker").exists()
+
+
+def test_a_tensor_whose_parts_are_not_all_there_is_damage(tmp_path):
+    """What a file too few would leave in the gap are the numbers of unwritten memory."""
+    whole = torch.arange(24.0).view(6, 4)
+    files = [tmp_path / "first.safetensors", tmp_path / "last.safetensors"]
+    save_parts(files[0], {"w": Part(whole[:2], (0, 0))})
+    save_parts(files[1], {"w": Part(whole[4:], (4, 0))})
+    stored = open_tensors(files)["w"]
+    assert stored.shape == whole.shape
+    assert torch.equal(stored[slice(4, 6), slice(1, 3)], whole[4:6, 1:3])
+    for region in (..., (slice(1, 3), slice(0, 4))):
+        with pytest.raises(DamagedCheckpoint, match="the parts of w are not all there"):
+            stored[region]
 
 
 @pytest.mark.parametrize(

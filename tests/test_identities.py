@@ -763,7 +763,7 @@ def weighing(monkeypatch, weights):
     left = list(weights)
     monkeypatch.setattr(
         Delta,
-        "weigh",
+        "weights_of",
         lambda self, *rest: torch.stack([left.pop(0) for _ in rest[-1]]),
     )
 
@@ -810,13 +810,13 @@ def test_32_33_the_ascent_is_that_of_the_weighted_loss(name, monkeypatch):
 
 def weights_found(rule, batches):
     """w_i of every instance of a step, in the batch's order, as the moved pass has them."""
-    found, original = [], rule.descend
+    found, original = [], rule.take_moved_pass
 
     def noting(ascent, *rest):
         found.extend(weight for micro in ascent.group for weight in micro.weights_B)
         return original(ascent, *rest)
 
-    rule.descend = noting
+    rule.take_moved_pass = noting
     rule.gradient(batches)
     return torch.stack(found)
 

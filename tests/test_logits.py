@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT, GPTConfig, chunked_head
 from model.logits import IGNORED, LazyLogits
+from optim.adapter import DenseLogits, cross_entropy, is_counted
 
 N, D, V = 37, 16, 101
 PADDED = 128
@@ -51,6 +52,34 @@ def test_value_and_gradients_are_those_of_the_dense_loss(monkeypatch, settings, 
     assert count == (targets != IGNORED).sum()
     torch.testing.assert_close(total, expected, rtol=1e-13, atol=1e-13)
     for ours, theirs in zip(found, torch.autograd.grad(expected, (h, weight)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+def test_instance_weights_enter_the_gradient_alone():
+    """Of lazy and of dense logits alike: loss and r are without them, as Functional-SAM on top of
+    weighted instances needs r."""
+    h, weight, _ = place()
+    h = h.detach()[:, :36].view(4, 9, D).requires_grad_()
+    targets = place()[2][:, :36].view(4, 9)
+
+    def mean_losses(which: slice, losses_b: torch.Tensor) -> torch.Tensor:
+        return losses_b
+
+    both = {
+        "lazy": LazyLogits(h, weight, V),
+        "dense": DenseLogits(LazyLogits(h, weight, V).dense(), cross_entropy, is_counted),
+    }
+    found = {}
+    for name, logits in both.items():
+        total, kept = logits.cross_entropy_and_cotangent(
+            targets, 0.5, keep_r=True, weighting=mean_losses
+        )
+        plain_total, plain = logits.cross_entropy_and_cotangent(targets, 0.5, keep_r=True)
+        assert torch.equal(total, plain_total) and torch.equal(kept.r_NxV, plain.r_NxV)
+        gradients = torch.autograd.grad(total, (h, weight), retain_graph=True)
+        assert not torch.allclose(gradients[0], torch.autograd.grad(plain_total, h)[0])
+        found[name] = [total, kept.weights_B, kept.r_NxV.view(36, -1)[:, :V], *gradients]
+    for ours, theirs in zip(found["lazy"], found["dense"], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
 
 

@@ -825,15 +825,15 @@ def poison(monkeypatch, bad: set[int], which: str) -> None:
 @pytest.mark.parametrize(
     ("name", "which"),
     [
-        ("sam", "ascend"),
-        ("sam", "descend"),
-        ("friendly_sam", "ascend"),
-        ("friendly_sam", "descend"),
-        ("stale_sam", "descend"),
-        ("looking", "descend"),
-        ("gsam", "descend"),
-        ("functional_sam", "descend"),
-        ("msam", "ascend"),
+        ("sam", "take_clean_pass"),
+        ("sam", "take_moved_pass"),
+        ("friendly_sam", "take_clean_pass"),
+        ("friendly_sam", "take_moved_pass"),
+        ("stale_sam", "take_moved_pass"),
+        ("looking", "take_moved_pass"),
+        ("gsam", "take_moved_pass"),
+        ("functional_sam", "take_moved_pass"),
+        ("msam", "take_clean_pass"),
     ],
 )
 def test_step_that_is_not_finite_is_skipped(
@@ -1012,7 +1012,10 @@ def test_look_ups_are_not_rounded(tied):
             )
             seen[name] = (now - then, p.detach() - before[name])
 
-    rule.descend = lambda *arguments: (note(), SharpnessAware.descend(rule, *arguments))
+    rule.take_moved_pass = lambda *arguments: (
+        note(),
+        SharpnessAware.take_moved_pass(rule, *arguments),
+    )
     tokens = torch.randint(0, 57, (2, 17))
     with torch.autocast("cpu", torch.bfloat16):
         metrics = rule.gradient([(tokens[:, :-1], tokens[:, 1:])]).metrics
@@ -1084,9 +1087,9 @@ def test_probes_of_a_bf16_run_are_in_fp32(probe):
             return original(inputs, caches)
 
         model.hidden = hidden
-        rule.descend = lambda ascent, *rest, weights=weights, rule=rule: (
+        rule.take_moved_pass = lambda ascent, *rest, weights=weights, rule=rule: (
             weights.append(ascent.group[0].weights_B),
-            SharpnessAware.descend(rule, ascent, *rest),
+            SharpnessAware.take_moved_pass(rule, ascent, *rest),
         )
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             result = rule.gradient([(tokens[:, :-1], tokens[:, 1:])], logged=False)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from launch.checkpoint import step_folder
-from launch.checkpoint.saver import Saver
+from launch.checkpoint.saver import Saver, copied
 from model import load
 from model.checkpoint import TENSORS, open_checkpoint
 from model.export import to_hf
@@ -85,6 +85,14 @@ def test_a_save_is_written_while_training_goes_on(tmp_path, monkeypatch):
     )
     trained.take(tmp_path)
     assert_same_tensors(trained.whole(), then)
+
+
+def test_the_place_of_a_copy_is_used_again_where_it_fits_only():
+    place = copied(torch.ones(3), None)
+    assert copied(torch.arange(3.0), place) is place and place.values.tolist() == [0, 1, 2]
+    for other in (torch.full((3,), 1 / 3, dtype=torch.float64), torch.ones(4)):
+        values = copied(other, place).values
+        assert values.dtype == other.dtype and torch.equal(values, other)
 
 
 @pytest.mark.parametrize("kind", KINDS)

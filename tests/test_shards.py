@@ -430,6 +430,19 @@ def test_a_token_beyond_the_vocabulary_is_found_although_the_checksum_is_right(c
         prepare(config, BYTES)
 
 
+def test_a_token_beyond_its_shards_own_maximum_is_found(tmp_path):
+    """The maximum is what is compared with the vocabulary, and a writer may have got it wrong."""
+    path, tokenizer = tmp_path / "a.bin", numbered(300)
+    write_shard(path, np.array([1, 200, 2]), [0], 2, tokenizer)
+    header = Shard.open(path, tokenizer).header._replace(max_token=2)
+    content = path.read_bytes()[HEADER.size :]
+    checksum = header.digest()
+    checksum.update(content)
+    path.write_bytes(HEADER.pack(*header, checksum.digest()) + content)
+    with pytest.raises(ValueError, match=r"a.bin holds token 200, beyond its own maximum of 2; "):
+        Shard.open(path, tokenizer).verify()
+
+
 def test_damaged_meta_is_named(config):
     folder = prepare(config, BYTES).folder
     content = json.loads((folder / "meta.json").read_text())

@@ -69,7 +69,7 @@ def resume_or_start(folder: Path, settings: Config, trained: Trained, schedule: 
     if weights := settings.init.hf:
         start_from(trained.model, weights, trained.corpus.tokenizer)
         origin = checksum_of_weights(weights) if trained.layout.main else None
-        return Start(said=f"started from the weights of {weights}", origin=origin)
+        return Start(note=f"started from the weights of {weights}", origin=origin)
     return Start()
 
 

@@ -26,7 +26,12 @@ from optim.adamw import describe_groups
 
 
 def announcement(
-    settings: Config, plan: Plan, opened: OpenRun, optimizer: Optimizer, computes: str, said: str
+    settings: Config,
+    plan: Plan,
+    opened: OpenRun,
+    optimizer: Optimizer,
+    device_and_precision: str,
+    start_note: str,
 ) -> list[str]:
     """Returns what is said before the first step.
 
@@ -35,17 +40,17 @@ def announcement(
         plan: its horizon and shape
         opened: its name and its processes
         optimizer: whose groups of parameters are told
-        computes: device and precision
-        said: where the run goes on from; empty where it begins
+        device_and_precision: device and precision
+        start_note: where the run goes on from; empty where it begins
     """
     lines = [
         f"{opened.name}: {plan.num_parameters:,} parameters, {plan.num_non_embedding:,} without"
         f" embeddings; {plan.schedule.steps:,} steps of {plan.tokens_per_step:,} tokens on"
-        f" {opened.layout.world} x {computes}",
+        f" {opened.layout.world} x {device_and_precision}",
         describe_groups(optimizer),
     ]
-    if said:
-        lines.append(said)
+    if start_note:
+        lines.append(start_note)
     length, longest = settings.batch.length, plan.model.max_length
     if 4 * length <= longest:
         lines.append(

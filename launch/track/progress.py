@@ -81,12 +81,12 @@ class Start:
     """Where a start of a run begins.
 
     progress    how far the run has come
-    said        what is told of it; nothing of a run from scratch
+    note        what is told of it; nothing of a run from scratch
     origin      the checksum of what the whole run began from, where that was another's weights
     resumed     the state of the run's own checkpoint, where there was one
     """
 
     progress: Progress = field(default_factory=Progress)
-    said: str = ""
+    note: str = ""
     origin: str | None = None
     resumed: State | None = None

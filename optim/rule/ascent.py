@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from model.logits import Cotangent, Weigh
+from model.logits import Cotangent, InstanceWeighting
 from optim.gradient import Gradient, MicroBatch, Step, add_loss, take_gradients
 from optim.rule.conditions import set_random_state
 from optim.rule.cotangents import CotangentStorage
@@ -24,10 +24,11 @@ class Ascent:
 
     group         its micro-batches
     random        the random state that each of its passes begins with
-    weight        counted targets of the group / of the step
+    token_share   counted targets of the group / of the step
     scale         1 / counted targets of the step
     reduce        sums a gradient of the group over all groups that move at the same time
-    reweighed     whether the loss at the moved point has the instance weights of the ascent
+    weights_moved_loss
+                  whether the loss at the moved point has the instance weights of the ascent
     took_pass     whether there was a clean pass
     gradients     g by parameter, where it was taken
     clean_head    the unembedding W(t), where a term reads it
@@ -35,10 +36,10 @@ class Ascent:
 
     group: list[MicroBatch]
     random: dict[str, Tensor]
-    weight: float
+    token_share: float
     scale: float
     reduce: Callable[[Tensor], Tensor]
-    reweighed: bool = False
+    weights_moved_loss: bool = False
     took_pass: bool = False
     gradients: dict[str, Tensor] = field(default_factory=dict)
     clean_head: Tensor | None = None
@@ -67,6 +68,7 @@ class CleanPass:
 
     def run(self, ascent: Ascent, step: Step) -> None:
         """Takes the pass over a group, whose micro-batches know how they weigh their instances."""
+        # r is stored whole, or h is kept to rebuild it; the logit path reads h in either case.
         stored = self.with_r and self.cotangents.decide(ascent.group)
         with_h = self.with_h or (self.with_r and not stored)
         ascending = [micro for micro in ascent.group if micro.ascends]
@@ -81,7 +83,7 @@ class CleanPass:
                     1 / ascent.tokens,
                     stored,
                     with_h,
-                    weigh_of(micro),
+                    weighting_of(micro),
                     self.cotangents.buffers.get(turn),
                 )
                 if stored:
@@ -89,9 +91,11 @@ class CleanPass:
                 if is_trained:
                     self.rule.backward(loss, micro is ascending[-1])
             # What other processes need of this pass is padding.
-            share = micro.ascends if is_trained else 0
+            share = 0.0
+            if is_trained:
+                share = micro.ascends
             step.result.count(micro.share, backwards=share, head_products=1 + 2 * share)
-            step.result.loss = add_loss(step.result.loss, loss * ascent.weight)
+            step.result.loss = add_loss(step.result.loss, loss * ascent.token_share)
         ascent.gradients = self.mean_gradient(ascent)
 
     def mean_gradient(self, ascent: Ascent) -> dict[str, Tensor]:
@@ -105,19 +109,21 @@ class CleanPass:
         if any(weights_of(micro) is not None for micro in ascent.group):
             weighted_B = torch.cat([weighted_counts(micro) for micro in ascending])
             mass = float(self.scope.sum(weighted_B.double().sum()))
+        # The same normalised weights serve at the moved point (delta_descent=reweighted).
         for micro in ascent.group:
             weights_B = weights_of(micro)
             if weights_B is not None and mass:
                 micro.weights_B = weights_B * (tokens / mass)
+        # The pass divided by the tokens of the group; a weighted mean is over the mass instead.
         if found and mass not in (0, tokens):
             torch._foreach_mul_(list(found.values()), tokens / mass)
         return found
 
 
-def weigh_of(micro: MicroBatch) -> Weigh | None:
+def weighting_of(micro: MicroBatch) -> InstanceWeighting | None:
     """Returns how the clean pass weighs the instances of a micro-batch; None where all of them
     weigh the same."""
-    if micro.ascends and (micro.weigh is not None or micro.chosen_B is not None):
+    if micro.ascends and (micro.weighting is not None or micro.chosen_B is not None):
         return partial(ascent_weights, micro)
     return None
 
@@ -126,9 +132,11 @@ def ascent_weights(micro: MicroBatch, which: slice, losses_b: Tensor) -> Tensor:
     """Returns the weights in the ascent loss, up to a factor, of some instances of a micro-batch
     whose mean losses are given; 0 for those that do not ascend."""
     weights_b = torch.ones_like(losses_b)
-    if micro.weigh is not None:
-        weights_b = micro.weigh(which, losses_b)
-    return weights_b if micro.chosen_B is None else weights_b * micro.chosen_B[which]
+    if micro.weighting is not None:
+        weights_b = micro.weighting(which, losses_b)
+    if micro.chosen_B is not None:
+        weights_b = weights_b * micro.chosen_B[which]
+    return weights_b
 
 
 def weights_of(micro: MicroBatch) -> Tensor | None:
@@ -139,4 +147,6 @@ def weights_of(micro: MicroBatch) -> Tensor | None:
 def weighted_counts(micro: MicroBatch) -> Tensor:
     """Returns the counted targets of each instance of a micro-batch, times its weight."""
     weights_B = weights_of(micro)
-    return micro.counted_B * (1 if weights_B is None else weights_B)
+    if weights_B is None:
+        return micro.counted_B
+    return micro.counted_B * weights_B

@@ -65,6 +65,7 @@ def passes(axes: RuleConfig, store: bool, instances: int, rough: bool = False) -
         instances: of a group, over all processes
         rough: whether the rule's passes round to less than IEEE fp32
     """
+    # The weighting's probes are forwards with the head, without a backward.
     terms = terms_of(axes)
     probes = WEIGHTINGS[axes.weights].forwards(axes, rough)
     forwards: float = probes
@@ -75,6 +76,7 @@ def passes(axes: RuleConfig, store: bool, instances: int, rough: bool = False) -
     if needs_gradient(axes):
         share = num_ascending(axes.ascent_fraction, instances) / instances
     if share or terms.reads_cotangent:
+        # One product for the logits, and two for the gradients of what is differentiated.
         forwards += 1
         backwards += share
         products += 1 + 2 * share
@@ -131,9 +133,14 @@ def make_axes(given: dict[str, Any]) -> RuleConfig:
             f"{unknown[0]}={given[unknown[0]]!r}: no such axis; choose among {', '.join(known)}"
         )
     axes = RuleConfig(**given)
+    # A command line is typed by Hydra; arguments of Python are not checked by anything yet.
     for name, kind in get_type_hints(RuleConfig).items():
         value = getattr(axes, name)
-        if not isinstance(value, kind | int if isinstance(0.0, kind) else kind):
+        # An integer will do where a float is meant.
+        allowed = kind
+        if isinstance(0.0, kind):
+            allowed = kind | int
+        if not isinstance(value, allowed):
             raise ValueError(
                 f"{name}={value!r} is of the wrong type; it must be"
                 f" {getattr(kind, '__name__', kind)}"
@@ -193,6 +200,19 @@ def check_uneven(axes: RuleConfig) -> None:
         )
 
 
+def check_span(axes: RuleConfig) -> None:
+    """Raises ValueError where `start` and `stop` are no steps, or leave none."""
+    if axes.start % 1 or (axes.stop or 0) % 1:
+        raise ValueError(
+            f"start={axes.start:g}, stop={axes.stop}: a fraction needs a horizon; give steps"
+        )
+    if axes.stop is not None and axes.stop <= axes.start:
+        raise ValueError(
+            f"stop={axes.stop:g} is not after start={axes.start:g}: the rule would never act; stop"
+            " later"
+        )
+
+
 def check_optimizer(axes: RuleConfig, optimizer: Optimizer, moving: Mapping[str, Tensor]) -> None:
     """Raises ValueError where the optimiser does not hold what the axes read of it, or a weight is
     too narrow to be moved."""
@@ -201,6 +221,7 @@ def check_optimizer(axes: RuleConfig, optimizer: Optimizer, moving: Mapping[str,
             f"optimizer={optimizer} is no optimiser of torch; give the one that steps on the rule's"
             " gradient"
         )
+    # Parameters are found by identity: comparing tensors compares their numbers.
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in moving.items():
         if torch.finfo(parameter.dtype).bits < 32:

@@ -1,4 +1,4 @@
-"""What is done with the clean gradient g and the moved gradient g_rule after the pass.
+"""Combinations of the clean gradient g with the moved gradient g_rule, after both passes.
 
 A combination of your own is a class under `@combination("name")`;
 optim.combine=name then selects it:
@@ -65,9 +65,9 @@ class Combination:
     def remember(self, g: Mapping[str, Tensor], rho: float) -> None:
         """Receives what `combine` left in g, by name, and the radius of the step."""
 
-    def reuse(self, g: Mapping[str, Tensor], size: Tensor) -> None:
-        """Changes the plain gradient g, of norm `size`, in place, in a step from start to stop that
-        moves nothing."""
+    def combine_plain(self, g: Mapping[str, Tensor], size: Tensor) -> None:
+        """Changes the plain gradient g, of norm `size`, in place, in a step from `start` to before
+        `stop` that does not move the weights."""
 
 
 @combination("replace")
@@ -97,7 +97,7 @@ class Reuse(Combination):
         # At radius 0 there is nothing but rounding in g_v.
         self.state = dict(g) if rho else {}
 
-    def reuse(self, g: Mapping[str, Tensor], size: Tensor) -> None:
+    def combine_plain(self, g: Mapping[str, Tensor], size: Tensor) -> None:
         g_v = [self.state[name] for name in g if name in self.state]
         if g_v:
             factor = float(self.axes.alpha * size / norm(g_v).clamp_min(1e-30))
@@ -112,6 +112,7 @@ class Orthogonal(Combination):
     needs_gradient = True
 
     def combine(self, g: list[Tensor], g_rule: list[Tensor], overlap: Overlap) -> None:
+        # g_rule (1 + alpha g.g_rule / |g_rule|^2) - alpha g, the equation above in two passes.
         rule_square = max(float(overlap.rule_size) ** 2, 1e-60)
         torch._foreach_mul_(g_rule, 1 + self.axes.alpha * float(overlap.inner) / rule_square)
         torch._foreach_add_(g_rule, g, alpha=-self.axes.alpha)

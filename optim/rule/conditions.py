@@ -42,6 +42,7 @@ def same_buffers(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def ieee_fp32(device: torch.device) -> Iterator[None]:
     """Runs passes in IEEE fp32: no autocast, no TF32."""
+    # Both switches are the process's own, so that they must be as they were afterwards.
     precision = torch.get_float32_matmul_precision()
     cudnn = torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
@@ -68,4 +69,6 @@ def same_masks(module: nn.Module, device: torch.device) -> AbstractContextManage
         isinstance(owner, nn.Dropout) and owner.training and owner.p > 0
         for owner in module.modules()
     )
-    return sdpa_kernel(SDPBackend.MATH) if drops and device.type == "cuda" else nullcontext()
+    if drops and device.type == "cuda":
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()

@@ -36,7 +36,10 @@ class CotangentStorage:
             return self.stores
         # Dense logits give r anyway.
         dense = isinstance(self.rule.model, Adapter)
-        needed = 0 if dense else self.size(group)
+        needed = 0
+        if not dense:
+            needed = self.size(group)
+        # All processes take the same way, by the one with the least room.
         free = all_min(self.rule.module, free_memory(self.rule.device))
         self.stores = dense or needed <= self.axes.cotangent_share * free
         if not dense:
@@ -53,6 +56,7 @@ class CotangentStorage:
         head: Tensor | None = getattr(self.rule.module, "unembedding", None)
         if head is None:
             return None
+        # A head that moved is at t~ by now; its clean weights are in the copy for the way back.
         shard_vxD = local(head)
         for name, weights in clean_weights.items():
             if self.rule.parameters[name] is head:
@@ -73,13 +77,17 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
+    # Pages that hold files count as taken by sysconf, though they are given up when asked for.
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     for line in read("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             free = 1024 * int(line.split()[1])
     limit = read("/sys/fs/cgroup/memory.max").strip()
     used = read("/sys/fs/cgroup/memory.current").strip()
-    return min(free, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else free
+    # The limit is "max" where there is none, and the files are missing outside of a cgroup.
+    if limit.isdigit() and used.isdigit():
+        free = min(free, int(limit) - int(used))
+    return free
 
 
 def read(path: str) -> str:

@@ -51,14 +51,15 @@ class Delta(Weighting):
     @classmethod
     def forwards(cls, axes: RuleConfig, rough: bool) -> int:
         # Where the clean pass rounds, the losses between the probes are taken once more in fp32.
-        return (2 if axes.delta_probe == "central" else 3) + rough
+        probes = 2 if axes.delta_probe == "central" else 3
+        return probes + rough
 
     @classmethod
     def copies(cls, axes: RuleConfig) -> int:
         return 1 if axes.delta_probe == "central" else 3
 
     @classmethod
-    def reweighs_descent(cls, axes: RuleConfig) -> bool:
+    def weights_moved_loss(cls, axes: RuleConfig) -> bool:
         return axes.delta_descent == "reweighted"
 
     def prepare(self, group: list[MicroBatch], losses: InstanceLosses, add: SumOverGroup) -> None:
@@ -74,14 +75,15 @@ class Delta(Weighting):
             if rough:
                 # Else c would be a difference between losses of two precisions.
                 centres = [*losses()]
+        # The weights themselves are made in the clean pass, as soon as it knows l_i(t).
         for micro, offsets_B, centres_B in zip(group, offsets, centres, strict=True):
-            micro.weigh = partial(self.weigh, offsets_B, centres_B)
+            micro.weighting = partial(self.weights_of, offsets_B, centres_B)
 
     def probe(self, losses: InstanceLosses) -> list[Tensor]:
         """Returns what is to be added to -2 l_i(t) (central) or l_i(t) (mixed) in c_i, for every
         instance of every micro-batch."""
-        weights = list(self.moving.values())
-        sigma = self.sigma(weights)
+        parameters = list(self.moving.values())
+        sigma = self.sigma(parameters)
         z = self.draw("z/")
         # (coefficient of l_i, noise d, sign): the loss at t + sign sigma d
         points = [(1.0, z, 1.0), (1.0, z, -1.0)]
@@ -90,31 +92,35 @@ class Delta(Weighting):
             both = [a + b for a, b in zip(z, other, strict=True)]
             points = [(1.0, both, 1.0), (-1.0, z, 1.0), (-1.0, other, 1.0)]
         found: list[list[Tensor]] = []
-        with moved(weights, points[0][1], points[0][2] * sigma, self.module) as saved:
+        # From one point straight to the next: each way back would cost a copy of all weights.
+        with moved(parameters, points[0][1], points[0][2] * sigma, self.module) as saved:
             for coefficient, noise, sign in points:
                 if found:
-                    move_on(weights, saved, noise, sign * sigma, self.module)
+                    move_on(parameters, saved, noise, sign * sigma, self.module)
                 found.append([coefficient * losses_B for losses_B in losses()])
         return [torch.stack(parts).sum(0) for parts in zip(*found, strict=True)]
 
-    def sigma(self, weights: list[Tensor]) -> float:
+    def sigma(self, parameters: list[Tensor]) -> float:
         """Returns sigma rms(w), without the rows that pad a vocabulary."""
-        count = sum(w.numel() for w in weights)
+        # rms(w) = |w| / sqrt(count); padding is 0 and would make it too small.
+        count = sum(w.numel() for w in parameters)
         for name, rows in self.direction.rows.items():
             if name in self.moving:
                 count -= (len(self.moving[name]) - rows) * self.moving[name].shape[1]
-        return self.axes.delta_sigma * norm(weights).item() / count**0.5
+        return self.axes.delta_sigma * norm(parameters).item() / count**0.5
 
     def draw(self, kind: str) -> list[Tensor]:
         """Returns noise for every parameter."""
         return [self.direction.noise(name, p, kind) for name, p in self.moving.items()]
 
-    def weigh(
+    def weights_of(
         self, offsets_B: Tensor, centres_B: Tensor | None, which: slice, losses_b: Tensor
     ) -> Tensor:
         """Returns c_i^p of some instances of a micro-batch, from what `probe` found and their
         losses at t."""
         if centres_B is not None:
             losses_b = centres_B[which]
-        factor = -2 if self.axes.delta_probe == "central" else 1
+        factor = 1
+        if self.axes.delta_probe == "central":
+            factor = -2
         return (offsets_B[which] + factor * losses_b).abs().pow(self.axes.delta_power)

@@ -1,4 +1,4 @@
-"""What is evaluated at the moved point t~ = t + e: SAM, Functional-SAM and their relatives.
+"""The moved pass, at t~ = t + e, and its paths: SAM, Functional-SAM and their relatives.
 
 With logits F, J = dF/dt and r = dL/dF, a path sums up to four products (`Terms`):
 
@@ -73,10 +73,13 @@ class Full(Term):
         return 3
 
     def evaluate(self, logits: Any, micro: MicroBatch, ascent: Ascent) -> Evaluated:
-        weigh = None
-        if ascent.reweighed and micro.weights_B is not None:
-            weigh = partial(known_weights, micro.weights_B)
-        loss, _ = logits.cross_entropy_and_cotangent(micro.targets, ascent.scale, weigh=weigh)
+        # delta_descent=reweighted: the moved loss has the weights of the ascent, too.
+        weighting = None
+        if ascent.weights_moved_loss and micro.weights_B is not None:
+            weighting = partial(known_weights, micro.weights_B)
+        loss, _ = logits.cross_entropy_and_cotangent(
+            micro.targets, ascent.scale, weighting=weighting
+        )
         return self.coefficient * loss, loss
 
 
@@ -93,7 +96,7 @@ class Functional(Term):
     def evaluate(self, logits: Any, micro: MicroBatch, ascent: Ascent) -> Evaluated:
         # r was made for the mean over the group, of which the step's mean has this share.
         product = logits.vjp(micro.cotangent, ascent.clean_head)
-        return self.coefficient * ascent.weight * product, None
+        return self.coefficient * ascent.token_share * product, None
 
 
 class Logit(Term):
@@ -112,7 +115,8 @@ class Logit(Term):
             micro.targets, ascent.scale, micro.cotangent.h_NxD, ascent.clean_head
         )
         ascent.spent.append(spent)
-        # The first of them hands dW of all micro-batches on.
+        # The first of them hands dW of all micro-batches on, so that one V x D is kept and not one
+        # for each.
         total_VxD = ascent.spent[0].dW_VxD
         if len(ascent.spent) > 1 and total_VxD is not None and spent.dW_VxD is not None:
             total_VxD.add_(spent.dW_VxD)
@@ -120,6 +124,7 @@ class Logit(Term):
         return None, loss
 
     def finish(self, rule: Gradient, ascent: Ascent, step: Step) -> None:
+        # The weights are back at t: this pass brings J(t), and r(t~) comes as its products.
         set_random_state(ascent.random)
         for micro, spent in zip(ascent.group, ascent.spent, strict=True):
             logits = rule.forward(micro, step)
@@ -134,7 +139,7 @@ class Clean(Term):
     def start(self, rule: Gradient, ascent: Ascent, g: dict[str, Tensor]) -> None:
         for name, own in g.items():
             p = rule.parameters[name]
-            own = ascent.reduce(own.mul_(self.coefficient * ascent.weight))
+            own = ascent.reduce(own.mul_(self.coefficient * ascent.token_share))
             p.grad = own if p.grad is None else own.add_(p.grad)
 
 
@@ -175,6 +180,7 @@ def path(name: str) -> Callable[[Callable[[RuleConfig], Terms]], Callable[[RuleC
 
     def add(terms: Callable[[RuleConfig], Terms]) -> Callable[[RuleConfig], Terms]:
         PATHS[name] = terms
+        # These paths alone read optim.cotangent.
         if terms(RuleConfig(path=name)).functional:
             COTANGENT_PATHS[name] = terms
         return terms
@@ -228,10 +234,11 @@ def angle(axes: RuleConfig) -> Terms:
 # The pass
 
 
-def descend(rule: Gradient, ascent: Ascent, step: Step, terms: Terms) -> None:
+def moved_pass(rule: Gradient, ascent: Ascent, step: Step, terms: Terms) -> None:
     """Adds to p.grad what a path takes at the moved point. All terms share one forward, and one
     backward."""
     parts = terms.parts()
+    # The dropout masks are those of the clean pass: else their change would look like curvature.
     set_random_state(ascent.random)
     for micro in ascent.group:
         with torch.set_grad_enabled(any(term.is_differentiated for term in parts)):
@@ -240,15 +247,19 @@ def descend(rule: Gradient, ascent: Ascent, step: Step, terms: Terms) -> None:
             is_stored = micro.cotangent is not None and micro.cotangent.r_NxV is not None
             for term in parts:
                 value, loss = term.evaluate(logits, micro, ascent)
-                values += [] if value is None else [value]
-                losses += [] if loss is None else [loss]
+                if value is not None:
+                    values.append(value)
+                if loss is not None:
+                    losses.append(loss)
                 step.result.count(micro.share, head_products=term.head_products(is_stored))
+            # The functional path never compares its logits with targets.
             if step.diagnosed and not losses:
                 losses.append(measure_loss(logits, micro, ascent, step))
             # One backward for all: a second would need the graph kept.
             if values:
                 rule.backward(sum(values[1:], values[0]), micro is ascent.group[-1])
                 step.result.count(micro.share, backwards=1)
+        # Every term finds the same loss, that at t~.
         if losses:
             step.result.perturbed_loss = add_loss(step.result.perturbed_loss, losses[0])
         # Its memory is wanted by the next micro-batch; a buffer of stored ones is kept elsewhere.

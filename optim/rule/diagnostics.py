@@ -59,10 +59,13 @@ class Diagnostics:
         """Logs |g|, and the slope of the loss along the move, d g / |d|; notes |e|."""
         if not step.logged:
             return
-        move.length = self.rule.rho * float(norm(move.d)) / move.n if move.n > 0 else 0.0
+        # |e| = rho |d| / n(d), which is rho only where n is the Euclidean norm.
+        if move.n > 0:
+            move.length = self.rule.rho * float(norm(move.d)) / move.n
         g = ascent.gradients
         if not (g and self.takes_plain_gradient):
             return
+        # Both lists are of the parameters that move and have a gradient, in one order.
         names = [name for name in move.parameters if name in g]
         d = [one for name, one in zip(move.parameters, move.d, strict=True) if name in g]
         slope = dot(d, [g[name] for name in names]) / norm(move.d).clamp_min(1e-30)
@@ -70,7 +73,7 @@ class Diagnostics:
             "sharpness/gradient_norm": norm(list(g.values())),
             "sharpness/slope": slope * self.rule.direction.sign,
         }
-        self.rule.scope.log(step, ascent.weight, found)
+        self.rule.scope.log(step, ascent.token_share, found)
 
     def log_move(
         self, ascent: Ascent, move: Move, clean: Sequence[Tensor], step: Step, terms: Terms
@@ -94,6 +97,7 @@ class Diagnostics:
         """
         if not (step.logged and move.parameters):
             return
+        # Autocast rounds the weights of products only; look-ups and scales see the stored weight.
         moving = list(move.parameters.values())
         dtype = compute_dtype(moving[0])
         dtypes = [
@@ -105,12 +109,15 @@ class Diagnostics:
         if self.rule.rho > 0:
             # A replica that counts no target does not move, but adds up the same figures as the
             # others. The square may be too large for a float.
-            along = seen.product / move.length / move.length if move.length > 0 else 1.0
+            along = 1.0
+            if move.length > 0:
+                along = seen.product / move.length / move.length
             found["sharpness/realised_along"] = along
         for kind, share in self.shares(move, seen.squares, length).items():
             found[f"sharpness/share_{kind}"] = share
-        self.rule.scope.log(step, ascent.weight, found)
-        if ascent.weight == 1 and not terms.logit and length > 0:
+        self.rule.scope.log(step, ascent.token_share, found)
+        # p.grad holds g_rule of the whole step here, but for a logit term, which comes later.
+        if ascent.token_share == 1 and not terms.logit and length > 0:
             log_slope(moving, clean, length, step.result.metrics)
 
     def shares(self, move: Move, squares: list[float], length: float) -> dict[str, float]:
@@ -118,7 +125,9 @@ class Diagnostics:
         shares = dict.fromkeys(("embedding", "body", "head"), 0.0)
         for name, square in zip(move.parameters, squares, strict=True):
             kind = self.kinds[name]
-            shares["body" if kind == "norm" else kind] += square / max(length**2, 1e-300)
+            if kind == "norm":
+                kind = "body"
+            shares[kind] += square / max(length**2, 1e-300)
         return shares
 
     def log_cosine(self, step: Step, size: Tensor) -> None:
@@ -146,12 +155,16 @@ class Diagnostics:
 
     def warn_of_rounding(self, result: RuleResult) -> None:
         """Says once what rounding does to the rule, and what helps."""
-        harm = "" if self.warned else unfaithful(result.metrics)
-        if harm:
-            self.warned = True
-            rough = self.rule.axes.compute == "precision" and rounds(self.rule.device)
-            remedy = "compute the rule in IEEE fp32 (optim.compute=fp32) or " if rough else ""
-            self.rule.say(f"warning: {harm}; {remedy}take a larger radius (optim.rho)")
+        if self.warned:
+            return
+        harm = unfaithful(result.metrics)
+        if not harm:
+            return
+        self.warned = True
+        remedy = "take a larger radius (optim.rho)"
+        if self.rule.axes.compute == "precision" and rounds(self.rule.device):
+            remedy = f"compute the rule in IEEE fp32 (optim.compute=fp32) or {remedy}"
+        self.rule.say(f"warning: {harm}; {remedy}")
 
     # At the price of passes
 
@@ -173,7 +186,8 @@ class Diagnostics:
             delta_func = J(t~)^T r - g        delta_logit = J(t)^T r~ - g
 
         It takes 6 forwards and 5 backwards over the group, and leaves p.grad empty."""
-        scratch = self.scratch(step, self.rule.scope.tokens(group, step))
+        # g, J(t~)^T r and J(t)^T r~, each from the random state that the step began with.
+        scratch = self.scratch(step, self.rule.scope.concurrent_tokens(group, step))
         random = random_state()
         found = []
         with same_buffers(self.rule.module):
@@ -201,6 +215,7 @@ class Diagnostics:
         """Logs the fidelity of a rule: the cosine of g_rule - g, as the passes find it, with the
         same in IEEE fp32, on the first micro-batch that counts tokens, with the same weights and
         dropout masks. It is of g_rule before `combine`, and there is none where nothing moves."""
+        # Copies: the measurement leaves its own cotangents and weights in a micro-batch.
         rule = self.rule
         micros = [replace(micro) for micro in group]
         rule.count_tokens(micros)
@@ -256,6 +271,7 @@ def log_slope(
 ) -> None:
     """Logs the slope of g_rule along the move, of this length, and with that of g the curvature
     along it."""
+    # e is read off the weights themselves, since d has been let go of.
     e, g_rule = [], []
     for now, before in zip(moving, clean, strict=True):
         if now.grad is not None:
@@ -301,6 +317,7 @@ def realised(
 ) -> Realised:
     """Returns what became of a move where each parameter is rounded to a dtype before it is
     used."""
+    # Over blocks of millions of squares sums are in fp64.
     sums = []
     for now, before, dtype in zip(parameters, saved, dtypes, strict=True):
         total = torch.zeros(3, dtype=torch.float64, device=now.device)

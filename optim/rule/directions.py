@@ -1,4 +1,4 @@
-"""What the weights move along: the direction q of every parameter.
+"""Directions: q of every parameter, along which the weights move.
 
 A direction of your own is a class with `__call__` under `@direction("name")`; optim.direction=name
 then selects it:
@@ -104,6 +104,7 @@ class Momentum(Direction):
             )
 
     def __call__(self, name: str, parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
+        # Adam's first moment, or the buffer of SGD and Muon; both point uphill.
         state = self.optimizer.state.get(parameter, {})
         return state.get("exp_avg", state.get("momentum_buffer"))
 
@@ -120,6 +121,7 @@ class Stale(Direction):
         return self.state.get(name)
 
     def observe_update(self, gradients: dict[str, Tensor]) -> None:
+        # A copy: p.grad is clipped after this, and emptied before the next step.
         for name, gradient in gradients.items():
             if name in self.state:
                 self.state[name].copy_(gradient)
@@ -137,6 +139,7 @@ class Friendly(Direction):
 
     def __call__(self, name: str, parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
         assert gradient is not None
+        # E = 0 at first: the first direction is g.
         if name not in self.state:
             return gradient
         return gradient.sub(self.state[name], alpha=self.axes.friendly_sigma)
@@ -165,12 +168,14 @@ def noise(like: Tensor, seed: int, step: int, name: str, rows: int | None = None
     part. Every block of them has a generator of its own, seeded by (seed, step, name, block). Rows
     from `rows` on are 0: padding that no loss sees would take its share of a radius. On CPUs,
     where a generator works in one thread, several draw at once."""
+    # Every process draws the whole tensor and cuts its part: numbers do not depend on the shards.
     full = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     drawn = [block for (block,) in blocks(full)]
 
     def draw(i: int) -> None:
         drawn[i].normal_(generator=named_generator(seed, f"{step}/{name}/{i}", like.device))
 
+    # Which thread draws a block changes nothing: every block has a generator of its own.
     if len(drawn) == 1:
         draw(0)
     else:

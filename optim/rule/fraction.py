@@ -39,6 +39,7 @@ def cut(group: list[MicroBatch], fraction: float, scope: Scope) -> list[MicroBat
 def sizes(group: list[MicroBatch], scope: Scope) -> tuple[list[list[int]], int]:
     """Returns the instances of each micro-batch on each of the processes that share one
     perturbation, and the place of this one among them."""
+    # Each process fills in its own column, and the sum has them all.
     place, world = scope.place()
     sizes_KxP = group[0].targets.new_zeros(len(group), world, dtype=torch.int64)
     sizes_KxP[:, place] = torch.tensor([len(micro.targets) for micro in group])
@@ -51,8 +52,11 @@ def cut_one(micro: MicroBatch, chosen: int, sizes_P: list[int], place: int) -> l
     # Instances are chosen process by process, in the order of their ranks.
     chosen_P = [min(max(0, chosen - sum(sizes_P[:p])), size) for p, size in enumerate(sizes_P)]
     whole = chosen == 0 or min(sizes_P) <= max(chosen_P)
-    ends_P = sizes_P if whole else [max(chosen_P)] * len(sizes_P)
+    ends_P = sizes_P
+    if not whole:
+        ends_P = [max(chosen_P)] * len(sizes_P)
     first = part_of(micro, slice(0, ends_P[place]), chosen / max(1, sum(ends_P)))
+    # Some of this part ascend and some do not: they are told apart by weights of 1 and 0.
     if chosen not in (0, sum(ends_P)):
         chosen_B = torch.arange(ends_P[place]) < chosen_P[place]
         first.chosen_B = chosen_B.to(first.targets.device)

@@ -60,7 +60,7 @@ class Metric:
 
 @metric("adam")
 class AdamMetric(Metric):
-    """P = 1 / (v^ power + eps), Adam's preconditioner, v^ bias-corrected.
+    """P = 1 / ((v^)^p + eps), Adam's preconditioner, v^ bias-corrected, p = metric_power.
 
     second_moment   with_gradient: v' = b2 v + (1 - b2) g^2, as this step would leave it, corrected
                     for step + 1. before: v as it stands, and P = 1 before there is a v
@@ -95,7 +95,7 @@ class AdamMetric(Metric):
     def scale_one(
         self, group: dict[str, Any], state: dict[str, Any], q: Tensor, gradient: Tensor | None
     ) -> Tensor:
-        """Returns q / (v^ power + eps) of one parameter, in a new tensor."""
+        """Returns q / ((v^)^p + eps) of one parameter, in a new tensor."""
         v = state.get("exp_avg_sq")
         ahead = self.needs_gradient(self.axes)
         if v is None and not ahead:
@@ -109,13 +109,17 @@ class AdamMetric(Metric):
         if not ahead:
             gradient = None
         inputs = [tensor for tensor in (gradient, v) if tensor is not None]
+        # v is corrected for the steps that it has seen: with this step's g in it, one more.
         step = float(state.get("step", 0)) + ahead
-        eps = group["eps"] if self.axes.metric_eps is None else self.axes.metric_eps
+        eps = self.axes.metric_eps
+        if eps is None:
+            eps = group["eps"]
         for out, along, *rest in blocks(*map(local, [d, q, *inputs])):
             self.second_moment(out, rest, group["betas"][1], step)
-            root = (
-                out.sqrt_() if self.axes.metric_power == 0.5 else out.pow_(self.axes.metric_power)
-            )
+            if self.axes.metric_power == 0.5:
+                root = out.sqrt_()
+            else:
+                root = out.pow_(self.axes.metric_power)
             # What never had a gradient does not move.
             never = root == 0 if eps == 0 else None
             torch.div(along, root.add_(eps), out=out)
@@ -136,7 +140,9 @@ class AdamMetric(Metric):
     def norm(self, d: list[Tensor], q: list[Tensor]) -> Tensor:
         if self.axes.metric_norm == "dual":
             return dot(q, d).sqrt()
-        return norm(d if self.axes.metric_norm == "l2" else q)
+        if self.axes.metric_norm == "l2":
+            return norm(d)
+        return norm(q)
 
 
 @metric("adaptive")

@@ -34,6 +34,7 @@ def choose(
 
 def kinds(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
     """Returns what each parameter is: embedding (a tied head among them), head, norm or body."""
+    # A parameter is what the layer is that holds it: names differ from model to model.
     owners = {id(p): owner for owner in module.modules() for p in owner.parameters(recurse=False)}
     output = output_of(module)
     bias = getattr(owners.get(id(output)), "bias", None)
@@ -44,7 +45,9 @@ def kinds(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str
             return "embedding"
         if parameter is output or parameter is bias:
             return "head"
-        return "norm" if is_norm(owner) else "body"
+        if is_norm(owner):
+            return "norm"
+        return "body"
 
     return {name: kind(p) for name, p in parameters.items()}
 
@@ -77,9 +80,11 @@ def multiplied(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> set
     def multiplies(owner: nn.Module, parameter: Tensor) -> bool:
         if isinstance(owner, nn.Embedding) or is_norm(owner):
             return False
+        if isinstance(owner, nn.Linear) or parameter.ndim >= 2:
+            return True
+        # A bias is rounded where the weight beside it is multiplied.
         weight = own_weight(owner)
-        ndim = 0 if weight is None else weight.ndim
-        return isinstance(owner, nn.Linear) or max(parameter.ndim, ndim) >= 2
+        return weight is not None and weight.ndim >= 2
 
     found = {id(getattr(module, "unembedding", None))}
     for owner in module.modules():

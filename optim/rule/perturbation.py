@@ -54,6 +54,7 @@ def moved(
     """
     reshard(module)
     saved = [torch.empty_like(local(parameter)) for parameter in parameters]
+    # Noted piece by piece: an interrupt in the middle puts back exactly what has moved.
     done: list[tuple[Tensor, Tensor]] = []
     direction = d = None  # where nothing moves
     try:

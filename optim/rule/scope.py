@@ -26,41 +26,43 @@ class Scope:
         """Returns the groups that move apart."""
         return [[micro for group in groups for micro in group]]
 
-    def tokens(self, group: list[MicroBatch], step: Step) -> int:
+    def concurrent_tokens(self, group: list[MicroBatch], step: Step) -> int:
         """Returns the counted targets of all groups that move at the same time as this one."""
         return sum(micro.tokens for micro in group)
 
-    def is_whole(self, weight: float) -> bool:
-        """Returns whether the ascent gradient of a group of this weight is that of the step."""
-        return weight == 1
+    def is_whole(self, token_share: float) -> bool:
+        """Returns whether the ascent gradient of a group with this share of the tokens is that of
+        the step."""
+        return token_share == 1
 
     def sum(self, values: Tensor) -> Tensor:
         """Returns values summed over the processes that share one perturbation."""
         return all_sum(self.rule.module, values)
 
-    def any(self, flag: bool) -> bool:
-        """Returns whether a flag is set for any group that moves at the same time."""
+    def any_group(self, flag: bool) -> bool:
+        """Returns whether a flag is set for any of the groups that move at the same time."""
         return flag
 
     def place(self) -> tuple[int, int]:
         """Returns the place of this process among those that share one perturbation, and their
         number."""
+        # In shards without replicas all processes share the one perturbation.
         if sharded_modules(self.rule.module):
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return 0, 1
 
-    def alone(self) -> AbstractContextManager:
+    def without_replica_sync(self) -> AbstractContextManager:
         """Keeps the ascent gradient to the processes that share it."""
         return nullcontext()
 
     def reduce(self, gradient: Tensor) -> Tensor:
-        """Sums an ascent gradient, its weight applied, over all groups that move at the same time,
-        in place."""
+        """Sums an ascent gradient, times the group's share of the tokens, in place over all groups
+        that move at the same time."""
         return gradient
 
-    def log(self, step: Step, weight: float, metrics: dict[str, Any]) -> None:
-        """Logs metrics of a move, averaged over the groups by their weights."""
-        step.result.log(weight, metrics)
+    def log(self, step: Step, token_share: float, metrics: dict[str, Any]) -> None:
+        """Logs metrics of a move, averaged over the groups by their tokens."""
+        step.result.log(token_share, metrics)
 
 
 class MicroBatchScope(Scope):
@@ -83,35 +85,38 @@ class ReplicaScope(Scope):
             )
 
     def groups(self, groups: list[list[MicroBatch]]) -> list[list[MicroBatch]]:
+        # A replica moves by its own part of the batch, so a micro-batch counts its targets there.
         (group,) = super().groups(groups)
         self.rule.count_tokens(group, self.sum)
         return [group]
 
-    def tokens(self, group: list[MicroBatch], step: Step) -> int:
+    def concurrent_tokens(self, group: list[MicroBatch], step: Step) -> int:
         return step.result.tokens
 
-    def is_whole(self, weight: float) -> bool:
+    def is_whole(self, token_share: float) -> bool:
+        # Even where one replica counts all targets, the others must take part in the sums.
         return False
 
     def sum(self, values: Tensor) -> Tensor:
         return summed(values, self.moving)
 
-    def any(self, flag: bool) -> bool:
+    def any_group(self, flag: bool) -> bool:
         return any(self.rule.layout.all_gather(flag))
 
     def place(self) -> tuple[int, int]:
         mesh = self.rule.layout.mesh
         return mesh.get_local_rank(), mesh.size()
 
-    def alone(self) -> AbstractContextManager:
+    def without_replica_sync(self) -> AbstractContextManager:
         return self.rule.layout.without_replica_sync()
 
     def reduce(self, gradient: Tensor) -> Tensor:
         self.rule.layout.sum_over_replicas(local(gradient))
         return gradient
 
-    def log(self, step: Step, weight: float, metrics: dict[str, Any]) -> None:
-        weighted = [weight * float(value) for value in metrics.values()]
+    def log(self, step: Step, token_share: float, metrics: dict[str, Any]) -> None:
+        # The shares of all replicas add up to 1, so that the sum is the mean.
+        weighted = [token_share * float(value) for value in metrics.values()]
         values = torch.tensor(weighted, dtype=torch.float64, device=self.rule.device)
         self.rule.layout.sum_over_replicas(values)
         step.result.log(1.0, dict(zip(metrics, values.tolist(), strict=True)))

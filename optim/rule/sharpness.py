@@ -4,9 +4,9 @@ batches -> rule.gradient -> p.grad -> clip -> base optimiser
 
 SAM (2010.01412) is three lines of `SharpnessAware.perturbed`:
 
-    ascent = self.ascend(...)                  g = J(t)^T r(t)
-    move = self.make_move(ascent, ...)         e = rho g / |g|
-    with moved(...): self.descend(...)         J(t + e)^T r(t + e)
+    ascent = self.take_clean_pass(...)             g = J(t)^T r(t)
+    move = self.make_move(ascent, ...)             e = rho g / |g|
+    with moved(...): self.take_moved_pass(...)     J(t + e)^T r(t + e)
 
 Functional-SAM (2502.02407) is the same with J(t + e)^T r(t) in the third; `optim.rule.descent` has
 both products, one below the other.
@@ -35,11 +35,11 @@ from model.sharding import shard_of, sharded_as
 from optim.adapter import Adapter
 from optim.gradient import Gradient, MicroBatch, RuleResult, Step, named_gradients, take_gradients
 from optim.rule.ascent import Ascent, CleanPass
-from optim.rule.axes import check_optimizer, make_axes, needs_gradient
+from optim.rule.axes import check_optimizer, check_span, make_axes, needs_gradient
 from optim.rule.combine import Combination, overlap_of
 from optim.rule.conditions import ieee_fp32, random_state, same_buffers
 from optim.rule.cotangents import CotangentStorage
-from optim.rule.descent import Terms, descend, terms_of
+from optim.rule.descent import Terms, moved_pass, terms_of
 from optim.rule.diagnostics import Diagnostics
 from optim.rule.directions import Direction
 from optim.rule.fraction import cut
@@ -107,6 +107,7 @@ class SharpnessAware(Gradient):
         self.moving = choose(self.module, self.parameters, self.axes.parameters)
         check_optimizer(self.axes, optimizer, self.moving)
 
+        # One part of each axis, chosen by its name; the order matters where one reads another.
         self.terms: Terms = terms_of(self.axes)
         self.direction: Direction = DIRECTIONS[self.axes.direction](self.axes, optimizer)
         self.metric: Metric = METRICS[self.axes.metric](self.axes, optimizer)
@@ -118,7 +119,7 @@ class SharpnessAware(Gradient):
         self.cotangents = CotangentStorage(self.axes, self)
         self.diagnostics = Diagnostics(self)
 
-        # Each process cuts its shards out of the same noise.
+        # Each process cuts its shards out of the same noise, so all take the seed of the first.
         self.direction.seed = self.layout.all_gather(self.direction.seed)[0]
         self.direction.rows = self.module.unpadded_rows if isinstance(self.module, GPT) else {}
         self.needs_gradient = needs_gradient(self.axes)
@@ -132,7 +133,9 @@ class SharpnessAware(Gradient):
 
     def acts_at(self, step: int) -> bool:
         """Returns whether a step lies from `start` to before `stop`."""
-        return self.axes.start <= step < (math.inf if self.axes.stop is None else self.axes.stop)
+        if step < self.axes.start:
+            return False
+        return self.axes.stop is None or step < self.axes.stop
 
     # The step
 
@@ -153,6 +156,7 @@ class SharpnessAware(Gradient):
         step = self.begin(batches, logged, diagnose)
         if self.moves_at(step.number):
             step.result.metrics["sharpness/rho"] = self.rho
+            # In fp32 under compute=fp32: diagnostics measure the rule as it is computed.
             with ieee_fp32(self.device) if self.axes.compute == "fp32" else nullcontext():
                 if diagnose:
                     self.diagnostics.decompose(step.groups[0], step)
@@ -161,8 +165,12 @@ class SharpnessAware(Gradient):
                 finite = [self.perturbed(group, step, self.terms) for group in step.groups]
             step.result.finite = all(finite)
         else:
+            # Off the period, and before start and from stop on, the rule is the plain gradient. Its
+            # direction may observe it: an average of gradients must not miss a step.
             self.plain(step.micro_batches, step)
-            step.clean = named_gradients(self.parameters) if self.observes_gradient else {}
+            step.clean = {}
+            if self.observes_gradient:
+                step.clean = named_gradients(self.parameters)
         self.sum_losses(step.result)
         self.finish(step)
         return step.result
@@ -178,17 +186,24 @@ class SharpnessAware(Gradient):
     def perturbed(self, group: list[MicroBatch], step: Step, terms: Terms) -> bool:
         """Adds the gradient of one group, at a moved point of its own, to p.grad. Returns False
         where the ascent is not finite, and nothing was moved."""
-        q = {} if self.direction.needs_gradient else self.directions({})
+        # A direction that reads no gradient (momentum, stale, random) is known beforehand.
+        q: dict[str, Tensor] = {}
+        if not self.direction.needs_gradient:
+            q = self.directions({})
+        # Without a direction, as before the first moment of Adam is there, and without a counted
+        # target there is nowhere to move: the group contributes its plain gradient.
         has_direction = self.direction.needs_gradient or bool(q)
-        if not (has_direction and self.scope.tokens(group, step)):
+        if not (has_direction and self.scope.concurrent_tokens(group, step)):
             self.plain(group, step)
             return True
         # What earlier groups have left must not mix with the ascent gradient of this one.
         earlier = take_gradients(self.parameters)
-        ascent = self.ascend(group, step, terms)
+        ascent = self.take_clean_pass(group, step, terms)
         move = self.make_move(ascent, q or self.directions(ascent.gradients))
         q.clear()
-        if self.scope.any(not math.isfinite(move.n)):
+        # All replicas go on or none does: one that left alone would keep the others waiting in
+        # their next sum.
+        if self.scope.any_group(not math.isfinite(move.n)):
             return False
         self.diagnostics.log_ascent(ascent, move, step)
         self.keep_gradient(ascent, step)
@@ -196,10 +211,12 @@ class SharpnessAware(Gradient):
         # clean one.
         with same_buffers(self.module) if ascent.took_pass else nullcontext():
             with moved([*move.parameters.values()], move.d, move.scale, self.module) as clean:
-                self.restore_gradients(earlier, ascent, terms)
+                self.start_moved_gradient(earlier, ascent, terms)
                 # The largest tensors of the step: the moved pass needs their memory.
                 move.d.clear()
-                self.descend(ascent, step, terms, dict(zip(move.parameters, clean, strict=True)))
+                self.take_moved_pass(
+                    ascent, step, terms, dict(zip(move.parameters, clean, strict=True))
+                )
                 self.diagnostics.log_move(ascent, move, clean, step, terms)
             # A term that takes a pass at the clean weights (logit) needs the memory, too.
             clean.clear()
@@ -207,19 +224,23 @@ class SharpnessAware(Gradient):
                 term.finish(self, ascent, step)
         return True
 
-    def ascend(self, group: list[MicroBatch], step: Step, terms: Terms) -> Ascent:
+    def take_clean_pass(self, group: list[MicroBatch], step: Step, terms: Terms) -> Ascent:
         """Takes the clean pass over a group, where anything of it is needed: g of the ascent loss,
         and the cotangent r."""
-        weight = sum(micro.tokens for micro in group) / step.result.tokens
-        ascent = Ascent(group, random_state(), weight, 1 / step.result.tokens, self.scope.reduce)
+        # Groups add up to the gradient of the step when each counts by its share of the tokens.
+        token_share = sum(micro.tokens for micro in group) / step.result.tokens
+        ascent = Ascent(
+            group, random_state(), token_share, 1 / step.result.tokens, self.scope.reduce
+        )
         ascent.took_pass = self.needs_gradient or terms.reads_cotangent
         if not ascent.took_pass:
             self.diagnostics.log_clean_loss(ascent, step)
             return ascent
         if self.axes.ascent_fraction < 1:
+            # The parts of a cut micro-batch have counts of their own.
             ascent.group = cut(group, self.axes.ascent_fraction, self.scope)
             self.count_tokens(ascent.group, self.scope.sum)
-        ascent.reweighed = self.weighting.reweighs_descent(self.axes)
+        ascent.weights_moved_loss = self.weighting.weights_moved_loss(self.axes)
         # Diagnostics take other paths than the rule's, so that the pass is made for these terms.
         clean_pass = CleanPass(
             self,
@@ -229,8 +250,8 @@ class SharpnessAware(Gradient):
             with_r=bool(terms.functional),
             with_h=bool(terms.logit),
         )
-        # The weights are known before the pass, whose gradient is that of the weighted loss.
-        with self.scope.alone():
+        # Instance weights come before the pass, whose gradient is that of the weighted loss.
+        with self.scope.without_replica_sync():
             self.weighting.prepare(
                 ascent.group,
                 lambda: self.instance_losses(ascent.group, step, ascent.random),
@@ -243,6 +264,7 @@ class SharpnessAware(Gradient):
         """Returns q of every parameter that moves, by name."""
         q = {}
         for name, parameter in self.moving.items():
+            # A parameter that had no part in the pass has no gradient, and stays where it is.
             if not self.direction.needs_gradient or name in gradients:
                 q[name] = self.direction(name, parameter, gradients.get(name))
         return {name: along for name, along in q.items() if along is not None}
@@ -255,24 +277,32 @@ class SharpnessAware(Gradient):
         gradients = [ascent.gradients.get(name) for name in q]
         d = self.metric.scale(list(parameters.values()), along, gradients)
         n = self.metric.norm(d, along).item()
-        return Move(parameters, d, n, self.direction.sign * self.rho / n if n > 0 else 0.0)
+        # A gradient that vanishes gives no direction: such a move is none.
+        scale = 0.0
+        if n > 0:
+            scale = self.direction.sign * self.rho / n
+        return Move(parameters, d, n, scale)
 
-    def descend(
+    def take_moved_pass(
         self, ascent: Ascent, step: Step, terms: Terms, clean_weights: dict[str, Tensor]
     ) -> None:
-        """Adds to p.grad what is to be had at the moved point, given the clean weights of what
-        moved, by name."""
+        """Adds the terms of the path at the moved point to p.grad, given the clean weights of the
+        parameters that moved, by name."""
         step.result.perturbed = True
+        # r is rebuilt from, and the logit path's products are taken with, the head as it was at t.
         if terms.logit or (terms.functional and not self.cotangents.stores):
             ascent.clean_head = self.cotangents.clean_head(clean_weights)
-        descend(self, ascent, step, terms)
+        moved_pass(self, ascent, step, terms)
         ascent.clean_head = None
 
-    def restore_gradients(self, earlier: dict[str, Tensor], ascent: Ascent, terms: Terms) -> None:
-        """Gives p.grad back what earlier groups have added to it, adds what a path takes of g, and
-        lets go of both."""
+    def start_moved_gradient(
+        self, earlier: dict[str, Tensor], ascent: Ascent, terms: Terms
+    ) -> None:
+        """Fills p.grad before the moved pass adds to it: with the gradient of earlier groups, and
+        with the part of g that the path takes. Lets go of both."""
         for name, p in self.parameters.items():
             p.grad = earlier.pop(name, None)
+        # A term works on g in place.
         g = ascent.gradients
         if terms.clean and self.combination.needs_gradient:
             # The combination has kept g itself.
@@ -287,15 +317,20 @@ class SharpnessAware(Gradient):
         combines = self.combination.needs_gradient
         if step.clean is None or not (self.observes_gradient or combines):
             return
-        whole = self.scope.is_whole(ascent.weight)
+        # The gradient of the only group is that of the step, and can be observed without a copy.
+        whole = self.scope.is_whole(ascent.token_share)
         if whole and not combines:
             self.observe(ascent.gradients)
             return
         # What was remembered is replaced at the end of this step.
         self.combination.state = {}
         for name, gradient in ascent.gradients.items():
-            own = gradient if whole else self.scope.reduce(gradient * ascent.weight)
-            step.clean[name] = step.clean[name].add_(own) if name in step.clean else own
+            own = gradient
+            if not whole:
+                own = self.scope.reduce(gradient * ascent.token_share)
+            if name in step.clean:
+                own = step.clean[name].add_(own)
+            step.clean[name] = own
 
     def backward(self, value: Tensor, last: bool) -> None:
         """Adds the gradient of a micro-batch to p.grad. Raises ValueError for a sparse one, which
@@ -318,7 +353,11 @@ class SharpnessAware(Gradient):
             take_gradients(self.parameters)
             return
         update = named_gradients(self.parameters)
-        size = norm(list(update.values())) if self.looks_back(step) else None
+        # The norm costs a pass over all gradients: it is taken only where something reads it.
+        size = None
+        if self.looks_back(step):
+            size = norm(list(update.values()))
+        # A gradient that is not finite is skipped by the caller, and must not be remembered.
         if size is not None and size.isfinite():
             self.combine(step, update, size)
             if self.direction.observes_update():
@@ -334,16 +373,18 @@ class SharpnessAware(Gradient):
 
     def combine(self, step: Step, update: dict[str, Tensor], size: Tensor) -> None:
         """Combines the gradient in p.grad, of norm `size`, with g."""
+        # The direction observes g first: `combine` may overwrite it.
         clean = step.clean or {}
         if self.observes_gradient and clean:
             self.observe(clean)
         if not self.moves_at(step.number):
             if self.acts_at(step.number):
-                self.combination.reuse(update, size)
+                self.combination.combine_plain(update, size)
             return
         if not clean:
             self.diagnostics.log_cosine(step, size)
             return
+        # A parameter may have a part in the clean pass and none in the moved one.
         for name in clean.keys() - update.keys():
             update[name] = self.parameters[name].grad = torch.zeros_like(clean[name])
         g = list(clean.values())
@@ -352,6 +393,7 @@ class SharpnessAware(Gradient):
         # Both change their arguments in place: g is of no use afterwards but to be remembered.
         self.combination.combine(g, g_rule, overlap)
         self.combination.remember(clean, self.rho)
+        # What is logged is the cosine with the gradient that is handed on.
         if self.combination.changes_update:
             overlap = overlap_of(g, g_rule, norm(g_rule))
         step.result.metrics["sharpness/cosine"] = overlap.cosine
@@ -365,7 +407,7 @@ class SharpnessAware(Gradient):
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the step, the seed of noise, what the direction and the combination remember, and
         what cotangent=auto took: all that the next step depends on."""
-        # Torch does little with unsigned numbers of 64 bits.
+        # Torch does little with unsigned numbers of 64 bits, so the seed is kept as a signed one.
         signed = self.direction.seed - (self.direction.seed >> 63 << 64)
         state = {"step": torch.tensor(self.step), "seed": torch.tensor(signed)}
         if self.cotangents.stores is not None:
@@ -382,9 +424,11 @@ class SharpnessAware(Gradient):
             self.direction.seed = int(state["seed"]) % 2**64
         if "stores" in state and self.axes.cotangent == "auto":
             self.cotangents.stores = bool(state["stores"])
+        # What this rule has remembered so far is of another run.
         memories = self.memories()
         for tensors in memories.values():
             tensors.clear()
+        # Copies: the rule changes them in place, and the caller may go on with its own.
         for key in state:
             owner, _, name = key.partition("/")
             if owner in memories:
@@ -395,19 +439,6 @@ class SharpnessAware(Gradient):
     def memories(self) -> dict[str, dict[str, Tensor]]:
         """Returns what the parts remember from step to step, by what their keys begin with."""
         return {"direction": self.direction.state, "combine": self.combination.state}
-
-
-def check_span(axes: RuleConfig) -> None:
-    """Raises ValueError where `start` and `stop` are no steps, or leave none."""
-    if axes.start % 1 or (axes.stop or 0) % 1:
-        raise ValueError(
-            f"start={axes.start:g}, stop={axes.stop}: a fraction needs a horizon; give steps"
-        )
-    if axes.stop is not None and axes.stop <= axes.start:
-        raise ValueError(
-            f"stop={axes.stop:g} is not after start={axes.start:g}: the rule would never act; stop"
-            " later"
-        )
 
 
 def build_rule(

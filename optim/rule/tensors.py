@@ -30,7 +30,10 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
         return torch.zeros(())
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
     total = torch.stack(torch._foreach_norm([local(tensor) for tensor in tensors], 2, wide)).norm()
-    return summed(total.square(), tensors).sqrt() if is_sharded(tensors[0]) else total
+    # Squares add up over shards, norms do not.
+    if is_sharded(tensors[0]):
+        total = summed(total.square(), tensors).sqrt()
+    return total
 
 
 def dot(ones: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:

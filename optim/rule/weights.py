@@ -63,7 +63,7 @@ class Weighting:
         return 0
 
     @classmethod
-    def reweighs_descent(cls, axes: RuleConfig) -> bool:
+    def weights_moved_loss(cls, axes: RuleConfig) -> bool:
         """Returns whether the loss at the moved point has the same weights."""
         return False
 
@@ -71,7 +71,7 @@ class Weighting:
         """Takes the passes that weights are made of, and sets how each micro-batch weighs its
         instances."""
         for micro in group:
-            micro.weigh = self
+            micro.weighting = self
 
     def __call__(self, which: slice, losses_b: Tensor) -> Tensor:
         """Returns the weights, not negative, of some instances of a micro-batch whose mean losses
