@@ -111,6 +111,7 @@ def write_whole(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         write(partial, tensors, mark, files)
+        # An earlier export stays until the new one is whole.
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)

@@ -76,7 +76,7 @@ def open_folder(name_or_dir: str | Path) -> Folder:
         raise ValueError(f"{path}: {error}") from None
     format = FORMATS[theirs["model_type"]]
     tensors = open_weights(folder, format.prefix)
-    # The headers of the files tell names and shapes, and nothing is read before these fit.
+    # The headers of the files tell names and shapes: no model is built before these fit.
     try:
         drop_buffers(tensors, config, format)
         config = settle_head(tensors, config, *format.names_of("embedding.weight"))

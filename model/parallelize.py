@@ -42,6 +42,7 @@ def parallelize(
         for block in model.blocks:
             block.compile()
     elif compile == "whole":
+        # The loop over chunks of the head stays outside of the graph.
         model.hidden = torch.compile(model.hidden)  # type: ignore[method-assign]
 
 

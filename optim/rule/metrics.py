@@ -98,6 +98,7 @@ class AdamMetric(Metric):
         """Returns q / ((v^)^p + eps) of one parameter, in a new tensor."""
         v = state.get("exp_avg_sq")
         ahead = self.needs_gradient(self.axes)
+        # second_moment=before has no v yet in the first step, where P = 1.
         if v is None and not ahead:
             return q
         if ahead and gradient is None:
@@ -106,6 +107,7 @@ class AdamMetric(Metric):
                 return torch.zeros_like(q)
             gradient = torch.zeros_like(q)
         d = torch.empty_like(q)
+        # second_moment=before reads v alone.
         if not ahead:
             gradient = None
         inputs = [tensor for tensor in (gradient, v) if tensor is not None]
@@ -114,6 +116,7 @@ class AdamMetric(Metric):
         eps = self.axes.metric_eps
         if eps is None:
             eps = group["eps"]
+        # Block by block, so that d, q, g and v of a block are still in the cache when read again.
         for out, along, *rest in blocks(*map(local, [d, q, *inputs])):
             self.second_moment(out, rest, group["betas"][1], step)
             if self.axes.metric_power == 0.5:

@@ -15,6 +15,7 @@ def choose(
     where it is the head), or those whose name matches a pattern. Raises ValueError where there are
     none."""
     kind_of = kinds(module, parameters)
+    # A tied head is an embedding by its kind, and is found by identity.
     tied = getattr(module, "unembedding", None)
 
     def is_chosen(name: str, parameter: nn.Parameter) -> bool:
