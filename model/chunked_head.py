@@ -9,18 +9,21 @@ it:
     rebuilt_products         r W and r^T h, of an r that was computed before
     stored_products          the same of an r that was kept whole, which needs no chunks
 
-Within a chunk, z turns into factor * r in blocks of rows.
+Within a chunk, z turns into factor * r in blocks of rows; on CUDA by the kernel of
+model/fused_head.py, where there is Triton.
 
 Shapes: N tokens, C tokens of a chunk, K tokens of a block, B instances of T tokens, D width, V
 vocabulary with its padding."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+HAS_TRITON = find_spec("triton") is not None
 IGNORED = -100  # a target that is not counted
 # Logits per chunk, in the compute dtype.
 CHUNK_ELEMENTS = {"cpu": 2**27, "cuda": 2**27}
@@ -280,6 +283,28 @@ def even_chunk_size(total: int, largest: int) -> int:
 # The softmax of a block of rows
 
 
+def is_fused(z_KxV: Tensor) -> bool:
+    """Returns whether logits turn into losses and r by one kernel: on CUDA, with which Triton
+    comes. In fp64 the eager operations are the more exact."""
+    return z_KxV.is_cuda and z_KxV.dtype != torch.float64 and HAS_TRITON
+
+
+def fused_rows(
+    z_KxV: Tensor,
+    labels: Labels,
+    head: HeadConfig,
+    writes_cotangent: bool,
+    lse_K: Tensor | None = None,
+) -> RowLosses | None:
+    """Returns what the kernel computes of a block of rows, None where it does not run."""
+    if not is_fused(z_KxV):
+        return None
+    # Imported late: where there is no Triton, there is no such module.
+    from model.fused_head import rows_of_logits
+
+    return rows_of_logits(z_KxV, labels, head, writes_cotangent, lse_K)
+
+
 def capped(z: Tensor, softcap: float | None) -> Tensor:
     """Returns c tanh(z / c), or z where there is no soft-cap c."""
     return z if softcap is None else softcap * torch.tanh(z / softcap)
@@ -302,6 +327,9 @@ def index_of(labels: Labels) -> Tensor:
 
 def losses_of_block(z_KxV: Tensor, labels: Labels, head: HeadConfig) -> RowLosses:
     """Returns l and the log-normaliser of a block of rows."""
+    found = fused_rows(z_KxV, labels, head, writes_cotangent=False)
+    if found is not None:
+        return found
     index_Kx1 = index_of(labels)
     # log p[target] = z[target] - logsumexp(z): the log-normaliser comes without another pass.
     z = capped_logits(z_KxV, labels, head)
@@ -312,6 +340,9 @@ def losses_of_block(z_KxV: Tensor, labels: Labels, head: HeadConfig) -> RowLosse
 
 def turn_into_cotangent(z_KxV: Tensor, labels: Labels, head: HeadConfig) -> RowLosses:
     """Overwrites z of a block by factor * r; returns l and the log-normaliser of its rows."""
+    found = fused_rows(z_KxV, labels, head, writes_cotangent=True)
+    if found is not None:
+        return found
     z = capped_logits(z_KxV, labels, head)
     p = z.softmax(1)
     # Every row is passed over as few times as can be: max p = exp(max z - lse).
@@ -325,6 +356,8 @@ def turn_into_known_cotangent(
     z_KxV: Tensor, labels: Labels, head: HeadConfig, lse_K: Tensor
 ) -> None:
     """Overwrites z of a block by factor * r, where its log-normalisers are known already."""
+    if fused_rows(z_KxV, labels, head, writes_cotangent=True, lse_K=lse_K) is not None:
+        return
     z = capped_logits(z_KxV, labels, head)
     write_cotangent(z_KxV, z, z.softmax(1), lse_K[:, None], labels, head)
 

@@ -90,3 +90,37 @@ def test_a_row_of_another_place_is_read_there():
     found = rows_of_logits(wide[:, :384], labels, head, True)
     torch.testing.assert_close(found, rows_of_logits(z, labels, head, True), rtol=0, atol=0)
     assert torch.equal(wide[:, :384], z) and not wide[:, 384:].any()
+
+
+@pytest.mark.parametrize("softcap, z_loss", [(None, 0.0), (30.0, 1e-4)])
+def test_every_path_through_the_head_goes_by_the_kernel(softcap, z_loss, monkeypatch):
+    """Losses, a stored and a rebuilt cotangent, and weights of instances."""
+    generator = torch.Generator().manual_seed(0)
+    head = HeadConfig(257, softcap, z_loss)
+    h, W = (torch.randn(n, 16, generator=generator, dtype=torch.float64) for n in (12, 384))
+    targets = torch.randint(257, (12,), generator=generator)
+
+    def all_paths(dtype):
+        labels = Labels(targets, torch.full((12,), 0.1, dtype=dtype))
+        here = chunked_head.Point(h.to(dtype), W.to(dtype))
+        there = chunked_head.Point(here.h_NxD.flip(0), here.weight_VxD.flip(0))
+        r_NxV = torch.empty(12, 384, dtype=dtype)
+        weights = chunked_head.InstanceWeights.of(
+            targets.view(3, 4), lambda which, means: means / means.sum(), labels
+        )
+        of_rows = chunked_head.losses(here, labels, head)
+        stored = chunked_head.losses(here, labels, head, r_NxV)
+        _, weighted = chunked_head.losses_and_gradients(here, there, labels, head, weights=weights)
+        rebuilt = chunked_head.rebuilt_products(here, there, labels, head, of_rows.lse_N)
+        return [*of_rows, *stored, r_NxV, *weighted, *rebuilt]
+
+    exact = all_paths(torch.float64)
+
+    def refuse(*_):
+        raise AssertionError("eager operations on logits that a kernel takes")
+
+    monkeypatch.setattr(chunked_head, "is_fused", lambda z: True)
+    monkeypatch.setattr(chunked_head, "capped_logits", refuse)
+    found = all_paths(torch.float32)
+    for one, other in zip(found, exact, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)

@@ -209,6 +209,18 @@ class Head:
         """Returns the numbers of the unembedding."""
         return self.V * self.width
 
+    @property
+    def copies(self) -> int:
+        """Returns how many blocks in fp32 the softmax has by eager operations."""
+        copies = 1
+        if self.size != 4:
+            # Under autocast the block beside its cast.
+            copies += 1
+        if self.softcap:
+            # tanh and its argument.
+            copies += 2
+        return copies
+
     def chunk_rows(self, stored: bool, rebuilt: bool) -> int:
         """Returns the rows of a chunk of logits; a stored cotangent needs no chunks."""
         if stored:
@@ -227,13 +239,10 @@ class Head:
         is_cast = s != 4
         num_rows = self.chunk_rows(stored, rebuilt)
         block = min(num_rows, block_size(self.V, self.device))
-        # A block in fp32, under autocast beside its cast; tanh and its argument for a soft-cap.
-        copies = 1
-        if is_cast:
-            copies += 1
-        if self.softcap:
-            copies += 2
-        softmax = tensor("head", "softmax of a block of rows", copies, block, self.V)
+        # On CUDA one kernel overwrites the logits, and has no copies of them.
+        softmax: Table = []
+        if self.device != "cuda":
+            softmax = tensor("head", "softmax of a block of rows", self.copies, block, self.V)
         table: Table = []
         if is_cast:
             table += tensor("head", "cast of h", self.tokens, self.width, size=s)
