@@ -27,12 +27,12 @@ from launch.checkpoint.resume import Trained, confirm_finished, resume_or_start
 from launch.evaluate import evaluate
 from launch.plan.batch import part_of
 from launch.plan.description import describe, describe_memory
-from launch.plan.plan import Plan, make_plan, refuse_here
+from launch.plan.plan import Plan, make_plan, refuse_too_large_for_machine
 from launch.run import identity
 from launch.run.build import FIRST, build_model, open_data
 from launch.run.opening import OpenRun, open_run_folder
 from launch.run.preemption import Preemption
-from launch.run.process_group import refuse_copies
+from launch.run.process_group import refuse_duplicate_training
 from launch.track.messages import announcement, final_figures, last_words
 from launch.track.meter import LogSchedule, Meter
 from launch.track.tracker import open_tracker
@@ -50,8 +50,8 @@ def main(settings: Config) -> int:
         name = identity.run_name(settings)
         print(describe(settings, plan, name), describe_memory(settings, plan), sep="\n\n")
         return 0
-    refuse_copies(settings.parallel)
-    refuse_here(settings, plan)
+    refuse_duplicate_training(settings.parallel)
+    refuse_too_large_for_machine(settings, plan)
     with open_run_folder(settings) as opened:
         if opened.finished:
             confirm_finished(opened, settings)
@@ -60,7 +60,7 @@ def main(settings: Config) -> int:
         # while the run is built leaves no trace.
         run = Run(settings, plan, opened)
         with closing(run.checkpoints):
-            run.checkpoints.compare(run.progress)
+            run.checkpoints.refuse_disagreement(run.progress)
             opened.claim(settings)
             with Preemption(settings.minutes) as run.preemption:
                 return run.train()
@@ -131,7 +131,7 @@ class Run:
                 self.log()
             self.checkpoints.end_save_if_done(say)
             if self.checkpoints.due(progress.step, bool(stopping)):
-                self.save(needed=bool(stopping) or progress.step == steps)
+                self.save(must_succeed=bool(stopping) or progress.step == steps)
             if stopping:
                 say(f"{stopping}: saved step {progress.step}; the same command goes on from there")
                 return EXIT_PREEMPTED
@@ -213,16 +213,16 @@ class Run:
         self.tracker.log(self.progress.counts() | self.progress.row)
         self.progress.row, self.progress.logged = {}, self.progress.step
 
-    def save(self, needed: bool) -> None:
+    def save(self, must_succeed: bool) -> None:
         """Saves, while the clock of the rows stands still."""
         with self.meter.pause():
-            self.checkpoints.save(self.progress, self.tracker, needed)
+            self.checkpoints.save(self.progress, self.tracker, must_succeed)
 
     def finish(self) -> None:
         """Writes the summary, and says what the run came to."""
         progress, settings, opened = self.progress, self.settings, self.opened
         opened.liveness.report_phase("finishing", progress.step, math.inf)
-        self.layout.on_main(opened.lock.refuse_moved)
+        self.layout.on_main(opened.lock.refuse_moved_folder)
         if not self.layout.main:
             return
         figures = final_figures(opened, settings, self.plan, progress, self.data)

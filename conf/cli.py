@@ -21,12 +21,20 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from conf.composition import defaults
 from conf.exit_codes import EXIT_USER_ERROR
 from conf.key import check_value, expand
-from conf.output import end_quietly, open_output, print_error
+from conf.output import end_quietly, named_stdout, open_output, print_error
 from conf.overrides import HELP, asks_for_help, explain, no_such_option, wrong_type
 from conf.ranks import rank_and_world
 from conf.usage import command_help, default_of
 
 T = TypeVar("T")
+# What to do about what the system refuses.
+REMEDIES = (
+    ((errno.EACCES, errno.EPERM), "get the right to use it, or name another place"),
+    ((errno.EROFS,), "name a place that can be written"),
+    ((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there"),
+    ((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "move away what lies there"),
+    ((errno.EMFILE, errno.ENFILE), "raise the limit of open files, ulimit -n"),
+)
 
 
 @contextmanager
@@ -35,8 +43,9 @@ def user_errors() -> Iterator[None]:
     130. Ends quietly where nobody reads on."""
     open_output()
     try:
-        yield
-        sys.stdout.flush()
+        with named_stdout():
+            yield
+            sys.stdout.flush()
     except BrokenPipeError:
         end_quietly(sys.stdout)
     except (HydraException, OmegaConfBaseException) as error:
@@ -49,6 +58,11 @@ def user_errors() -> Iterator[None]:
         if os.environ.get("FLATGPT_TRACEBACK"):
             raise
         fail(refused(error))
+    except RuntimeError as error:
+        # The limit of a user's processes (ulimit -u) is no bug of anybody's.
+        if str(error) != "can't start new thread":
+            raise
+        fail("no further thread can be started; raise the limit of processes, ulimit -u")
     except KeyboardInterrupt:
         print_error("interrupted")
         sys.exit(130)
@@ -56,22 +70,24 @@ def user_errors() -> Iterator[None]:
 
 def refused(error: OSError) -> str:
     """Returns what is said where the system refuses: the file, why, and the remedy."""
-    place, remedy = error.filename or "", "mend that"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        remedy = "name a place that can be written"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        remedy = "make room there"
-        # What a file refuses is told with its name where it is written; a stream has none.
-        place = place or "stdout"
-    said = f"{error.strerror or error}; {remedy}, and give the same command again"
-    return f"{place}: {said}" if place else said
+    remedy = next((text for numbers, text in REMEDIES if error.errno in numbers), "mend that")
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror or error}; {remedy}, and give the same command again"
 
 
 def fail(line: str) -> NoReturn:
     """Ends the process as a user's mistake."""
-    if rank_and_world()[0] == 0:  # the others would say the same
+    if says_mistakes():
         print_error(f"error: {line}")
     sys.exit(EXIT_USER_ERROR)
+
+
+def says_mistakes() -> bool:
+    """Returns whether this process says what is wrong: the others would say the same."""
+    try:
+        return rank_and_world()[0] == 0
+    except ValueError:  # it is its number that is wrong
+        return True
 
 
 def parse(

@@ -68,6 +68,45 @@ def harmless_output() -> Iterator[None]:
             end_quietly(stream)
 
 
+class Named:
+    """A text stream whose errors say its name, as those of a file do."""
+
+    def __init__(self, stream: TextIO, name: str) -> None:
+        self._stream, self._name = stream, name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Writes a text."""
+        with self._naming():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        """Hands on what is held back."""
+        with self._naming():
+            self._stream.flush()
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.filename = self._name
+            raise
+
+
+@contextmanager
+def named_stdout() -> Iterator[None]:
+    """Makes what stdout refuses an error that says so: the errors of a stream have no name."""
+    before = sys.stdout
+    sys.stdout = Named(before, "stdout")
+    try:
+        yield
+    finally:
+        sys.stdout = before
+
+
 def end_quietly(stream: TextIO) -> None:
     """Throws away what a stream could not write: Python would try again at its exit, and make a
     failure of it."""

@@ -93,6 +93,8 @@ def for_hydra(override: str, sweep: bool) -> str:
 
 def in_quotes(name: str, value: str) -> str:
     """Returns one value of a key with quotes around its texts, unless it has them."""
+    if name == SWEEP_DIR and QUOTED.fullmatch(value):
+        expand(name, value[1:-1])  # for its errors: Hydra expands it, and has none
     if not value or QUOTED.fullmatch(value) or value.lower() == "null":
         return value
     rules = text_rules(name)
@@ -199,8 +201,9 @@ def check_overrides(overrides: list[str], sweep: bool = False) -> None:
 def parsed(text: str, sweep: bool) -> Override:
     """Returns what Hydra makes of an override. Raises ValueError, with the place where it stumbles,
     for a malformed one."""
+    words = for_hydra(text, sweep)
     try:
-        return OverridesParser.create().parse_override(for_hydra(text, sweep))
+        return OverridesParser.create().parse_override(words)
     except (RecursionError, ValueError):
         # Brackets within brackets, and digits, beyond what a parser takes.
         raise ValueError(f"{text[:60]}... is malformed; no value is as long or as deep") from None
@@ -215,7 +218,9 @@ def parsed(text: str, sweep: bool) -> Override:
             raise ValueError(no_such_key(name, text)) from None
         remedy = as_text(name, value)
         if entry is not None and takes_numbers(name):
-            remedy = f"give {name}=<{type_name(entry)}>, {meaning(entry)}"
+            remedy = f"give {name}=<{typed_as(entry)}>, {meaning(entry)}"
+        if re.search(r"\s[\w./]+=", value):
+            remedy = "give each KEY=VALUE as a word of its own"
         found = re.search(r"(?:error at|input|at input):? '(.+?)'(?: |$|\n)", str(error))
         raise ValueError(
             f"{text} is malformed{f' at {found[1]}' if found else ''}; {remedy}"
@@ -342,7 +347,8 @@ def no_such_option(text: str, known: Iterable[str]) -> str:
     options = {option.strip("-=").replace("-", "_"): option for option in known}
     if "cfg" in options:  # of train.py, which takes every key as well
         options = {full: f"{full}=" for full in (*KEYS, *groups())} | options
-    near = difflib.get_close_matches(name, options, 1)
+    begun = [full for full in options if name and full.startswith(name)]
+    near = begun or difflib.get_close_matches(name, options, 1)
     return (
         f"{text}: no such option; "
         + (f"did you mean {options[near[0]]}? " if near else "")
@@ -355,10 +361,15 @@ def neither_added(text: str, name: str) -> str:
     return f"{text}: keys are neither added nor taken away; write {name}=VALUE"
 
 
+def typed_as(entry: Any) -> str:
+    """Returns the type of a key in the words that are typed for its values."""
+    return type_name(entry).replace(" | None", " or null")
+
+
 def wrong_type(entry: Any, text: str) -> str:
     """Returns what is said to a value of another type than its key has."""
     name, _, value = text.partition("=")
-    said = f"{text} has the wrong type; give {name}=<{type_name(entry)}>, {meaning(entry)}"
+    said = f"{text} has the wrong type; give {name}=<{typed_as(entry)}>, {meaning(entry)}"
     return (
         f"{said}; {as_text(name, value)}"
         if entry.type in (str, str | None) and BRACKETED.fullmatch(value)

@@ -1,6 +1,7 @@
 """Which of how many processes this is, as torchrun or Slurm says in the environment."""
 
 import os
+import re
 import sys
 
 from conf.schema import ParallelConfig
@@ -11,13 +12,25 @@ def rank_and_world() -> tuple[int, int]:
     step of several tasks, else (0, 1).
 
     A shell of `srun --pty` has the variables of a step of several tasks, too, but what is typed
-    there is started once."""
+    there is started once. Raises ValueError where the variables name no process."""
     for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
-        if rank in os.environ and world in os.environ:
+        if os.environ.get(rank) and os.environ.get(world):
             if rank == "SLURM_PROCID" and typed_in_a_task():
                 break
-            return int(os.environ[rank]), int(os.environ[world])
+            return checked(rank, world)
     return 0, 1
+
+
+def checked(rank: str, world: str) -> tuple[int, int]:
+    """Returns the numbers in two variables. Raises ValueError where they are no process's."""
+    given = os.environ[rank], os.environ[world]
+    numbers = [int(text) for text in given if re.fullmatch(r"\d{1,9}", text)]
+    if len(numbers) < 2 or numbers[0] >= numbers[1]:
+        raise ValueError(
+            f"{rank}={given[0]} and {world}={given[1]} name no process of a run; unset both, or"
+            " start the processes by torchrun or srun"
+        )
+    return numbers[0], numbers[1]
 
 
 def typed_in_a_task() -> bool:

@@ -4,6 +4,7 @@ Whatever is read from a disk may be cut, emptied, of another kind, or made to ha
 `read_json` and `read_yaml` are the only ways in: they take regular files of a bounded size and
 depth, and check the types of what they find."""
 
+import errno
 import glob
 import io
 import json
@@ -135,6 +136,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+    except OSError as error:
+        # A write that the disk refuses does not say which file's it was.
+        error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -150,7 +155,13 @@ def remove_temporary(folder: Path, names: Iterable[str] | None = None) -> None:
 
 def write_result(path: Path, content: str | bytes) -> None:
     """Writes a file that no lock guards, as a report, by `write_atomically`, and removes what
-    killed writers of it left."""
+    killed writers of it left. A link stays and leads to the file.
+
+    Raises OSError where it cannot be written, or is a device, a pipe or a folder, in the place of
+    which a file would come."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EEXIST, "it is no regular file", str(path))
     for leftover in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
         process = leftover.suffixes[-2].removeprefix(".")
         # A process of another host may be at work, for the moment that a file takes.

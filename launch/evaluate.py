@@ -117,12 +117,16 @@ def main(arguments: list[str]) -> None:
     from conf.cli import parse, user_errors
     from launch.config import compose
     from launch.run.folder import load_config
+    from model.checkpoint import checkpoint_path
     from model.device import autocast, choose_device, choose_precision
 
     with user_errors():
         options, overrides = parse(Options, arguments, others=("data",))
-        own = load_config(Path(options.run)) if is_run(Path(options.run)) else None
-        trained = open_trained(Path(options.run), options.step)
+        run, own = Path(options.run), None
+        if is_run(run):
+            checkpoint_path(run, options.step)  # a folder of none says so
+            own = load_config(run)
+        trained = open_trained(run, options.step)
         data = own.data if own else None
         if overrides:
             data = compose(overrides).data

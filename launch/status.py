@@ -5,6 +5,7 @@ it has ended without being done, and nothing is left that would start it again: 
 saved, or it failed. Of a sweep, `resubmit=true` starts those two again, as they were started
 before, with those that were never started, and no others."""
 
+import os
 import sys
 import time
 from collections import Counter
@@ -62,8 +63,8 @@ def main(arguments: list[str]) -> int:
     options, _ = parse(Options, arguments)
     if len(options.folders) != 1:
         raise ValueError(f"{len(options.folders)} folders; name one, python -m launch.status DIR")
-    folder = Path(options.folders[0]).resolve()
-    if folder.exists() and not folder.is_dir():
+    folder = Path(os.path.realpath(options.folders[0]))
+    if os.path.lexists(folder) and not folder.is_dir():
         raise ValueError(
             f"{options.folders[0]} is no folder; name the folder of a sweep, or of runs"
         )
@@ -144,10 +145,10 @@ def line_of(job: Job, kind: str) -> Line:
 
 def plain_runs(folder: Path, jobs: list[Job]) -> list[Line]:
     """Returns the runs in and below a folder that are no jobs of its sweep."""
-    known = {job.run.resolve() for job in jobs}
+    known = {os.path.realpath(job.run) for job in jobs}
     lines = []
     for run in find_runs([folder]):
-        if run.resolve() in known:
+        if os.path.realpath(run) in known:
             continue
         record = read_run(run)
         kind = OF_RECORDS.get(record.state, "failed")

@@ -123,6 +123,13 @@ def save_parts(path: Path, parts: Mapping[str, Part]) -> None:
     if has_parts:
         metadata = {SHARDING: json.dumps(offsets)}
     save_file({name: part.values for name, part in parts.items()}, path, metadata)
+    open_as_its_folder(path)
+
+
+def open_as_its_folder(path: Path) -> None:
+    """Lets those who may read a folder read a file in it: safetensors makes files that nobody but
+    their owner may read, whatever the umask, and runs are shared."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 class Beginning(TypedDict):
@@ -187,6 +194,8 @@ def checkpoint_path(run: str | Path, step: int | None = None) -> Path:
     """Returns the folder of a run's checkpoint; `step=None` means the newest. Raises ValueError
     where there is none."""
     found = checkpoints(Path(run))
+    if os.path.isdir(run) and not os.access(run, os.R_OK | os.X_OK):
+        raise ValueError(f"run={run} cannot be read (Permission denied); get the right to read it")
     if not found:
         raise ValueError(f"run={run} has no checkpoints; name the folder of a run that was trained")
     if step is not None and step not in found:

@@ -17,7 +17,7 @@ from torch import Tensor
 from conf.key import STEPS, key
 from data import Tokenizer
 from data.hf_export import to_files
-from model.checkpoint import checkpoint_path, load
+from model.checkpoint import checkpoint_path, load, open_as_its_folder
 from model.gpt import GPT
 from model.hf_config import to_config
 from model.hf_formats import FORMATS, choose_format
@@ -127,6 +127,7 @@ def write(
     SafetensorError where the disk refuses."""
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors", metadata=mark)
+    open_as_its_folder(folder / "model.safetensors")
     for name, content in files.items():
         indent = None if name == "tokenizer.json" else 2
         text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
@@ -187,10 +188,11 @@ def main(arguments: list[str]) -> None:
 def how_to_load(out: str, format: str) -> str:
     """Returns the lines of Python that load an export."""
     if format == PLAIN:
-        weights = f"safetensors.torch.load_file('{out}/model.safetensors')"
+        shape = f"{out}/gpt.json"
+        weights = f"{out}/model.safetensors"
         return (
-            f"    model = GPT(GPTConfig(**json.load(open('{out}/gpt.json'))))\n"
-            f"    model.load_state_dict({weights})"
+            f"    model = GPT(GPTConfig(**json.load(open({shape!r}))))\n"
+            f"    model.load_state_dict(safetensors.torch.load_file({weights!r}))"
         )
     return (
         f"    AutoModelForCausalLM.from_pretrained({out!r}), AutoTokenizer.from_pretrained({out!r})"

@@ -29,7 +29,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         is_k_valid = self.top_k is None or self.top_k >= 1
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or not is_k_valid:
+        # Written so that nan, which no comparison holds for, is refused.
+        if not self.temperature >= 0 or not 0 < self.top_p <= 1 or not is_k_valid:
             raise ValueError(
                 f"temperature={self.temperature} top_k={self.top_k} top_p={self.top_p}: need"
                 " temperature >= 0, top_k >= 1, 0 < top_p <= 1"

@@ -264,7 +264,7 @@ def test_sample_streams_and_repeats_with_its_seed(run, monkeypatch):
         (
             model.sample.main,
             ["RUN", "top_k=[1"],
-            "top_k=[1 has the wrong type; give top_k=<int | None>",
+            "top_k=[1 has the wrong type; give top_k=<int or null>",
         ),
         (
             model.sample.main,
@@ -283,7 +283,7 @@ def test_sample_streams_and_repeats_with_its_seed(run, monkeypatch):
         (
             launch.evaluate.main,
             ["run=nowhere"],
-            "run=nowhere holds no config.yaml; name the folder of a run",
+            "run=nowhere has no checkpoints; name the folder of a run",
         ),
         (
             launch.evaluate.main,

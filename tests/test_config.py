@@ -514,6 +514,19 @@ def test_shapes_have_the_published_sizes(name, millions):
             ["tracking.mode=false"],
             "tracking.mode=False is unknown; choose one of auto, online, offline, off",
         ),
+        (
+            ["tracking.project=a/b"],
+            "tracking.project=a/b is refused by W&B (Invalid project name 'a/b': cannot contain",
+        ),
+        (
+            [f"tracking.tags=[x,{'t' * 65}]"],
+            f"tracking.tags=x,{'t' * 65} is refused by W&B (Tag '",
+        ),
+        (["optim.clip=None"], "give optim.clip=<float or null>, "),
+        (
+            ["seed=1 optim.lr=2"],
+            "seed=1 optim.lr=2 is malformed at =; give each KEY=VALUE as a word of its own",
+        ),
         (["model.bias=3"], "model.bias=3 has the wrong type; give model.bias=<bool>"),
         (["model.bias=1"], "model.bias=1 has the wrong type"),
         (["seed=1e3"], "seed=1e3 has the wrong type; give seed=<int>"),

@@ -3,6 +3,8 @@ its summary."""
 
 import json
 import os
+import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 import train as training
 from conf.cli import user_errors
+from conf.exit_codes import EXIT_PREEMPTED
 from conf.output import Harmless, end_quietly, harmless_output
 from launch import config
 from launch.track import messages
@@ -134,7 +137,49 @@ def test_a_full_disk_under_a_command_is_named_and_changes_no_exit_code(monkeypat
         monkeypatch.setattr(sys, "stdout", full)
         assert ended(lambda: print("a line")) == 2
         assert "error: stdout: No space left on device; make room" in capsys.readouterr().err
+        # More than the stream holds back is lost where it is refused.
+        assert ended(lambda: print("a line\n" * 20000)) == 2
+        assert "error: stdout: No space left on device; make room" in capsys.readouterr().err
         monkeypatch.setattr(sys, "stderr", other)
         assert ended(mistake) == 2
         for stream in (full, other):
             end_quietly(stream)
+
+
+def test_what_another_file_refuses_is_not_called_stdout(capsys):
+    """A write names no file; what wrote it may."""
+
+    def fill() -> None:
+        with open("/dev/full", "w") as full:
+            full.write("a line")
+
+    assert ended(fill) == 2
+    assert capsys.readouterr().err == (
+        "error: No space left on device; make room there, and give the same command again\n"
+    )
+
+
+def test_a_limit_of_threads_is_one_line(capsys):
+    def start() -> None:
+        raise RuntimeError("can't start new thread")
+
+    assert ended(start) == 2
+    assert "raise the limit of processes, ulimit -u" in capsys.readouterr().err
+
+
+def test_a_terminal_that_is_closed_stops_a_run_in_order(tiny, tmp_path):
+    """Kernel and shell each send it a signal."""
+    master, slave = pty.openpty()
+    command = [sys.executable, "train.py", *tiny, f"dir={tmp_path}/run", "schedule.steps=100000"]
+    run = subprocess.Popen(
+        command, cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, start_new_session=True
+    )
+    os.close(slave)
+    said = b""
+    while b"step 0/100000" not in said:
+        said += os.read(master, 4096)
+    os.close(master)
+    for _ in range(2):
+        run.send_signal(signal.SIGHUP)
+    assert run.wait(timeout=200) == EXIT_PREEMPTED
+    assert list((tmp_path / "run/checkpoints").glob("step_*"))

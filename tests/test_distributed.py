@@ -117,7 +117,7 @@ def test_a_run_compares_its_processes_at_the_start_and_before_every_save(
     tmp_path, tiny, monkeypatch
 ):
     done = []
-    for owner, name in ((Checkpoints, "compare"), (Saver, "begin")):
+    for owner, name in ((Checkpoints, "refuse_disagreement"), (Saver, "begin")):
         original = getattr(owner, name)
         monkeypatch.setattr(
             owner,
@@ -128,7 +128,7 @@ def test_a_run_compares_its_processes_at_the_start_and_before_every_save(
             )[1],
         )
     assert train.main(compose([*tiny, "schedule.steps=8", f"dir={tmp_path}/run"])) == 0
-    assert done == ["compare"] + 2 * ["compare", "begin"]
+    assert done == ["refuse_disagreement"] + 2 * ["refuse_disagreement", "begin"]
 
 
 K, L = 2, DEEP.num_layers

@@ -2,6 +2,7 @@
 traceback."""
 
 import os
+import resource
 import subprocess
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from data.files import (
     read_bytes,
     read_json,
     read_yaml,
+    write_atomically,
     write_result,
 )
 
@@ -115,3 +117,45 @@ def test_a_result_removes_what_its_killed_writers_left(tmp_path):
     write_result(tmp_path / "report.html", "all of it")
     assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "report.html", *stays])
     assert (tmp_path / "report.html").read_text() == "all of it"
+
+
+def test_what_a_full_disk_refuses_is_named(tmp_path):
+    """The error of a write has no name."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as refused:
+            write_atomically(tmp_path / "config.yaml", "x" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert refused.value.filename == str(tmp_path / "config.yaml")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to a pipe"])
+def test_a_result_takes_the_place_of_no_device(tmp_path, kind):
+    """As /dev/null, which root could replace."""
+    out = tmp_path / "out"
+    if kind == "folder":
+        out.mkdir()
+    if kind == "pipe":
+        os.mkfifo(out)
+    if kind == "link to a pipe":
+        os.mkfifo(tmp_path / "pipe")
+        out.symlink_to("pipe")
+    before = os.lstat(out)
+    with pytest.raises(OSError, match="no regular file"):
+        write_result(out, "a report")
+    assert os.lstat(out) == before and len(list(tmp_path.iterdir())) <= 2
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_result_goes_through_a_link(tmp_path, there):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if there:
+        (disk / "report.html").write_text("an old one")
+    (tmp_path / "report.html").symlink_to(disk / "report.html")
+    write_result(tmp_path / "report.html", "a new one")
+    assert (tmp_path / "report.html").is_symlink()
+    assert (disk / "report.html").read_text() == "a new one"

@@ -97,6 +97,12 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path, name):
     assert (tmp_path / "file").read_text() == "precious"
 
 
+def test_a_folder_in_the_place_of_the_lock_is_named(tmp_path):
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(ValueError, match=r"lock is no regular file; remove it"):
+        RunLock(tmp_path).__enter__()
+
+
 def test_a_folder_removed_meanwhile_is_made_again(tmp_path, monkeypatch):
     take, path = RunLock._take, tmp_path / "run" / "lock"
 

@@ -79,6 +79,25 @@ def test_under_a_process_that_passes_them_on_the_echo_of_a_signal_is_the_same_si
     assert run.returncode == EXIT_PREEMPTED
 
 
+def test_a_second_hangup_is_the_first_one():
+    run = start("save slowly")
+    run.send_signal(signal.SIGHUP)
+    assert run.stdout and run.stdout.readline() == "SIGHUP\n"
+    run.send_signal(signal.SIGHUP)
+    run.communicate(timeout=20)
+    assert run.returncode == EXIT_PREEMPTED
+
+
+def test_under_nohup_a_hangup_is_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Preemption() as preemption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert preemption.requested is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_time_limit(monkeypatch):
     now = time.monotonic()
     preemption = Preemption(minutes=2)

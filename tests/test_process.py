@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import train
+from conf.cli import user_errors
+from conf.ranks import rank_and_world
 from launch.config import compose
 from launch.run.process_group import first_host, meeting_point
 from model.device import peak_flops, seed_everything
@@ -57,6 +59,43 @@ def test_the_first_host_is_slurms_own_word_or_a_librarys(tmp_path, monkeypatch, 
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     first_host.cache_clear()
     assert first_host(nodes) == ("told" if "[" in nodes else FIRST[nodes])
+
+
+@pytest.mark.parametrize("nodes", ["n[1", "n[a-b]", "n[3-1]"])
+def test_a_list_of_nodes_that_is_none_is_named(nodes):
+    first_host.cache_clear()
+    with pytest.raises(ValueError, match=r"NODELIST=n\[.*says which node .* set MASTER_ADDR to it"):
+        first_host(nodes)
+
+
+def test_an_empty_list_of_nodes_is_none():
+    empty = {"SLURM_STEP_NODELIST": "", "SLURM_JOB_NODELIST": ""}
+    assert meeting_point(empty)["MASTER_ADDR"] == "localhost"
+    assert meeting_point(empty | {"SLURM_JOB_NODELIST": "a1,a2"})["MASTER_ADDR"] == "a1"
+
+
+@pytest.mark.parametrize(
+    ("rank", "world"), [("abc", "4"), ("0", "four"), ("5", "2"), ("-1", "2"), ("0", "0")]
+)
+@pytest.mark.parametrize(
+    "names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")]
+)
+def test_variables_that_name_no_process_are_said_to(names, rank, world, monkeypatch, capsys):
+    for name, value in zip(names, (rank, world), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as end, user_errors():
+        compose(["model=tiny"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        f"error: {names[0]}={rank} and {names[1]}={world} name no process of a run; unset both, or"
+        " start the processes by torchrun or srun\n"
+    )
+
+
+def test_empty_variables_are_unset_ones(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+    assert rank_and_world() == (0, 1)
 
 
 def test_where_nobody_can_tell_the_first_host_the_line_says_what_to_set(monkeypatch):

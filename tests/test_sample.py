@@ -121,7 +121,9 @@ def test_top_k_and_top_p_keep_the_likeliest():
     assert draws(logits, 500, top_p=0.49).nonzero().flatten().tolist() == [0]
 
 
-@pytest.mark.parametrize("settings", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": 0}])
+@pytest.mark.parametrize(
+    "settings", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_k": 0}]
+)
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match="need temperature"):
         take(**settings)

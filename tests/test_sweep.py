@@ -426,6 +426,18 @@ def test_jobs_of_a_folder_that_was_moved_are_found(tmp_path):
     assert [job.run for job in read_jobs(moved)] == [moved / "inside", Path("/elsewhere/run")]
 
 
+def test_the_runs_of_a_sweep_share_no_id_of_wandbs(tmp_path, monkeypatch):
+    class Asked(Job):
+        @property
+        def command(self):
+            return [sys.executable, "-c", "import os; print(os.environ.get('WANDB_RUN_ID'))"]
+
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    job = Asked(**vars(a_job(tmp_path)))
+    assert job.start(0, {}).wait() == 0
+    assert last_start(job.log()) == ["None"]
+
+
 def test_a_run_ends_its_wait_or_fails(tmp_path):
     job = a_job(tmp_path / "run", job_id="7_1")
     assert state(job, {"7_1"}) == "waiting"
@@ -511,6 +523,28 @@ def test_slurm_is_asked_for_this_user_by_number(tmp_path, monkeypatch):
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert queue([a_job(tmp_path, job_id="7")]) == {f"user={os.getuid()}"}
+
+
+@pytest.mark.parametrize("kind", ["file", "loop"])
+def test_a_folder_of_a_sweep_that_is_none_is_one_line(home, tiny, kind, capsys):
+    folder = home / "radii"
+    if kind == "file":
+        folder.write_text("precious")
+    else:
+        folder.symlink_to(folder)
+    code, said = sweep(*tiny, "seed=0,1", "print_only=true", f"hydra.sweep.dir={folder}")
+    assert (code, said) == (2, f"error: hydra.sweep.dir={folder} is no folder; name another\n")
+    with pytest.raises(ValueError, match="radii is no folder; name the folder of a sweep"):
+        status.main([str(folder)])
+    assert os.path.lexists(folder)
+
+
+@pytest.mark.parametrize("quote", ["", "'", '"'])
+def test_a_home_that_nobody_has_is_named(home, tiny, quote):
+    folder = f"{quote}~nobody-has-this/radii{quote}"
+    code, said = sweep(*tiny, "seed=0,1", "print_only=true", f"hydra.sweep.dir={folder}")
+    assert code == 2 and "hydra.sweep.dir=~nobody-has-this/radii: no user has this name" in said
+    assert said.count("\n") == 1 and list(home.iterdir()) == []
 
 
 def test_status_of_a_file_is_refused(tmp_path):

@@ -575,7 +575,9 @@ def install_wandb(monkeypatch, failing: str = "") -> list:
     )
     run.settings = types.SimpleNamespace(
         mode="offline",
-        **dict.fromkeys(("run_name", "project", "entity", "run_group", "run_tags", "run_job_type")),
+        **dict.fromkeys(
+            ("run_id", "run_name", "project", "entity", "run_group", "run_tags", "run_job_type")
+        ),
     )
     module = types.SimpleNamespace(
         **{name: method(name) for name in ("init", "setup", "teardown")}, Settings=dict
@@ -663,7 +665,7 @@ def test_wandb_says_which_mode_it_is_in(tmp_path):
         found[5][1].startswith("WANDB_MODE=ofline: ")
         and "'disabled', 'dryrun' or 'run'" in found[5][1]
         and "\n" not in found[5][1]
-        and "tracking.mode=offline" in found[5][1]
+        and found[5][1].endswith("; correct that variable or setting of W&B's")
     )
     asked = [
         ("auto", key),
@@ -685,6 +687,44 @@ def test_wandb_says_which_mode_it_is_in(tmp_path):
         "offline",
     ]
     assert "WANDB_API_KEY invalid" in found[5][1] and "WANDB_API_KEY invalid" in found[6][1]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("WANDB_MODE", "", "WANDB_MODE=: Input should be"),
+        ("WANDB_TAGS", "t" * 65, f"WANDB_TAGS={'t' * 65}: Value error, Tag"),
+        ("WANDB_PROJECT", "a/b", "Invalid project name 'a/b'"),
+        ("WANDB_RUN_ID", "a/b", "Run ID cannot contain"),
+        ("WANDB_SILENT", "maybe", "WANDB_SILENT=maybe: Input should be a valid boolean"),
+    ],
+)
+def test_a_wrong_variable_of_wandbs_costs_a_line_whatever_the_mode(tmp_path, variable, value, said):
+    script = """
+for mode in ("auto", "online", "offline"):
+    run = tracker(mode)
+    run.log(row(1))
+    run.close(0)
+"""
+    lines = run_script(tmp_path, script, WANDB_API_KEY="a" * 40, **{variable: value}).splitlines()
+    lines = [line for line in lines if line.startswith("W&B: ")]
+    assert len(lines) == 3 and len(set(lines)) == 1
+    assert lines[0].startswith("W&B: tracking off, ") and said in lines[0]
+    assert lines[0].endswith("; correct that variable or setting of W&B's")
+
+
+def test_where_nothing_could_be_recorded_nothing_is_said_to_be(tmp_path):
+    (tmp_path / "wandb").touch()
+    said = run_script(tmp_path, "run = tracker('offline')\nrun.log(row(1))\nrun.close(0)\n")
+    (line,) = [line for line in said.splitlines() if "tracking ended" in line]
+    assert line.endswith(f"; {tmp_path}/metrics.jsonl has every row")
+
+
+def test_an_id_of_wandbs_own_is_the_runs(tmp_path):
+    """Until the run has one: WANDB_RUN_ID may be another run's by then."""
+    script = "run = tracker('offline')\nrun.log(row(1))\nrun.close(0)\nprint(run.wandb_id)\n"
+    assert run_script(tmp_path, script, WANDB_RUN_ID="mine").endswith("mine\n")
+    assert run_script(tmp_path, script, WANDB_RUN_ID="theirs").endswith("mine\n")
 
 
 def wandb_command(home: Path, *arguments: str) -> None:

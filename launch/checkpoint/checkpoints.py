@@ -14,6 +14,7 @@ from launch.run import identity
 from launch.run.opening import OpenRun
 from launch.track.progress import Progress, Start, State
 from launch.track.tracker import Silent, Tracker
+from model.checkpoint import checkpoints
 
 
 class Checkpoints:
@@ -45,9 +46,9 @@ class Checkpoints:
         marked = (self.plan.schedule.steps, *self.settings.checkpoint.milestones)
         return stopping or at_interval or step in marked
 
-    def save(self, progress: Progress, tracker: Tracker | Silent, needed: bool) -> None:
-        """Begins to save a checkpoint once the one before is on disk, and waits for it if it is
-        `needed`."""
+    def save(self, progress: Progress, tracker: Tracker | Silent, must_succeed: bool) -> None:
+        """Begins to save a checkpoint once the one before is on disk; one that must succeed is
+        waited for."""
         opened, trained, keep = self.opened, self.trained, self.settings.checkpoint
         state = State(
             step=progress.step,
@@ -62,25 +63,29 @@ class Checkpoints:
         )
         opened.liveness.report_phase("saving", progress.step)
         self.end_save(tracker.message)
-        opened.layout.on_main(opened.lock.refuse_moved)
-        self.compare(progress)
+        opened.layout.on_main(opened.lock.refuse_moved_folder)
+        self.refuse_disagreement(progress)
         tracker.sync()
         tensors = tensors_of(trained.model, trained.optimizer, trained.rule, trained.layout)
         self.saver.begin(
             tensors, asdict(state), trained.corpus.tokenizer, keep.keep, keep.milestones
         )
-        if needed:
-            self.end_save(tracker.message, needed)
+        if must_succeed:
+            self.end_save(tracker.message, must_succeed)
 
-    def end_save(self, say: Callable[[str], Any], needed: bool = False) -> None:
-        """Waits for the save under way. Where the disk refused it, the run goes on with a warning,
-        unless the checkpoint is `needed`: then it raises ValueError."""
+    def end_save(self, say: Callable[[str], Any], must_succeed: bool = False) -> None:
+        """Waits for the save under way. Where the disk refused it, the run goes on with a warning.
+
+        Raises ValueError instead where the save must succeed: nothing would save the run later."""
         step, error = self.saver.step, self.saver.wait()
-        if error and needed:
+        if error and must_succeed:
+            folder = self.opened.folder
+            goes_on = "begins anew"
+            if checkpoints(folder):
+                goes_on = "goes on from the checkpoint before"
             raise ValueError(
-                f"step {step} could not be saved ({error}); make room on the disk of"
-                f" {self.opened.folder} and start the same command again: it goes on from the"
-                " checkpoint before"
+                f"step {step} could not be saved ({error}); make room on the disk of {folder} and"
+                f" start the same command again: it {goes_on}"
             )
         if error:
             say(
@@ -93,8 +98,8 @@ class Checkpoints:
         if self.saver.done:
             self.end_save(say)
 
-    def compare(self, progress: Progress) -> None:
-        """Refuses to go on where the processes do not hold the same."""
+    def refuse_disagreement(self, progress: Progress) -> None:
+        """Raises ValueError where the processes do not hold the same."""
         trained = self.trained
         settings = identity.canonical(self.settings) | asdict(self.settings.parallel)
         for name in ("evaluation_every", "checkpoint_every", "tracking_every", "micro"):

@@ -66,6 +66,7 @@ def check_contradictions(config: Config) -> None:
     check_rule(config)
     check_folder_names(config)
     check_init(config)
+    check_tracking(config)
 
 
 def check_model(config: Config) -> None:
@@ -267,3 +268,27 @@ def check_groups(config: Config) -> None:
             f" batch.micro={micro}{of_processes}; choose another number of groups or another"
             " batch.micro"
         )
+
+
+def check_tracking(config: Config) -> None:
+    """Raises ValueError for a name that W&B refuses: found after hours, it would leave the run
+    without its pages."""
+    tracking = config.tracking
+    # Without a name there is nothing to ask, and W&B's library takes a second to load.
+    if tracking.mode == "off" or not (tracking.project or tracking.tags):
+        return
+    import wandb
+
+    settings = {"project": tracking.project, "run_tags": tracking.tags}
+    for name, value in settings.items():
+        try:
+            wandb.Settings(**{name: value})  # type: ignore[arg-type]
+        except Exception as error:
+            # Pydantic puts the name of the setting before the reason, on lines of their own.
+            list_faults = getattr(error, "errors", None)
+            faults = [fault["msg"] for fault in list_faults()] if list_faults else [str(error)]
+            typed = ",".join(value) if isinstance(value, list) else value
+            raise ValueError(
+                f"tracking.{name.removeprefix('run_')}={typed} is refused by W&B"
+                f" ({'; '.join(faults).replace('Value error, ', '')}); choose another"
+            ) from None

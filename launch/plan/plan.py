@@ -137,7 +137,7 @@ def refuse_more_than(size: float, whose: str, config: Config, plan: Plan) -> Non
         )
 
 
-def refuse_here(config: Config, plan: Plan) -> None:
+def refuse_too_large_for_machine(config: Config, plan: Plan) -> None:
     """Raises ValueError where this machine cannot hold a step, whatever else it does."""
     if (
         planned_device(config) == "cuda"

@@ -105,7 +105,7 @@ class RunLock:
         os.close(self._file)
         del _held[self._path]
 
-    def refuse_moved(self) -> None:
+    def refuse_moved_folder(self) -> None:
         """Raises ValueError where the folder does not lie any more where it lay: what is written
         there now would be half a run."""
         if self._is_moved():
@@ -131,6 +131,8 @@ class RunLock:
             )
         self._made = self._made or not self._dir.exists()
         self._dir.mkdir(parents=True, exist_ok=True)
+        if self._path.is_dir():
+            raise ValueError(f"{self._path} is no regular file; remove it")
         file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
         if not stat.S_ISREG(os.fstat(file).st_mode):
             os.close(file)

@@ -11,10 +11,16 @@ from typing import Any, Self
 from conf.exit_codes import EXIT_PREEMPTED
 
 # Slurm sends SIGTERM, or SIGUSR1 or SIGUSR2 where asked for with --signal; the keyboard sends
-# SIGINT.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+# SIGINT, and a terminal that is closed SIGHUP.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
 ECHO = 3.0
+
+
+def caught_signals() -> list[signal.Signals]:
+    """Returns the signals that ask for an end: under nohup SIGHUP, which is ignored, is none."""
+    ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in SIGNALS if number != signal.SIGHUP or not ignores_hangup]
 
 
 class Preemption:
@@ -27,9 +33,10 @@ class Preemption:
 
     torchrun passes on to its workers the signals it gets, and so does a task of a sweep on Slurm,
     and a scheduler sends them to both: under these what comes within ECHO seconds of the first is
-    the same signal. torchrun also sends SIGTERM to the others as soon as one has died, which must
-    not cut short what they are about to say: where an exception closes the context, SIGTERM is
-    ignored from then on. And the echo may come when the context has closed: it is ignored, too."""
+    the same signal. So is a second SIGHUP, for the kernel and the shell each send one. torchrun
+    also sends SIGTERM to the others as soon as one has died, which must not cut short what they are
+    about to say: where an exception closes the context, SIGTERM is ignored from then on. And the
+    echo may come when the context has closed: it is ignored, too."""
 
     def __init__(self, minutes: float | None = None) -> None:
         self._deadline = float("inf") if minutes is None else time.monotonic() + 60 * minutes
@@ -44,7 +51,9 @@ class Preemption:
         return self._signal or ("time limit" if time.monotonic() >= self._deadline else None)
 
     def __enter__(self) -> Self:
-        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._previous = {
+            number: signal.signal(number, self._handle) for number in caught_signals()
+        }
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -55,7 +64,7 @@ class Preemption:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._signal:
-            if time.monotonic() < self._until:
+            if time.monotonic() < self._until or number == signal.SIGHUP:
                 return
             os._exit(128 + number)
         self._signal = signal.Signals(number).name

@@ -110,7 +110,7 @@ def of_this_start(store: torch.distributed.Store, rank: int, world: int) -> torc
         time.sleep(0.01)
 
 
-def refuse_copies(parallel: ParallelConfig) -> None:
+def refuse_duplicate_training(parallel: ParallelConfig) -> None:
     """Raises ValueError where several processes would each train the same run."""
     started = rank_and_world()[1]
     if parallel.name == "single" and started > 1:
@@ -124,9 +124,8 @@ def refuse_copies(parallel: ParallelConfig) -> None:
 def meeting_point(environment: Mapping[str, str]) -> dict[str, str]:
     """Where the processes of a Slurm step meet: on the step's first node, at a port that other
     steps and jobs there do not use, below those that Linux gives to whoever asks for any."""
-    nodes = environment.get(
-        "SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", "localhost")
-    )
+    lists = (environment.get(f"SLURM_{part}_NODELIST") for part in ("STEP", "JOB"))
+    nodes = next(filter(None, lists), "localhost")
     # each task of an array is a job of its own
     job, step = (int(environment.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     return {
@@ -155,8 +154,9 @@ def first_host(nodes: str) -> str:
         from submitit.slurm.slurm import _parse_node_list
 
         return _parse_node_list(nodes)[0]
-    except (ImportError, ValueError, IndexError):
+    except Exception as error:  # submitit's own is no ValueError
+        or_install = ", or pip install submitit" if isinstance(error, ImportError) else ""
         raise ValueError(
-            f"SLURM_STEP_NODELIST={nodes}, and neither scontrol nor submitit is here to say which"
-            " node is the first; set MASTER_ADDR to it, or pip install submitit"
+            f"SLURM_STEP_NODELIST={nodes}, and neither scontrol nor submitit says which node is the"
+            f" first; set MASTER_ADDR to it{or_install}"
         ) from None

@@ -81,6 +81,9 @@ class Job:
         """Starts a process of the run. It is out of reach of signals to this one's group, and gets
         those that are passed on."""
         self.log(rank).parent.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, **variables}
+        # An id of W&B's is that of one run, and a sweep starts many.
+        environment.pop("WANDB_RUN_ID", None)
         with self.log(rank).open("a") as file:
             before = file.tell()
             file.write(f"$ {shlex.join(self.command)}\n")
@@ -89,7 +92,7 @@ class Job:
                 process = subprocess.Popen(
                     self.command,
                     cwd=self.cwd,
-                    env={**os.environ, **variables},
+                    env=environment,
                     stdin=subprocess.DEVNULL,
                     stdout=file,
                     stderr=subprocess.STDOUT,

@@ -14,7 +14,7 @@ import torch
 
 from conf.exit_codes import EXIT_PREEMPTED, IN_ORDER
 from launch.run.folder import harm
-from launch.run.preemption import SIGNALS
+from launch.run.preemption import caught_signals
 from launch.sweep.jobs import PATIENCE, Job, reason
 
 POLL = 0.1  # seconds between looks at the processes
@@ -86,7 +86,7 @@ def run_all(jobs: list[Job], n_jobs: int | None) -> int:
         # No more than this: it may be the start of a run that is interrupted here.
         pool.signals.append(number)
 
-    previous = {number: signal.signal(number, note) for number in SIGNALS}
+    previous = {number: signal.signal(number, note) for number in caught_signals()}
     try:
         while pool.running or (pool.waiting and not pool.signals):
             pool.start_what_fits()

@@ -54,13 +54,14 @@ def sweep(combinations: list[Combination], launcher: LauncherConfig, folder: Pat
 
     Raises ValueError for a mistake; one in a combination is printed with those of the others,
     before anything is started."""
+    folder = Path(os.path.realpath(folder))
     check_launcher(launcher, folder)
     if not combinations:
         raise ValueError(
             "the sweep has no combinations, for a list or range of values is empty; give each swept"
             " key at least one value"
         )
-    runs, mistakes = plan_runs(combinations, launcher, folder.resolve())
+    runs, mistakes = plan_runs(combinations, launcher, folder)
     for line in dict.fromkeys(mistakes):
         print(f"error: {line}", file=sys.stderr)
     if mistakes:
@@ -117,13 +118,15 @@ def start(jobs: list[Job], folder: Path) -> int:
 
 def note(jobs: list[Job], folder: Path) -> None:
     """Puts jobs into the folder's jobs.json, in the place of earlier ones of the same runs."""
-    known = {job.run: job for job in read_jobs(folder.resolve())}
-    write_jobs(folder.resolve(), (known | {job.run: job for job in jobs}).values())
+    known = {job.run: job for job in read_jobs(folder)}
+    write_jobs(folder, (known | {job.run: job for job in jobs}).values())
 
 
 def check_launcher(launcher: LauncherConfig, folder: Path) -> None:
     """Raises ValueError where the settings, or the sweep's folder, cannot be meant."""
-    check_value("hydra.sweep.dir", str(folder.resolve()), {})
+    check_value("hydra.sweep.dir", str(folder), {})
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ValueError(f"hydra.sweep.dir={folder} is no folder; name another")
     for entry in fields(launcher):
         check_value(f"hydra.launcher.{entry.name}", getattr(launcher, entry.name), entry.metadata)
     if launcher.gpus_per_node and launcher.tasks != launcher.gpus_per_node:
@@ -189,7 +192,7 @@ def plan_run(
         composed.parallel.processes = world if launcher.scheduler == "slurm" else given or 1
     config = check(composed, [])
     plan, name = make_plan(config), run_name(config)
-    run = Path(config.dir).resolve() if config.dir else folder / name
+    run = Path(os.path.realpath(config.dir)) if config.dir else folder / name
     kept = [text for text in overrides if text.split("=")[0] not in ("dir", "print_only")]
     named = config.tracking.group or os.environ.get("WANDB_RUN_GROUP")
     group = [] if named else [quoted("tracking.group", folder.name)]
@@ -207,7 +210,7 @@ def plan_run(
 def states(runs: list[Planned], folder: Path, sweeping: bool = False) -> dict[Path, str]:
     """What has become of each run so far: done, running, waiting, to resume or new. `sweeping` says
     that another process is at work on them."""
-    known = {job.run: job for job in read_jobs(folder.resolve())}
+    known = {job.run: job for job in read_jobs(folder)}
     jobs = [known.get(planned.job.run, planned.job) for planned in runs]
     queued = queue(jobs)
     found = {job.run: state(job, queued, sweeping) for job in jobs}

@@ -75,7 +75,8 @@ class Tracker:
         elif mode == "off" and config.mode != "off":
             self.message(f"W&B: tracking off, {why}")
         if mode != "off":
-            self.wandb_id = wandb_id or recorded_id(dir) or secrets.token_hex(4)
+            named = wandb_settings().run_id  # by WANDB_RUN_ID
+            self.wandb_id = wandb_id or recorded_id(dir) or named or secrets.token_hex(4)
             arguments = wandb_arguments(dir, config, run_name, plain_config, self.wandb_id)
             self._wandb = Wandb(
                 mode,

@@ -2,6 +2,7 @@
 does."""
 
 import contextlib
+import re
 import shlex
 import struct
 import threading
@@ -35,20 +36,18 @@ def wandb_mode(mode: str) -> tuple[str, str]:
 
 def _ask(mode: str) -> tuple[str, str]:
     try:
+        asked = wandb_settings(None if mode == "auto" else mode).mode
+    except Exception as error:
+        # With wrong settings W&B starts in no mode at all.
+        return "off", str(error)
+    if asked == "disabled":
+        return "off", "as WANDB_MODE or `wandb disabled` asks"
+    if asked in ("offline", "dryrun"):
+        asking = "WANDB_MODE or `wandb offline`" if mode == "auto" else "tracking.mode"
+        return "offline", f"as {asking} asks"
+    try:
         import wandb
 
-        asked = wandb_settings(None if mode == "auto" else mode).mode
-        if asked == "disabled":
-            return "off", "as WANDB_MODE or `wandb disabled` asks"
-        if asked in ("offline", "dryrun"):
-            return (
-                "offline",
-                (
-                    "as WANDB_MODE or `wandb offline` asks"
-                    if mode == "auto"
-                    else "as tracking.mode asks"
-                ),
-            )
         if wandb.login(prompt=False, verify=False):
             return "online", "there is a key"
         why = "no key found (`wandb login` stores one)"
@@ -56,27 +55,44 @@ def _ask(mode: str) -> tuple[str, str]:
         why = _faults(error) or _first_line(error)
     if mode == "auto":
         return "off", f"{why}; tracking.mode=offline records without one"
-    return ("offline" if mode == "online" else "off"), why
+    return "offline", why
 
 
 def _faults(error: Exception) -> str:
     """Returns the settings of W&B that pydantic finds wrong: variable, value and reason."""
     list_faults = getattr(error, "errors", None)
     return "; ".join(
-        f"WANDB_{fault['loc'][0].upper()}={fault['input']}: {fault['msg']}"
+        f"{_variable(fault['loc'][0])}={_as_typed(fault['input'])}: {fault['msg']}"
         for fault in (list_faults() if list_faults else [])
         if fault["loc"]
     )
 
 
+def _variable(setting: str) -> str:
+    """Returns the environment variable of a setting of W&B's."""
+    # The variables of these leave "run" out, and that of x_name is WANDB__NAME.
+    shortened = ("run_job_type", "run_name", "run_notes", "run_tags")
+    name = setting.removeprefix("run_") if setting in shortened else setting
+    return f"WANDB_{re.sub('^x_', '_', name).upper()}"
+
+
+def _as_typed(value: Any) -> str:
+    """Returns a value as its variable holds it."""
+    return ",".join(value) if isinstance(value, (list, tuple)) else str(value)
+
+
 def wandb_settings(mode: str | None = None) -> Any:
     """Returns W&B's settings of this process, after its environment variables and files; `mode`
-    overrides the one there."""
+    overrides the one there. Raises ValueError where one of them is wrong."""
     import wandb
 
     asked = {} if mode is None else {"mode": mode}
-    # Without `silent`, W&B would print lines about the key and saved files.
-    return wandb.setup(settings=wandb.Settings(silent=True, **asked)).settings  # type: ignore[arg-type]
+    try:
+        # Without `silent`, W&B would print lines about the key and saved files.
+        return wandb.setup(settings=wandb.Settings(silent=True, **asked)).settings  # type: ignore[arg-type]
+    except Exception as error:
+        said = _faults(error) or _first_line(error)
+        raise ValueError(f"{said}; correct that variable or setting of W&B's") from None
 
 
 class Wandb:
@@ -212,15 +228,18 @@ class Wandb:
                 sent_mark(path).touch()
 
     def _remedy(self) -> str:
+        dir, wandb_id = Path(self._arguments["dir"]), self._arguments["id"]
+        rows = f"; {dir}/metrics.jsonl has every row"
+        if not any(id_of(path) == wandb_id for path in records_of(dir)):
+            return rows  # W&B has not begun: there is nothing to upload
         if self._mode == "offline":
             return (
-                f"; `wandb sync {shlex.quote(str(self._arguments['dir']))}/wandb/offline-run-*`"
-                " uploads what was recorded"
+                f"; `wandb sync {shlex.quote(str(dir))}/wandb/offline-run-*` uploads what was"
+                " recorded"
             )
-        dir = self._arguments["dir"]
         return (
-            f"; {dir}/metrics.jsonl has every row; the run's own command (in"
-            f" {dir}/code/environment.json) sends W&B what it lacks"
+            f"{rows}; the run's own command (in {dir}/code/environment.json) sends W&B what it"
+            " lacks"
         )
 
 
