@@ -260,7 +260,10 @@ def main(arguments: list[str]) -> None:
             raise ValueError(f"out={out} cannot be written; name a file in a folder that exists")
         require_workspaces()
         tracking = compose([]).tracking
-        mode, why = ("offline", "offline") if options.offline else wandb_mode("online")
+        mode = why = "offline"
+        if not options.offline:
+            mode, why = wandb_mode("online")
+        # Our options before our configuration before W&B's own variables and settings.
         own = wandb_settings()
         entity = options.entity or tracking.entity or own.entity or ""
         project = options.project or tracking.project or own.project or PROJECT

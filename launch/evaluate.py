@@ -49,13 +49,25 @@ def evaluate(
             total = total_loss(model, validation.batches(sequences), context, stop, layout)
             if total is None:
                 break
-            prefix = "val/" if name == next(iter(sets)) else f"val/{name}/"
+            prefix = prefix_of(name, sets)
             loss = total / validation.num_tokens
             row[prefix + "loss"] = loss
+            # exp(700) is about the largest number that a float holds.
             row[prefix + "perplexity"] = math.exp(min(loss, 700.0))
+            # Per byte of the text, so that models with other tokenizers compare.
             row[prefix + "bits_per_byte"] = total / math.log(2) / validation.num_bytes
+    # FSDP gathers for a forward, and the next step expects shards.
     reshard(model)
-    return None if total is None else row
+    if total is None:
+        return None
+    return row
+
+
+def prefix_of(name: str, sets: Iterable[str]) -> str:
+    """Returns how the figures of a validation set begin: the first set's are those of the run."""
+    if name == next(iter(sets)):
+        return "val/"
+    return f"val/{name}/"
 
 
 def total_loss(
@@ -67,16 +79,19 @@ def total_loss(
 ) -> float | None:
     """Returns the loss in nats summed over the counted targets of all batches and processes; None
     where `stop()` came true meanwhile."""
+    # In fp64, since millions of tokens add up; on the device, so that no batch waits for the host.
     device = compute_device(model.embedding.weight)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for turn in batched(batches, layout.world):
         if layout.any_rank(stop()):
             return None
-        tokens_BxT, targets_BxT = (
-            turn[layout.rank]
-            if layout.rank < len(turn)
-            else (turn[0][0], torch.full_like(turn[0][1], IGNORED))
-        )
+        # Of the last turn some processes have no batch; with FSDP they must run a forward all the
+        # same, and its targets count nothing.
+        tokens_BxT, targets_BxT = turn[0]
+        if layout.rank < len(turn):
+            tokens_BxT, targets_BxT = turn[layout.rank]
+        else:
+            targets_BxT = torch.full_like(targets_BxT, IGNORED)
         with context():
             total += model.loss(tokens_BxT.to(device), targets_BxT.to(device))[0]
     all_sum(model, total)
@@ -127,6 +142,7 @@ def main(arguments: list[str]) -> None:
             checkpoint_path(run, options.step)  # a folder of none says so
             own = load_config(run)
         trained = open_trained(run, options.step)
+        # Overrides name another corpus as a whole; nothing of the run's own is left then.
         data = own.data if own else None
         if overrides:
             data = compose(overrides).data
@@ -138,7 +154,11 @@ def main(arguments: list[str]) -> None:
         device = choose_device(options.device)
         dtype = choose_precision(options.precision, device)
         corpus = prepare(data, trained.tokenizer)
-        trained_at = own.batch.length if own else trained.length
+        # The loss of a token depends on how many it sees before it, so by default on as many as in
+        # the training.
+        trained_at = trained.length
+        if own:
+            trained_at = own.batch.length
         length = options.length or trained_at or min(1024, trained.model.config.max_length)
         sets = {
             name: Validation(tokens, length, corpus.tokenizer)
@@ -156,7 +176,7 @@ def main(arguments: list[str]) -> None:
 def described(row: dict[str, float], sets: dict[str, Validation]) -> Iterator[str]:
     """Yields what was found on each validation set, in a line."""
     for name, validation in sets.items():
-        prefix = "val/" if name == next(iter(sets)) else f"val/{name}/"
+        prefix = prefix_of(name, sets)
         loss = row[prefix + "loss"]
         perplexity = row[prefix + "perplexity"]
         bits = row[prefix + "bits_per_byte"]

@@ -56,25 +56,36 @@ def chosen_values() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for entry in composed["defaults"]:
         # Beside the groups there are "schema", no experiment, overrides, and what is optional.
-        ((group, choice),) = entry.items() if isinstance(entry, dict) else [(entry, None)]
+        if not isinstance(entry, dict):
+            continue
+        ((group, choice),) = entry.items()
         file = CONF / group / f"{choice}.yaml"
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+        if not file.is_file():
+            continue
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
         found |= {f"{group}.{key}": value for key, value in (values or {}).items()}
     return found
 
 
 def row(name: str, entry: Field, default: Any, read: str) -> list[str]:
     """Returns the cells of a key."""
+    # In Markdown a bar would end the cell, and stars and angle brackets would be marks.
+    meaning = re.sub(r"([|*<>])", r"\\\1", entry.metadata["meaning"])
+    value = default
+    if not isinstance(default, str):
+        value = json.dumps(default)
+    return [f"`{name}`", kind(entry), f"`{value}`", meaning, read, may_change(entry)]
+
+
+def may_change(entry: Field) -> str:
+    """Returns whether a key may change when a run is resumed."""
     mutable = entry.metadata.get("mutable", False)
-    resumes = "yes" if mutable is True else ""
-    if entry.metadata.get("place"):
-        resumes = "its place"
     if isinstance(mutable, tuple):
         other, values = mutable
-        resumes = f"with {other}={' or '.join(values)}"
-    meaning = re.sub(r"([|*<>])", r"\\\1", entry.metadata["meaning"])
-    value = default if isinstance(default, str) else json.dumps(default)
-    return [f"`{name}`", kind(entry), f"`{value}`", meaning, read, resumes]
+        return f"with {other}={' or '.join(values)}"
+    if entry.metadata.get("place"):
+        return "its place"
+    return "yes" if mutable else ""
 
 
 def kind(entry: Field) -> str:
@@ -83,10 +94,14 @@ def kind(entry: Field) -> str:
     if "choices" in rules:
         return ", ".join(f"`{choice}`" for choice in rules["choices"])
     name = type_name(entry).replace(" | None", " or null").replace("Any", "any")
-    bounds = [f"above {rules['above']:g}"] if "above" in rules else []
-    bounds += [f"at least {rules['low']:g}"] if "low" in rules else []
-    bounds += [f"at most {rules['high']:g}"] if rules.get("high", LARGE + 1) <= LARGE else []
-    return ", ".join([name, *bounds])
+    parts = [name]
+    if "above" in rules:
+        parts.append(f"above {rules['above']:g}")
+    if "low" in rules:
+        parts.append(f"at least {rules['low']:g}")
+    if rules.get("high", LARGE + 1) <= LARGE:
+        parts.append(f"at most {rules['high']:g}")
+    return ", ".join(parts)
 
 
 if __name__ == "__main__":

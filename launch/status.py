@@ -70,6 +70,7 @@ def main(arguments: list[str]) -> int:
         )
     if options.resubmit:
         return resubmit(folder)
+    # The runs of a sweep, of which jobs.json tells, and those that were started by themselves.
     jobs = read_jobs(folder)
     found = states(jobs, sweeping=is_in_use(folder))
     lines = [line_of(job, found[job.run]) for job in jobs] + plain_runs(folder, jobs)
@@ -97,6 +98,7 @@ def resubmit(folder: Path) -> int:
         found = states(jobs)
         show([line_of(job, found[job.run]) for job in jobs])
         ended = [job for job in jobs if found[job.run] in ("new", "stopped", "failed")]
+        # A project may have been moved since: a process cannot start in a folder that is gone.
         gone = {job.cwd for job in ended if not Path(job.cwd).is_dir()}
         for job in ended:
             if job.cwd in gone:
@@ -107,7 +109,9 @@ def resubmit(folder: Path) -> int:
                 f" from {Path.cwd()}, to which relative paths refer",
                 file=sys.stderr,
             )
-        return start(ended, folder) if ended else 0
+        if not ended:
+            return 0
+        return start(ended, folder)
 
 
 def states(jobs: list[Job], sweeping: bool = False) -> dict[Path, str]:
@@ -129,12 +133,15 @@ def show(lines: list[Line]) -> None:
 def line_of(job: Job, kind: str) -> Line:
     """Returns what there is to say about a job: how far it is, or why it ended, and what rounding
     does to its rule, if it does."""
-    harmed = harm(job.run / "metrics.jsonl")
-    warning = f"\n         warning: {harmed}" if harmed else ""
+    warning = harm(job.run / "metrics.jsonl")
+    if warning:
+        warning = f"\n         warning: {warning}"
     if kind == "running":
         return Line(kind, job.run.name, progress(job.run, job.steps) + warning)
     if kind == "waiting":
-        return Line(kind, job.run.name, f"  job {job.job_id}" if job.job_id else "")
+        # Runs on this machine have no number of Slurm's.
+        number = f"  job {job.job_id}" if job.job_id else ""
+        return Line(kind, job.run.name, number)
     if kind == "new":
         return Line("waiting", job.run.name, "  not started; resubmit=true starts it")
     if kind in ("stopped", "failed"):
@@ -152,13 +159,17 @@ def plain_runs(folder: Path, jobs: list[Job]) -> list[Line]:
             continue
         record = read_run(run)
         kind = OF_RECORDS.get(record.state, "failed")
-        name = str(run.relative_to(folder)) if run != folder else run.name
+        name = run.name
+        if run != folder:
+            name = str(run.relative_to(folder))
         said = "".join(
             f"\n         {line}"
             for line in (record.reason, record.harm and f"warning: {record.harm}")
             if line
         )
-        lines.append(Line(kind, name, progress(run, None) if kind == "running" else said))
+        if kind == "running":
+            said = progress(run, None)
+        lines.append(Line(kind, name, said))
     return lines
 
 
@@ -172,20 +183,23 @@ def progress(run: Path, steps: int | None) -> str:
         return f"  {error}"
     if not rows:
         return "  starting"
+    # Only a job says how many steps a run has.
     first = rows[0]
     last = rows[-1]
     if steps is None:
         return f"  step {last['step']:,}"
     said = f"  step {last['step']:,} of {steps:,}"
     if last["step"] > first["step"]:
-        left = (
-            (steps - last["step"])
-            * (last["seconds"] - first["seconds"])
-            / (last["step"] - first["step"])
-        )
-        clock = time.strftime("%H:%M:%S", time.gmtime(left))
-        said += f", {clock if left < 86400 else f'{left / 86400:.1f} days'} left"
+        pace = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
+        said += f", {duration(pace * (steps - last['step']))} left"
     return said
+
+
+def duration(seconds: float) -> str:
+    """Returns seconds as a person reads them."""
+    if seconds >= 86400:
+        return f"{seconds / 86400:.1f} days"
+    return time.strftime("%H:%M:%S", time.gmtime(seconds))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import stat
 import sys
 from pathlib import Path
 
@@ -433,3 +434,11 @@ def test_no_source_file_unpickles_or_runs_text():
             if guilty:
                 found.append(f"{file.relative_to(ROOT)}:{node.lineno}")
     assert found == []
+
+
+@pytest.mark.parametrize(("folder", "file"), [(0o755, 0o644), (0o750, 0o640), (0o700, 0o600)])
+def test_those_who_may_read_a_folder_may_read_its_tensors(tmp_path, folder, file):
+    (tmp_path / "step").mkdir()
+    (tmp_path / "step").chmod(folder)
+    save_parts(tmp_path / "step/model.safetensors", {"x": Part(torch.zeros(2), (0,))})
+    assert stat.S_IMODE((tmp_path / "step/model.safetensors").stat().st_mode) == file

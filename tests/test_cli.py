@@ -228,6 +228,7 @@ def test_sample_streams_and_repeats_with_its_seed(run, monkeypatch):
             ["RUN", "--temperature=1"],
             "--temperature=1: no such option; did you mean temperature=?",
         ),
+        (model.sample.main, ["RUN", "temp=1"], "temp=1: no such option; did you mean temperature="),
         (model.sample.main, ["RUN", "seed"], "seed: no such option; did you mean seed=?"),
         (model.sample.main, ["RUN", "--hlep"], "--hlep: no such option; did you mean --help?"),
         (model.sample.main, ["runs/x"], "runs/x: no such option"),

@@ -97,6 +97,12 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path, name):
     assert (tmp_path / "file").read_text() == "precious"
 
 
+def test_a_link_to_itself_is_named(tmp_path):
+    (tmp_path / "run").symlink_to("run")
+    with pytest.raises(ValueError, match=r"dir=.*run is a link that leads back to itself"):
+        RunLock(tmp_path / "run").__enter__()
+
+
 def test_a_folder_in_the_place_of_the_lock_is_named(tmp_path):
     (tmp_path / "lock").mkdir()
     with pytest.raises(ValueError, match=r"lock is no regular file; remove it"):

@@ -39,6 +39,7 @@ class Checkpoints:
         """Returns whether a checkpoint is due: at every interval, at milestones, at a stop and at
         the end. What this start was restored from is never written again: a kill meanwhile would
         lose it."""
+        # Where a run begins, from scratch or from another run, it saves a milestone only.
         begins = step == self.first_step
         if begins and self.start.resumed:
             return False
@@ -61,10 +62,14 @@ class Checkpoints:
             rows=tracker.counted,
             origin=self.start.origin,
         )
+        # The save before comes to its end first: there is one copy of the state, and one thread.
         opened.liveness.report_phase("saving", progress.step)
         self.end_save(tracker.message)
+        # Nothing is saved that could not be gone on from: in a folder that is not there any more,
+        # or of processes that hold different weights.
         opened.layout.on_main(opened.lock.refuse_moved_folder)
         self.refuse_disagreement(progress)
+        # The checkpoint counts the rows so far, so they go to disk before it does.
         tracker.sync()
         tensors = tensors_of(trained.model, trained.optimizer, trained.rule, trained.layout)
         self.saver.begin(

@@ -16,6 +16,7 @@ from model.processes import Layout
 from model.sharding import local
 from optim import Gradient
 
+# Integers as wide as a number of so many bytes.
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -26,9 +27,10 @@ def replicated(
     optimizer: Optimizer,
     rule: Gradient,
 ) -> dict[str, Any]:
-    """By name: the settings, the data, the place in the run and what follows from it, which depend
-    on no process."""
-    own = ("seconds", "row")  # a process's own times
+    """Returns what depends on no process, by name: the settings, the data, the place in the run and
+    what follows from it."""
+    # Times are a process's own.
+    own = ("seconds", "row")
     return {
         **settings,
         "torch": torch.__version__,
@@ -51,6 +53,8 @@ def refuse_divergence(
     numbers."""
     if layout.world == 1:
         return
+    # Replicas hold the same shards, so the sums of their bits are the same. Where each process has
+    # a shard of its own there is nothing to compare it with.
     weights = {}
     if layout.replicas is not None:
         state = [
@@ -61,6 +65,7 @@ def refuse_divergence(
         ]
         held = sum_of_bits([*model.parameters(), *state, *rule.state_dict().values()])
         weights[f"the weights, optimizer and rule of shard {layout.mesh.get_local_rank()}"] = held
+    # The values themselves are sent only where their digests differ.
     digest = hashlib.sha256(repr(values).encode()).hexdigest()
     if differences(layout.all_gather({"digest": digest} | weights)):
         found = "; ".join(differences(layout.all_gather(values | weights)))
@@ -72,8 +77,8 @@ def refuse_divergence(
 
 
 def differences(held: list[dict[str, Any]]) -> list[str]:
-    """What is not the same among the processes that hold it, as "<name> is <value> on rank 0,
-    <value> on ranks 1, 2"."""
+    """Returns what is not the same among the processes that hold it, as "<name> is <value> on rank
+    0, <value> on ranks 1, 2"."""
     found = []
     for name in dict.fromkeys(name for values in held for name in values):
         ranks: dict[str, list[str]] = {}
@@ -92,7 +97,9 @@ def differences(held: list[dict[str, Any]]) -> list[str]:
 
 
 def sum_of_bits(tensors: Iterable[Tensor]) -> int:
-    """One number of all bits that this process holds of some tensors."""
+    """Returns one number of all bits that this process holds of some tensors."""
+    # As integers of the same width, so that nan and the sign of zero count, and the order of the
+    # sum does not.
     return sum(
         int(local(tensor).contiguous().view(BITS[tensor.element_size()]).sum(dtype=torch.int64))
         for tensor in tensors

@@ -76,8 +76,9 @@ def resume_or_start(folder: Path, settings: Config, trained: Trained, schedule: 
 def tensors_of(
     model: GPT, optimizer: Optimizer, rule: Gradient, layout: Layout
 ) -> dict[str, dict[str, Tensor]]:
-    """What this process saves of the tensors that the next step depends on, by file and name: of
-    sharded ones its shard; every process has a random state of its own."""
+    """Returns what this process saves of the tensors that the next step depends on, by file and
+    name: of sharded ones its shard; every process has a random state of its own."""
+    # With FSDP the parameters of the root may lie gathered, where shards are to be saved.
     reshard(model)
     tensors: dict[str, dict[str, Any]] = {
         "model": dict(model.named_parameters()),
@@ -93,7 +94,7 @@ def tensors_of(
 
 
 def own(layout: Layout) -> str:
-    """What the names of a process's own tensors end on."""
+    """Returns the ending of the names of a process's own tensors."""
     return f"/{layout.rank}" if layout.rank else ""
 
 
@@ -106,6 +107,7 @@ def resume(
     Raises ValueError where the data are others by now, where all checkpoints are damaged or another
     run's, and where metrics.jsonl lacks rows that the checkpoint counts."""
 
+    # Called for the newest checkpoint, and for the one before where it raises DamagedFile.
     def take(saved: Checkpoint) -> tuple[Path, State]:
         found = found_elsewhere(state_of(saved), settings, trained.corpus, trained.layout)
         refuse_other_run(saved, asdict(settings), found)
@@ -113,6 +115,7 @@ def resume(
 
     resumed = use_newest(folder, take, trained.layout, warn)
     if resumed:
+        # Checked before the run begins: the tracker cuts the file to these rows.
         state = resumed[1]
         trained.layout.on_main(
             lambda: counted_lines(folder / "metrics.jsonl", state.progress.logged, state.rows)
@@ -121,18 +124,21 @@ def resume(
 
 
 def state_of(saved: Checkpoint) -> State:
-    """The plain values of a checkpoint. Raises DamagedFile where they are of other types."""
+    """Returns the plain values of a checkpoint. Raises DamagedFile where they are of other
+    types."""
     return check(saved.state, State, saved.path / "state.json")
 
 
 def found_elsewhere(state: State, settings: Config, corpus: Corpus, layout: Layout) -> set[str]:
-    """The keys of PLACES whose paths may differ from those in a checkpoint: what lies there now is
-    what it was made with."""
+    """Returns the keys of PLACES whose paths may differ from those in a checkpoint: what lies there
+    now is what it was made with."""
     found = set()
+    # Text and tokenizer are open already, and the fingerprints of what was found are known.
     if state.data == corpus.fingerprint:
         found |= {name for name in PLACES if name.startswith("data.")}
     if state.tokenizer == corpus.tokenizer.hash:
         found.add("tokenizer.path")
+    # A parent is known by the checksum that this run's checkpoints have noted of it.
     for name, ours in (("init.run", settings.init.run), ("init.hf", settings.init.hf)):
         moved = ours is not None and state.identity.get(name) not in (None, ours)
         # Looked at by the main process alone: it may be much to read.
@@ -173,8 +179,8 @@ def refuse_other_places(run: Path, settings: Config) -> None:
 
 
 def origins(name: str, place: str | None) -> Collection[str]:
-    """The checksums of what a run can begin from at a place: of all checkpoints of an init.run, or
-    of the weights of an init.hf."""
+    """Returns the checksums of what a run can begin from at a place: of all checkpoints of an
+    init.run, or of the weights of an init.hf."""
     if name == "init.hf":
         return {checksum_of_weights(str(place))}
     found = set()
@@ -185,7 +191,8 @@ def origins(name: str, place: str | None) -> Collection[str]:
 
 
 def checksum_of_weights(name_or_dir: str) -> str:
-    """sha256 of the weights of a Hugging Face folder or hub name."""
+    """Returns the sha256 of the weights of a Hugging Face folder or hub name."""
+    # Names count, too: the same tensors, split over other files, pass for other weights.
     files = sorted(find_folder(name_or_dir, WEIGHTS).glob("*.safetensors"))
     return hashlib.sha256(
         json.dumps([(file.name, *describe(file)) for file in files]).encode()
@@ -196,6 +203,8 @@ def restore(saved: Checkpoint, trained: Trained) -> State:
     """Takes over everything that the next step depends on. Raises DamagedFile, on all processes,
     for a checkpoint that does not fit, and ValueError where the data or the tokenizer are others by
     now."""
+    # The order of the data is a function of (seed, step), so the same data are all it takes to go
+    # on where the run stopped.
     state, corpus = state_of(saved), trained.corpus
     if state.data != corpus.fingerprint:
         raise ValueError(
@@ -232,6 +241,8 @@ def refuse_other_shapes(saved: Checkpoint, model: GPT) -> None:
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     for name in shapes.keys() ^ saved.tensors["model"].keys():
         raise DamagedCheckpoint(f"its weights are of another model, by {name}")
+    # (name of the tensor, parameter whose shape it must have, tensor): optimiser state goes by
+    # "<parameter>.<key>", memory of the rule by "<kind>/<parameter>". Numbers have no shape.
     named = [(name, name, value) for name, value in saved.tensors["model"].items()]
     named += [
         (name, name.rpartition(".")[0], value)
@@ -268,15 +279,19 @@ def branch(settings: Config, trained: Trained, schedule: Schedule) -> tuple[Chec
             f"init.run={init.run} has another shape or tokenizer; choose its model, tokenizer and"
             " data"
         )
+    # With the weights alone everything begins anew, at step 0.
     if not init.optimizer:
         refuse_other_shapes(saved, model)
         together(layout, lambda: load_weights(model, saved.tensors["model"]))
         return saved, Progress()
+    # Else the run goes on in the parent's data, at its step; its rule may be another, and would
+    # misread what that one remembers.
     refuse_other_order(state, settings, corpus, layout)
     saved.tensors["rule"].clear()
     done = restore(saved, trained).progress
     trained.rule.step = done.step
     refuse_other_horizon(state, settings, schedule)
+    # The counters go on; rows and evaluations begin anew.
     return saved, Progress(
         done.step,
         done.tokens,
@@ -292,12 +307,14 @@ def branch(settings: Config, trained: Trained, schedule: Schedule) -> tuple[Chec
 def refuse_other_order(state: State, settings: Config, corpus: Corpus, layout: Layout) -> None:
     """Raises ValueError where a run would take over an optimiser of another kind than its own, or
     go on in another order of the data."""
+    # AdamW's moments mean nothing to Muon or SGD.
     ours, theirs = identity.canonical(settings), state.identity
     if ours["optim.base"] != theirs.get("optim.base"):
         raise ValueError(
             f"optim.base={ours['optim.base']} differs from {theirs.get('optim.base')} in init.run,"
             " whose state it cannot take over; keep it, or leave init.optimizer out"
         )
+    # The keys that decide which tokens are in the batch of a step.
     order = {
         key: value
         for key, value in theirs.items()
@@ -315,6 +332,8 @@ def refuse_other_horizon(state: State, settings: Config, schedule: Schedule) -> 
     """Raises ValueError where a run would begin beyond its horizon, or past the beginning of what
     counts from the first perturbed step."""
     optim, step = settings.optim, state.progress.step
+    # A radius schedule and the budget of FLOPs count from optim.start. Where the parent moved
+    # nothing although this run's schedule says that it did, they would count steps that never were.
     was_plain = state.identity.get("optim.path") == "none"
     counts_from = optim.compute_matched or optim.rho_schedule in ("warmup", "cosine")
     if was_plain and counts_from and schedule.first < min(step, schedule.stop):

@@ -38,12 +38,14 @@ class Saver:
         `step_folder.save`; the save before must have been waited for. The tensors may change as
         soon as this returns."""
         assert self.under_way is None
+        # The copies of the save before are written over, so that no memory is allocated anew.
         kept, self.copies, self.step = self.copies, {}, state["step"]
         for file, group in tensors.items():
             places = kept.pop(file, {})
             self.copies[file] = {
                 name: copied(tensor, places.pop(name, None)) for name, tensor in group.items()
             }
+        # Copies from CUDA to pinned memory are asynchronous, and the next step changes the source.
         if any(local(tensor).is_cuda for group in tensors.values() for tensor in group.values()):
             torch.cuda.current_stream().synchronize()
         self.under_way = self.thread.submit(
@@ -52,12 +54,13 @@ class Saver:
 
     @property
     def done(self) -> bool:
-        """Whether a save was begun, is over, and has not been waited for."""
+        """Returns whether a save was begun, is over, and has not been waited for."""
         return self.under_way is not None and self.under_way.done()
 
     def wait(self) -> str | None:
         """Waits for the save under way, if there is one; returns what the disk said where it
         refused, on all processes the same. Raises RuntimeError where another process was lost."""
+        # Forgotten first, so that what raises is not met again at the next wait.
         save, self.under_way = self.under_way, None
         try:
             if save:
@@ -72,8 +75,8 @@ class Saver:
 
 
 def copied(tensor: Tensor, place: Part | None) -> Part:
-    """A copy of what this process holds of a tensor, where the last one was kept if that still
-    fits."""
+    """Returns a copy of what this process holds of a tensor, where the last one was kept if that
+    still fits."""
     shard = local(tensor)
     if place is None or (place.values.shape, place.values.dtype) != (shard.shape, shard.dtype):
         place = Part(

@@ -59,8 +59,10 @@ def save(  # noqa: PLR0913 - a call names what a checkpoint is made of
     layout = layout or Layout()
     final = run / "checkpoints" / f"step_{state['step']:08d}"
     partial = final.with_name(f".{final.name}.partial")
+    # Every process writes its own files, and learns what became of those of the others.
     found = layout.all_gather(attempt(lambda: write(partial, tensors, layout)), layout.saving)
     error = next((error for _, error in found if error), None)
+    # The main process alone adds the rest, renames the folder, and only then removes older ones.
     if layout.main and not error:
         files = {
             name: described for written, _ in found for name, described in (written or {}).items()
@@ -70,13 +72,14 @@ def save(  # noqa: PLR0913 - a call names what a checkpoint is made of
             _, error = attempt(lambda: remove_old(run, state["step"], keep, milestones))
     if layout.main and error:
         shutil.rmtree(partial, ignore_errors=True)
+    # All raise or none does: a process that went on alone would wait for the others in vain.
     if error := layout.any_rank(error, layout.saving):
         raise OSError(error)
     return final
 
 
 def attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
-    """What an action returns, or what the disk said where it refused."""
+    """Calls an action; returns its result, or the words of the disk where that refused."""
     try:
         return action(), None
     except (OSError, DamagedFile, SafetensorError) as error:
@@ -107,6 +110,7 @@ def commit(
     tokenizer: Any,
 ) -> None:
     """Adds what the main process writes alone, and makes the partial folder the checkpoint."""
+    # On disks of their own the nodes would each hold a part of the checkpoint.
     if unseen := [
         name
         for name, (size, _) in files.items()
@@ -116,6 +120,7 @@ def commit(
             f"the main process does not see {unseen[0]} of another; the run folder must be one that"
             " all nodes share"
         )
+    # state.json comes last, since it holds the checksums of all others.
     tokenizer.save(partial)
     own = [path for path in sorted(partial.rglob("*")) if path.is_file() and path.name not in files]
     files = files | {str(path.relative_to(partial)): describe(path) for path in own}
@@ -123,6 +128,7 @@ def commit(
         partial / "state.json",
         state | {"files": files, "checksum": checksum(state | {"files": files})},
     )
+    # Everything is on disk before the name says that the checkpoint is there.
     for path in [
         *own,
         partial / "state.json",
@@ -130,6 +136,7 @@ def commit(
         partial,
     ]:
         fsync(path)
+    # One of the same step can only be a damaged one, which the start has passed over.
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     fsync(final.parent)
@@ -152,8 +159,8 @@ def use_newest(
     layout: Layout | None = None,
     warn: Callable[[str], Any] = print,
 ) -> T | None:
-    """What `use` makes of the newest usable checkpoint of a run, None where it has none yet; a
-    damaged one is reported and the one before it used, by all processes together.
+    """Returns what `use` makes of the newest usable checkpoint of a run, None where it has none
+    yet; a damaged one is reported and the one before it used, by all processes together.
 
     Args:
         run: the run folder
@@ -164,6 +171,7 @@ def use_newest(
     Raises:
         ValueError: there are checkpoints and all of them are damaged, or another run's
     """
+    # All try the same ones in the same order, though a shared folder may not look the same to all.
     layout = layout or Layout()
     refusals: list[DamagedFile] = []
     for path in reversed(layout.any_rank(list(checkpoints(run).values()))):

@@ -10,7 +10,7 @@ from conf.keys import is_read, lookup
 from conf.overrides import CONF, groups
 from conf.ranks import num_processes, rank_and_world
 from conf.rule import OptimConfig, RuleConfig
-from conf.schema import Config
+from conf.schema import Config, DataConfig
 from data.files import read_yaml
 from optim import check_axes
 
@@ -18,9 +18,12 @@ from optim import check_axes
 def check_names(config: Config) -> None:
     """Raises ValueError where a run would be called by the name of a choice that it is not: a
     report takes it for that."""
+    # A name of one's own claims nothing; that of a file in conf/optim claims the path in it.
     moves, claims = config.optim.path != "none", claimed("optim", config.optim.name, "path")
     if moves and claims == "none":
-        method = "sam" if config.optim.path == "full" else f"{config.optim.path}_sam"
+        method = f"{config.optim.path}_sam"
+        if config.optim.path == "full":
+            method = "sam"
         raise ValueError(
             f"optim.path={config.optim.path} moves the weights, and the run would be called"
             f" {config.optim.name}; use optim={method}"
@@ -41,6 +44,7 @@ def check_names(config: Config) -> None:
 def check_given_names(overrides: list[str]) -> None:
     """Raises ValueError where optim.name is given as that of a method which was not chosen: a
     report takes the run for that."""
+    # Seen in the words that were typed: once composed, nothing tells who set the name.
     given = dict(override.partition("=")[::2] for override in overrides)
     name = given.get("optim.name", "").strip(" '\"")
     if name and name in groups()["optim"] and name != given.get("optim", "").strip(" '\""):
@@ -83,11 +87,15 @@ def check_parallel(config: Config) -> None:
     """Raises ValueError where the processes that were started are not those that were asked for."""
     parallel, started = config.parallel, rank_and_world()[1]
     world = num_processes(parallel)
+    # A plan for many processes is printed by one.
     is_planned = config.plan_only and started == 1
     if parallel.processes not in (None, started) and not is_planned:
+        verb = "were"
+        if started == 1:
+            verb = "was"
         raise ValueError(
-            f"parallel.processes={world}, but {started} {'was' if started == 1 else 'were'}"
-            f" started; use torchrun --nproc-per-node {world}, or plan_only=true"
+            f"parallel.processes={world}, but {started} {verb} started; use torchrun"
+            f" --nproc-per-node {world}, or plan_only=true"
         )
     if parallel.name == "single" and world > 1:
         raise ValueError(
@@ -136,6 +144,14 @@ def check_horizon(config: Config) -> None:
 def check_data(config: Config) -> None:
     """Raises ValueError where the text to train on is not named, or named twice."""
     data = config.data
+    check_one_text(data)
+    check_file_lists(data)
+    for name, source in data.sources.items():
+        check_value(f"data.sources.{name}.weight", source.weight, {"above": 0.0, "high": 1e9})
+
+
+def check_one_text(data: DataConfig) -> None:
+    """Raises ValueError unless exactly one key names the text to train on."""
     if data.source in ("text", "tokens") and (data.path is None) == (not data.sources):
         raise ValueError(
             f"data.path={data.path} with {len(data.sources)} data.sources; data={data.source} needs"
@@ -146,21 +162,28 @@ def check_data(config: Config) -> None:
             f"data.path={data.path} names no dataset; data=hub needs its name on the hub, as in"
             " data.path=allenai/c4, or a folder"
         )
-    named = {} if data.path is None else {"data.path": data.path}
+
+
+def check_file_lists(data: DataConfig) -> None:
+    """Raises ValueError for a key of files that names none."""
+    named = {"data.path": data.path}
+    if data.path is None:
+        named = {}
     named |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
     named |= {f"data.validation.{name}": files for name, files in data.validation.items()}
     for name, files in named.items():
+        # YAML makes a number or a mapping of what was meant as a name.
         listed = files if isinstance(files, list) else [files]
         if not files or not all(isinstance(file, str) for file in listed):
             raise ValueError(
                 f"{name}={files} names no files; give a file, a glob or a list of them"
             )
-    for name, source in data.sources.items():
-        check_value(f"data.sources.{name}.weight", source.weight, {"above": 0.0, "high": 1e9})
 
 
 def check_folder_names(config: Config) -> None:
     """Raises ValueError for a name that a folder cannot have."""
+    # Three names become part of the run folder's; those of sources and validation sets are of
+    # folders in the cache.
     names = [(name, lookup(config, name)) for name in ("model.name", "optim.name", "data.name")]
     names += [("data.sources", name) for name in config.data.sources]
     names += [("data.validation", name) for name in config.data.validation]
@@ -195,9 +218,11 @@ def check_rule(config: Config) -> None:
             f"optim.base=muon orthogonalises whole matrices, which parallel={parallel.name}"
             " keeps in shards; use parallel=single"
         )
+    # The plain gradient has no axes that could contradict each other.
     if optim.path == "none":
         return
     try:
+        # Written for one's own loops, where the axes are arguments; here they are keys.
         check_axes(optim)
     except ValueError as error:
         axes = "|".join(entry.name for entry in fields(RuleConfig))
@@ -221,6 +246,7 @@ def check_rule(config: Config) -> None:
 def check_window(optim: OptimConfig) -> None:
     """Raises ValueError where the perturbed steps begin or end within a step, and where the period
     leaves nothing to reuse."""
+    # Up to 1 a stop, and below 1 a start, is a fraction of the horizon; beyond, a step.
     stop = optim.stop or 0.0
     for name, value, is_step in (
         ("start", optim.start, optim.start >= 1),
@@ -259,9 +285,12 @@ def check_groups(config: Config) -> None:
             f"optim.num_groups=1 makes the whole batch one group, so optim.scope={optim.scope}"
             " means nothing; set 2 or more, or optim.scope=batch"
         )
+    # A group is whole micro-batches, as many on every process.
     micro = batch.micro or 1
     if batch.sequences % (optim.num_groups * micro * world):
-        of_processes = f" x {world} processes" if world > 1 else ""
+        of_processes = ""
+        if world > 1:
+            of_processes = f" x {world} processes"
         raise ValueError(
             f"optim.num_groups={optim.num_groups}: {batch.sequences} batch.sequences /"
             f" {optim.num_groups} groups must be a multiple of"
@@ -285,10 +314,13 @@ def check_tracking(config: Config) -> None:
             wandb.Settings(**{name: value})  # type: ignore[arg-type]
         except Exception as error:
             # Pydantic puts the name of the setting before the reason, on lines of their own.
-            list_faults = getattr(error, "errors", None)
-            faults = [fault["msg"] for fault in list_faults()] if list_faults else [str(error)]
-            typed = ",".join(value) if isinstance(value, list) else value
+            list_faults = getattr(error, "errors", list)
+            faults = [fault["msg"].removeprefix("Value error, ") for fault in list_faults()]
+            reason = "; ".join(faults) or str(error)
+            given = value
+            if isinstance(value, list):
+                given = ",".join(value)
             raise ValueError(
-                f"tracking.{name.removeprefix('run_')}={typed} is refused by W&B"
-                f" ({'; '.join(faults).replace('Value error, ', '')}); choose another"
+                f"tracking.{name.removeprefix('run_')}={given} is refused by W&B ({reason});"
+                " choose another"
             ) from None

@@ -48,6 +48,7 @@ def main(run: Callable[[Config], int]) -> None:
         if code:
             sys.exit(code)
 
+    # Hydra's application is for options, -m above all; one run is composed without it.
     arguments = sys.argv[1:]
     with user_errors():
         if asks_for_help(arguments):
@@ -78,6 +79,7 @@ def for_hydra_application(arguments: list[str]) -> list[str]:
     parser = get_args_parser()
     known = [option for action in parser._actions for option in action.option_strings]
 
+    # In place of argparse's error, which prints the usage of Hydra.
     def refuse(message: str) -> NoReturn:
         unknown = next(
             (
@@ -92,6 +94,7 @@ def for_hydra_application(arguments: list[str]) -> list[str]:
         )
 
     vars(parser)["error"] = refuse
+    # Options may stand anywhere between overrides.
     given = parser.parse_intermixed_args(arguments)
     if given.shell_completion or given.hydra_help:
         return arguments
@@ -101,7 +104,8 @@ def for_hydra_application(arguments: list[str]) -> list[str]:
 
 
 def compose(overrides: list[str]) -> Config:
-    """The checked configuration of a list of overrides, without Hydra's application around it.
+    """Returns the checked configuration of a list of overrides, without Hydra's application around
+    it.
 
     Raises a HydraException, an OmegaConfBaseException or a ValueError for a user's mistake (see
     `user_errors`)."""
@@ -110,8 +114,8 @@ def compose(overrides: list[str]) -> Config:
 
 
 def check(composed: DictConfig, overrides: list[str]) -> Config:
-    """The typed configuration of a composed one. Raises ValueError for a value out of range or a
-    contradiction, and notes once which of the given keys the chosen method does not read."""
+    """Returns the typed configuration of a composed one. Raises ValueError for a value out of range
+    or a contradiction, and notes once which of the given keys the chosen method does not read."""
     config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
     name_files(config.data)
     if config.tokenizer.name == "hf" and config.tokenizer.path is None:
@@ -131,6 +135,7 @@ def check(composed: DictConfig, overrides: list[str]) -> Config:
     check_names(config)
     check_given_names(overrides)
     check_contradictions(config)
+    # What was typed and is not read may be a mistake; what a file sets is its author's business.
     given = [re.split("[=@]", override.lstrip("+~"))[0] for override in overrides]
     if idle := [name for name in given if name in KEYS and not is_read(config, name)]:
         print(

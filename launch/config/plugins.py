@@ -22,12 +22,12 @@ class SweepLauncher(Launcher):
     __module__ = "hydra_plugins.flatgpt"  # Hydra accepts no launcher of another package
 
     def __init__(self, **settings: Any) -> None:
-        """Hydra hands over the settings one by one; `setup` gets them whole."""
+        """Takes the settings, which Hydra hands over one by one; `setup` gets them whole."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """What Hydra calls before `launch`, with its own configuration of the sweep."""
+        """Takes Hydra's own configuration of the sweep, before `launch`."""
         self.loader, self.config = hydra_context.config_loader, config
 
     def launch(
@@ -37,6 +37,7 @@ class SweepLauncher(Launcher):
         where it did not."""
         from launch.sweep.sweep import sweep  # Hydra imports every launcher on every start
 
+        # Composed at once, so that a mistake in any of them is found before anything starts.
         combinations = [
             (list(overrides), self.loader.load_sweep_config(self.config, list(overrides)))
             for overrides in job_overrides
@@ -59,7 +60,7 @@ class GridSweeper(Sweeper):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """What Hydra calls before `sweep`, with its own configuration of the sweep."""
+        """Takes Hydra's own configuration of the sweep, before `sweep`."""
         self.loader = hydra_context.config_loader
         self.launcher: Any = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
@@ -67,6 +68,7 @@ class GridSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Launches the combinations of the arguments."""
+        # The parameters of the sweeper's own configuration, then those of the command line.
         parser = OverridesParser.create(config_loader=self.loader)
         overrides = parser.parse_overrides(
             [*(f"{name}={values}" for name, values in self.params.items()), *arguments]

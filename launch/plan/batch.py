@@ -11,7 +11,9 @@ from model.processes import Layout
 
 def num_groups(config: Config) -> int:
     """Returns the number of groups of the batch that are perturbed apart."""
-    return config.optim.num_groups if is_read(config, "optim.num_groups") else 1
+    if is_read(config, "optim.num_groups"):
+        return config.optim.num_groups
+    return 1
 
 
 def micro_sequences(config: Config) -> int:
@@ -35,7 +37,7 @@ def part_of(
         device: where the part is needed
     """
     inputs_BxT, targets_BxT = batch
-    # Process r takes the micro-batches r, r + world, ...
+    # Process r takes the micro-batches r, r + world, ...: every group has as many on each process.
     mine = slice(layout.rank, None, layout.world)
     pairs = zip(inputs_BxT.split(micro)[mine], targets_BxT.split(micro)[mine], strict=True)
     micros = [

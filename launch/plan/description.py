@@ -74,7 +74,9 @@ def about_the_horizon(config: Config, plan: Plan) -> Rows:
 def about_the_passes(plan: Plan) -> Rows:
     """Returns the FLOPs of the run, and of the steps that move the weights."""
     moved = plan.schedule.perturbed_steps
-    step = "plain step" if moved else "step"
+    step = "plain step"
+    if not moved:
+        step = "step"
     rows = [
         (
             "FLOPs",
@@ -91,7 +93,9 @@ def about_the_passes(plan: Plan) -> Rows:
 def about_the_memory(config: Config, plan: Plan) -> Rows:
     """Returns what a process needs at its fullest moment, and the devices that have as much."""
     shape, memory = plan.model, estimate(config, plan.model)
-    each = " a process" if num_processes(config.parallel) > 1 else ""
+    each = ""
+    if num_processes(config.parallel) > 1:
+        each = " a process"
     where = f"{planned_device(config)} in {str(planned_precision(config)).removeprefix('torch.')}"
     parts = " + ".join(f"{human(size)} {part}" for part, size in memory.parts.items() if size)
     rows = [
@@ -103,6 +107,7 @@ def about_the_memory(config: Config, plan: Plan) -> Rows:
     fits = [f"{device}: {remedy(config, shape, size)}" for device, size in devices(config).items()]
     if fits:
         rows.append(("fits on", "; ".join(fits)))
+    # Weights and AdamW's two moments, in fp32.
     rows.append(("checkpoint", human(12.0 * plan.num_parameters)))
     return rows
 
@@ -112,14 +117,17 @@ def about_the_hours(config: Config, plan: Plan) -> Rows:
     rows, world = [], num_processes(config.parallel)
     for device in ("A100", "H100", "H200"):
         hours = plan.hours(device)
-        one, each = (
-            human_hours(spent, ",.2f" if spent >= 0.1 else ".2g")
-            for spent in (hours, hours / world)
-        )
-        shared = f", {each} on {world} of them," if world > 1 else ""
+        shared = ""
+        if world > 1:
+            shared = f", {rounded_hours(hours / world)} on {world} of them,"
         at = f"at an assumed {ASSUMED_MFU:.0%} of its dense bf16 peak"
-        rows.append((f"hours on one {device}", f"{one}{shared} {at}"))
+        rows.append((f"hours on one {device}", f"{rounded_hours(hours)}{shared} {at}"))
     return rows
+
+
+def rounded_hours(hours: float) -> str:
+    """Returns hours with as many digits as an estimate has."""
+    return human_hours(hours, ",.2f" if hours >= 0.1 else ".2g")
 
 
 def describe_memory(config: Config, plan: Plan) -> str:

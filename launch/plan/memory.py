@@ -48,16 +48,21 @@ def num_shards(config: Config) -> int | None:
     """Returns how many processes share one copy of the model; None without FSDP."""
     if config.parallel.name == "single":
         return None
+    # With HSDP each replica is a copy of the model, which its processes share.
     world = num_processes(config.parallel)
-    return world // config.parallel.replicas if config.parallel.name == "hsdp" else world
+    if config.parallel.name == "hsdp":
+        return world // config.parallel.replicas
+    return world
 
 
 def passes_of(config: Config, shape: GPTConfig, exact: bool = False) -> Passes:
     """Returns the passes of a configuration, or those that it takes in IEEE fp32 (`exact`)."""
     optim, device = config.optim, planned_device(config)
     moves = optim.path != "none"
-    in_fp32 = exact or (moves and optim.compute == "fp32")
-    size = 4 if in_fp32 else planned_precision(config).itemsize
+    # Bytes of a number in the passes. optim.compute is of rules that move the weights.
+    size = planned_precision(config).itemsize
+    if exact or (moves and optim.compute == "fp32"):
+        size = 4
     shards, micro = num_shards(config), micro_sequences(config)
     head = Head(
         width=shape.width,
@@ -67,6 +72,7 @@ def passes_of(config: Config, shape: GPTConfig, exact: bool = False) -> Passes:
         device=device,
         size=size,
     )
+    # Sequences of all processes and groups in one forward each.
     sequences = num_processes(config.parallel) * num_groups(config) * micro
     return Passes(
         shape=shape,
@@ -190,7 +196,9 @@ class PerturbedStep:
     @property
     def moved(self) -> int:
         """Returns the numbers of those that are perturbed."""
-        return 0 if self.config.parallel.cpu_offload else self.passes.counts.moved
+        if self.config.parallel.cpu_offload:
+            return 0
+        return self.passes.counts.moved
 
     @property
     def tokens(self) -> int:
@@ -201,7 +209,9 @@ class PerturbedStep:
     def known(self) -> int:
         """Returns the numbers of gradients that the passes at the moved point find: those of the
         groups before, or the clean one that the path is a sum of."""
-        return self.P if self.is_grouped or self.terms.clean != 0 else 0
+        if self.is_grouped or self.terms.clean != 0:
+            return self.P
+        return 0
 
     # Tensors that stay over some of the moments
 
@@ -224,7 +234,9 @@ class PerturbedStep:
     @property
     def of_other_groups(self) -> Table:
         """Returns the gradients of the groups before."""
-        return tensor("gradients", "of the groups before", self.P) if self.is_grouped else []
+        if not self.is_grouped:
+            return []
+        return tensor("gradients", "of the groups before", self.P)
 
     @property
     def h(self) -> Table:
@@ -291,8 +303,9 @@ class PerturbedStep:
         live = self.staying + self.clean + self.kept + self.clean_head
         if terms.full or terms.functional:
             # The logit term's, summed over the micro-batches until its own pass.
-            sums = tensor("head", "dW of r~", passes.head.V, passes.head.width)
-            beside = live + sums if terms.logit else live
+            beside = live
+            if terms.logit:
+                beside = live + tensor("head", "dW of r~", passes.head.V, passes.head.width)
             # A logged row describes the first logits of a step, which may be these.
             is_first = self.logged and not needs_gradient(self.optim)
             head = passes.head.tensors(stored=self.stores, rebuilt=self.rebuilds)
@@ -321,7 +334,10 @@ class PerturbedStep:
             return
         head = self.passes.head
         products = self.h + tensor("head", "dW of r~", head.V, head.width)
-        known = self.P if self.terms.functional else self.known
+        # A functional term has left its gradients by now.
+        known = self.known
+        if self.terms.functional:
+            known = self.P
         yield from self.passes.moments(self.staying + products, known, False, [])
 
 

@@ -76,6 +76,7 @@ class Block:
     @property
     def keys_of_a_query(self) -> int:
         """Returns how many scores a query has on average, where they are written out."""
+        # Blocks of QUERIES queries see the keys up to their last query, and no later ones.
         T = self.length
         scores = 0
         for first in range(0, T, QUERIES):
@@ -100,7 +101,10 @@ class Block:
         """Returns what dropout keeps: a byte a number on CUDA, the noise on CPUs."""
         if not self.has_dropout:
             return []
-        return [PerToken(f"{where} dropout", self.shape.width, self.size if self.on_cpu else 1)]
+        num_bytes = 1
+        if self.on_cpu:
+            num_bytes = self.size
+        return [PerToken(f"{where} dropout", self.shape.width, num_bytes)]
 
     def head_norms(self) -> list[PerToken]:
         """Returns what the RMSNorm of every head's q and k keeps."""
@@ -149,12 +153,17 @@ class Block:
         SwiGLU gate, silu, up and their product."""
         D, M, s = self.shape.width, self.shape.hidden_width, self.size
         is_swiglu = self.shape.activation == "swiglu"
-        # Under autocast each map that reads the norm's output has a cast of its own.
-        num_inputs = 2 if is_swiglu and self.is_cast else 1
+        num_inputs = 1
+        num_hidden = 2
+        if is_swiglu:
+            num_hidden = 4
+            # Under autocast each map that reads the norm's output has a cast of its own.
+            if self.is_cast:
+                num_inputs = 2
         return [
             *self.norm("MLP"),
             PerToken("MLP: input", num_inputs * D, s),
-            PerToken("MLP: around the activation", (4 if is_swiglu else 2) * M, s),
+            PerToken("MLP: around the activation", num_hidden * M, s),
             *self.dropout("MLP"),
         ]
 
@@ -262,7 +271,9 @@ class Head:
         dW = tensor("head", "dW", self.V, self.width)
         if num_chunks == 1:
             # In fp32 the first product becomes dW.
-            return larger(softmax, product + dW if is_cast else product)
+            if not is_cast:
+                dW = []
+            return larger(softmax, product + dW)
         table = dW
         if is_cast or num_chunks > 2:
             # That of the chunk before is there until the next one is computed.

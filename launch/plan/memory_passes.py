@@ -90,12 +90,16 @@ class Passes:
     @property
     def gradients(self) -> int:
         """Returns the numbers of all gradients that this process keeps on its device."""
-        return 0 if self.parallel.cpu_offload else self.counts.shard
+        if self.parallel.cpu_offload:
+            return 0
+        return self.counts.shard
 
     @property
     def staying(self) -> int:
         """Returns the blocks that lie gathered after their forward."""
-        return 0 if self.parallel.reshard_after_forward else self.shape.num_layers
+        if self.parallel.reshard_after_forward:
+            return 0
+        return self.shape.num_layers
 
     @property
     def waits(self) -> bool:
@@ -213,6 +217,8 @@ class Passes:
         """Yields a backward: within the first, second and last of its blocks, and at its end."""
         L = self.shape.num_layers
         matrix = self.shape.width * self.shape.hidden_width
+        # What lives changes by the same from block to block, but for the first, after which there
+        # are gradients on their way: one of these is the fullest.
         for left in {L, max(1, L - 1), 1}:
             within = live + self.of_weights(left, matrix, later, known)
             yield "backward", within + self.in_mlp_backward(left) + self.ends()

@@ -57,7 +57,7 @@ class Plan:
 
     @property
     def flops(self) -> float:
-        """Of all steps."""
+        """Returns the FLOPs of all steps."""
         moved = self.schedule.perturbed_steps
         return (
             self.flops_per_step * (self.schedule.steps - moved)
@@ -65,22 +65,27 @@ class Plan:
         )
 
     def hours(self, device: str) -> float:
-        """On one device of PEAK_FLOPS; as many share them as if they cost each other nothing."""
+        """Returns the hours on one device of PEAK_FLOPS; several share them as if they cost each
+        other nothing."""
         return self.flops / (PEAK_FLOPS[device] * ASSUMED_MFU) / 3600
 
 
 def gpt_config(config: ModelConfig, vocab_size: int) -> GPTConfig:
-    """The shape that the model group asks for."""
+    """Returns the shape that the model group asks for."""
     names = {entry.name for entry in fields(GPTConfig)} - {"vocab_size"}
     return GPTConfig(vocab_size=vocab_size, **{name: getattr(config, name) for name in names})
 
 
 def make_plan(config: Config) -> Plan:
-    """The plan of a configuration. Raises ValueError for a schedule that does not fit its
+    """Returns the plan of a configuration. Raises ValueError for a schedule that does not fit its
     horizon."""
+    # A model on the meta device has names and shapes, and takes no memory.
     shape = gpt_config(config.model, vocabulary(config.tokenizer))
     with torch.device("meta"):
         model = GPT(shape)
+
+    # What a step costs, and by that how many there are: a horizon may be a number of tokens per
+    # parameter, or the FLOPs of AdamW.
     tokens_per_step = config.batch.sequences * config.batch.length
     counted = model.num_parameters(embedding=config.schedule.parameters == "all")
     forward, optim = forward_flops(shape, config.batch.length), config.optim
@@ -88,16 +93,9 @@ def make_plan(config: Config) -> Plan:
     perturbed = plain
     if optim.path != "none":
         refuse_nothing_to_move(model, optim)
-        groups = config.parallel.replicas if optim.scope == "replica" else num_groups(config)
-        rough = planned_precision(config) != torch.float32 and optim.compute == "precision"
-        cost = passes(
-            optim,
-            store=optim.cotangent != "rebuild",
-            instances=config.batch.sequences // groups,
-            rough=rough,
-        )
-        perturbed = forward.of(*cost)
+        perturbed = perturbed_flops(config, forward)
     schedule = build_schedule(config.schedule, optim, tokens_per_step, counted, perturbed / plain)
+
     tenth = max(1, schedule.steps // 10)
     plan = Plan(
         model=shape,
@@ -112,16 +110,38 @@ def make_plan(config: Config) -> Plan:
         flops_per_perturbed_step=perturbed * tokens_per_step,
         evaluation_every=config.evaluation.every or tenth,
         checkpoint_every=config.checkpoint.every or tenth,
-        tracking_every=config.tracking.every or (1 if schedule.steps < 1000 else 10),
+        tracking_every=config.tracking.every or rows_every(schedule.steps),
     )
     refuse_more_than(MOST_MEMORY, "any device", config, plan)
     return plan
 
 
+def rows_every(steps: int) -> int:
+    """Returns the steps between logged rows: a long run writes fewer."""
+    return 1 if steps < 1000 else 10
+
+
+def perturbed_flops(config: Config, forward: ForwardFlops) -> float:
+    """Returns the FLOPs of a token in a step that moves the weights."""
+    optim = config.optim
+    groups = num_groups(config)
+    if optim.scope == "replica":
+        groups = config.parallel.replicas
+    cost = passes(
+        optim,
+        store=optim.cotangent != "rebuild",
+        instances=config.batch.sequences // groups,
+        rough=planned_precision(config) != torch.float32 and optim.compute == "precision",
+    )
+    return forward.of(*cost)
+
+
 def refuse_more_than(size: float, whose: str, config: Config, plan: Plan) -> None:
-    """Raises ValueError where a step of a process needs more than so many bytes by the least that
-    it can need: weights and gradients, the residuals that every layer keeps, and the tokens of a
+    """Raises ValueError where a step of a process needs more than `size` bytes by the least that it
+    can need: weights and gradients, the residuals that every layer keeps, and the tokens of a
     batch. That needs no look at the model, and refuses nothing that fits."""
+    # In bytes: 4 for a weight and 4 for its gradient, in shards where there are some; 4 for each
+    # number of the residual stream that a layer keeps; 8 for a token id.
     world, shape = num_processes(config.parallel), plan.model
     shards = {"single": 1, "fsdp": world, "hsdp": max(1, world // config.parallel.replicas)}[
         config.parallel.name
@@ -139,14 +159,11 @@ def refuse_more_than(size: float, whose: str, config: Config, plan: Plan) -> Non
 
 def refuse_too_large_for_machine(config: Config, plan: Plan) -> None:
     """Raises ValueError where this machine cannot hold a step, whatever else it does."""
-    if (
-        planned_device(config) == "cuda"
-        and torch.cuda.is_available()
-        and not config.parallel.cpu_offload
-    ):
+    # With cpu_offload weights and gradients lie in the host's memory, as they do without a GPU.
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    on_gpu = planned_device(config) == "cuda" and torch.cuda.is_available()
+    if on_gpu and not config.parallel.cpu_offload:
         size = torch.cuda.get_device_properties().total_memory
-    else:
-        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     refuse_more_than(size, "this machine", config, plan)
 
 
@@ -159,8 +176,8 @@ def refuse_nothing_to_move(model: GPT, optim: OptimConfig) -> None:
 
 
 def devices(config: Config) -> dict[str, float]:
-    """Bytes of the devices that a run may have to fit on, by name: what config.device_memory says,
-    this machine's, or common ones."""
+    """Returns the bytes of the devices that a run may have to fit on, by name: what
+    config.device_memory says, this machine's, or common ones."""
     if config.device_memory is not None:
         return {f"{config.device_memory:g} GiB": config.device_memory * 2**30}
     if planned_device(config) == "cpu":
@@ -171,15 +188,14 @@ def devices(config: Config) -> dict[str, float]:
 
 
 def remedy(config: Config, shape: GPTConfig, size: float) -> str:
-    """Whether a step fits on a device of so many bytes: "yes", or the first change of keys that
-    makes it fit, found by trying."""
+    """Returns "yes" where a step fits on a device of `size` bytes, else the first change of keys
+    that makes it fit, found by trying."""
     for change in changes(config):
-        if estimate(changed(config, change), shape).total <= USABLE * size:
-            return (
-                "with " + " ".join(f"{name}={str(value).lower()}" for name, value in change.items())
-                if change
-                else "yes"
-            )
+        if estimate(changed(config, change), shape).total > USABLE * size:
+            continue
+        keys = " ".join(f"{name}={str(value).lower()}" for name, value in change.items())
+        # The first change that is tried is none.
+        return f"with {keys}" if keys else "yes"
     return "no change of keys tried makes it fit"
 
 
@@ -191,6 +207,8 @@ def changes(config: Config) -> Iterator[dict[str, Any]]:
         config.batch.sequences,
         num_groups(config),
     )
+    # Nothing, then each thing alone: r rebuilt instead of stored (one more head product), smaller
+    # micro-batches, the forward of each block run again (a third more time).
     yield {}
     spared: dict[str, Any] = {}
     if is_read(config, "optim.cotangent") and config.optim.cotangent != "rebuild":
@@ -205,8 +223,14 @@ def changes(config: Config) -> Iterator[dict[str, Any]]:
         yield {"activation_checkpointing": True}
         spared = spared | {"activation_checkpointing": True}
     yield from (spared | {"batch.micro": micro} for micro in smaller)
-    least = spared | ({"batch.micro": 1} if smaller else {})
-    sharded = {} if config.parallel.name != "single" else {"parallel": "fsdp"}
+
+    # All together, and at last more processes, by powers of two, that share weights and optimiser.
+    least = dict(spared)
+    if smaller:
+        least["batch.micro"] = 1
+    sharded: dict[str, Any] = {}
+    if config.parallel.name == "single":
+        sharded["parallel"] = "fsdp"
     for extra in ({}, least):
         micro = extra.get("batch.micro", config.batch.micro or 1)
         more = [
@@ -216,10 +240,12 @@ def changes(config: Config) -> Iterator[dict[str, Any]]:
 
 
 def changed(config: Config, change: dict[str, Any]) -> Config:
-    """A copy of a configuration with other values."""
+    """Returns a copy of a configuration with other values."""
     other = deepcopy(config)
     for name, value in change.items():
-        *sections, last = ("parallel.name" if name == "parallel" else name).split(".")
+        # A group is chosen by its name.
+        key = {"parallel": "parallel.name"}.get(name, name)
+        *sections, last = key.split(".")
         section: Any = other
         for part in sections:
             section = getattr(section, part)
@@ -233,7 +259,7 @@ def human_hours(hours: float, form: str) -> str:
 
 
 def human(size: float) -> str:
-    """Bytes as a person reads them."""
+    """Returns bytes as a person reads them."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:.1f} {unit}"

@@ -30,6 +30,7 @@ class RunData:
 def open_data(settings: Config, liveness: Liveness) -> RunData:
     """Returns the prepared data, which the main process prepares while the others wait."""
     liveness.report_phase("preparing data", timeout_factor=math.inf)
+    # The others then find it prepared, and none does the work twice.
     liveness.layout.on_main(lambda: prepare(settings.data, settings.tokenizer))
     corpus = prepare(settings.data, settings.tokenizer)
     length = settings.batch.length
@@ -64,6 +65,8 @@ def build_model(
         in_half = dtype == torch.bfloat16 and not takes_ieee_passes(settings.optim)
         gathered = dtype if in_half else None
         shard(model, layout, parallel.reshard_after_forward, gathered, parallel.cpu_offload)
+    # Each parameter has a generator of its own, so that shards on any number of processes are drawn
+    # as the whole would be.
     offloads = layout.mesh is not None and parallel.cpu_offload
     model.to_empty(device=torch.device("cpu") if offloads else device)
     model.init_weights(settings.seed)

@@ -132,7 +132,7 @@ def harm(file: Path) -> str:
     try:
         return next(filter(None, map(unfaithful, read_rows(file))), "")
     except DamagedFile:
-        return ""  # whoever needs the rows says so
+        return ""  # said by what needs the rows
 
 
 def counted_lines(file: Path, logged: int, counted: Counted | None) -> list[bytes]:
@@ -149,6 +149,7 @@ def counted_lines(file: Path, logged: int, counted: Counted | None) -> list[byte
         ValueError: they are not all there
     """
     lines = lines_of(file)
+    # The rows are known by their bytes: one that was changed or left out is missed.
     if counted:
         kept = lines[: counted.rows]
         if digest(kept).hexdigest() == counted.sha256:
@@ -157,6 +158,7 @@ def counted_lines(file: Path, logged: int, counted: Counted | None) -> list[byte
             f"{file} does not hold the {counted.rows} rows that the checkpoint counts (it has"
             f" {len(lines)}, or others); {REMEDY}"
         )
+    # An older checkpoint knows the step of the last row alone.
     kept = []
     for number, line in enumerate(lines, 1):
         if logged < 0 or parse_row(line, number, file)["step"] > logged:
@@ -181,6 +183,7 @@ class RowFile:
     Raises ValueError as `counted_lines` does, and where the disk refuses a row."""
 
     def __init__(self, file: Path, logged: int, counted: Counted | None) -> None:
+        # Rows that were logged after the checkpoint are cut off: their steps are taken again.
         lines = counted_lines(file, logged, counted)
         self.path = file
         self.rows = len(lines)
@@ -190,7 +193,7 @@ class RowFile:
 
     @property
     def counted(self) -> Counted:
-        """The rows so far."""
+        """Returns the rows so far."""
         return Counted(self.rows, self.sha256.hexdigest())
 
     def append(self, row: Row) -> None:

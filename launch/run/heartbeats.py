@@ -52,7 +52,7 @@ def meeting_place(folder: Path) -> Path | None:
 
 def missing_tasks(layout: Layout) -> list[int]:
     """Returns the ranks of a Slurm step on one host that have no process there; none where that
-    cannot be told."""
+    cannot be known."""
     nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", ""))
     if "," in nodes or "[" in nodes:
         return []
@@ -75,13 +75,13 @@ def missing_tasks(layout: Layout) -> list[int]:
 
 
 def lost_contact(error: Exception) -> bool:
-    """Whether a collective failed, as it does where another process is gone. gloo's errors have no
-    type of their own."""
+    """Returns whether a collective failed, as it does where another process is gone. gloo's errors
+    have no type of their own."""
     return isinstance(error, torch.distributed.DistError) or "gloo/" in str(error)
 
 
 def has_died(seen: Beat) -> bool:
-    """Whether a process of this host is no more."""
+    """Returns whether a process of this host is no more."""
     if seen["host"] == socket.gethostname():
         try:
             os.kill(seen["pid"], 0)
@@ -91,7 +91,7 @@ def has_died(seen: Beat) -> bool:
 
 
 def names(beats: dict[int, Beat], ranks: list[int]) -> str:
-    """Ranks with what they were last seen doing."""
+    """Returns ranks with what they were last seen doing."""
     known = {
         rank: "{host}, process {pid}, {phase} at step {step}".format(**seen)
         for rank, seen in beats.items()

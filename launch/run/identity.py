@@ -12,15 +12,15 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from conf.keys import KEYS, is_read, lookup
-from conf.schema import Config
-from data.files import write_atomically
+from conf.schema import Config, ScheduleConfig
+from data.files import DamagedFile, write_atomically
 from launch.run.folder import load_config
 from model.checkpoint import PLACES, checkpoints, without_places
 
 
 def canonical(config: Config) -> dict[str, Any]:
-    """Every key that the run reads and that may not change on resume (those are marked `mutable` in
-    conf/schema.py)."""
+    """Returns every key that the run reads and that may not change on resume (those are marked
+    `mutable` in conf/schema.py)."""
     plain = asdict(config)
     return {
         name: lookup(plain, name)
@@ -30,10 +30,11 @@ def canonical(config: Config) -> dict[str, Any]:
 
 
 def as_read(config: Config) -> dict[str, Any]:
-    """The configuration as nested dicts, with None for what the run does not read: a radius that
-    nobody uses is none."""
+    """Returns the configuration as nested dicts, with None for what the run does not read: a radius
+    that nobody uses is none."""
     plain = asdict(config)
     for name in KEYS:
+        # Keys of the top level are always read, so this one lies in a section.
         if not is_read(config, name):
             section, last = name.rsplit(".", 1)
             lookup(plain, section)[last] = None
@@ -41,33 +42,33 @@ def as_read(config: Config) -> dict[str, Any]:
 
 
 def is_mutable(config: Config, name: str) -> bool:
-    """Whether a key may differ between two starts of a run."""
+    """Returns whether a key may differ between two starts of a run."""
     rule = KEYS[name].metadata.get("mutable", False)
-    return rule if isinstance(rule, bool) else lookup(config, rule[0]) in rule[1]
+    if isinstance(rule, bool):
+        return rule
+    # (other key, values): only while that key has one of these values.
+    key, values = rule
+    return lookup(config, key) in values
 
 
 def run_name(config: Config) -> str:
-    """model-method[-rho]-data-horizon-s<seed>-<8 hex of the canonical configuration>."""
+    """Returns model-method[-rho]-data-horizon-s<seed>-<8 hex of the canonical configuration>."""
     digest = hashlib.sha256(json.dumps(sorted(canonical(config).items())).encode()).hexdigest()[:8]
-    rho = [f"{config.optim.rho:g}"] if is_read(config, "optim.rho") else []
-    schedule = config.schedule
+    # For people the parts that differ most often; the digest for what they leave out.
+    method = [config.optim.name]
+    if is_read(config, "optim.rho"):
+        method.append(f"{config.optim.rho:g}")
+    parts = [config.model.name, *method, config.data.name, horizon(config.schedule)]
+    return "-".join([*parts, f"s{config.seed}", digest])
+
+
+def horizon(schedule: ScheduleConfig) -> str:
+    """Returns how long a run is, as its name tells it."""
     if schedule.name == "chinchilla":
-        horizon = f"{schedule.tokens_per_parameter:g}tpp"
-    else:
-        horizon = (
-            f"{schedule.steps}steps" if schedule.tokens is None else f"{schedule.tokens:g}tokens"
-        )
-    return "-".join(
-        [
-            config.model.name,
-            config.optim.name,
-            *rho,
-            config.data.name,
-            horizon,
-            f"s{config.seed}",
-            digest,
-        ]
-    )
+        return f"{schedule.tokens_per_parameter:g}tpp"
+    if schedule.tokens is None:
+        return f"{schedule.steps}steps"
+    return f"{schedule.tokens:g}tokens"
 
 
 def refuse_another(run: Path, config: Config) -> None:
@@ -77,8 +78,14 @@ def refuse_another(run: Path, config: Config) -> None:
     path passes here where a checkpoint will tell whether the same thing lies there
     (`resume` of launch/checkpoint, and its `refuse_other_places` of a run that is finished), and
     where nothing was trained on it yet."""
+    # A link that leads nowhere counts as well: what it led to was a run's.
     if os.path.lexists(run / "config.yaml"):
-        theirs, ours = canonical(load_config(run)), canonical(config)
+        try:
+            theirs, ours = canonical(load_config(run)), canonical(config)
+        except DamagedFile as error:
+            # Without it the checkpoints still tell whether they are this run's.
+            what = str(error).removesuffix("; remove it")
+            raise DamagedFile(f"{what}; remove it, and the same command writes it anew") from None
         passing = PLACES if checkpoints(run) or not (run / "summary.json").exists() else ()
         changed = [
             name
@@ -103,9 +110,11 @@ def another(run: Path, changed: dict[str, tuple[Any, Any]]) -> ValueError:
 
 
 def compared(name: str, identity: dict[str, Any], passing: Collection[str]) -> Any:
-    """The value of a key, without the paths in it where they pass."""
+    """Returns the value of a key, without the paths in it where they pass."""
     value = identity.get(name)
-    return without_places(value) if name in passing else value
+    if name in passing:
+        return without_places(value)
+    return value
 
 
 def claim(run: Path, config: Config) -> None:

@@ -38,9 +38,8 @@ class Owner:
         return f"process {self.pid or '?'} on {self.host}"
 
 
-_held: dict[
-    Path, Owner
-] = {}  # kernel locks exclude other processes only: these are this process's own
+# The folders that this process holds: the kernel's locks exclude other processes only.
+_held: dict[Path, Owner] = {}
 
 
 class RunLock:
@@ -124,6 +123,8 @@ class RunLock:
     def _open(self) -> int:
         """Makes the folder where there is none, and opens its lock file. Raises ValueError for a
         link that leads nowhere."""
+        if self._dir.is_symlink() and os.path.islink(os.path.realpath(self._dir)):
+            raise ValueError(f"dir={self._dir} is a link that leads back to itself; remove it")
         if self._dir.is_symlink() and not self._dir.exists():
             raise ValueError(
                 f"dir={self._dir} is a link to {os.readlink(self._dir)}, which is gone; make that"
@@ -149,6 +150,8 @@ class RunLock:
                 f"dir={self._dir}: taking over from {owner}, which did not clean up",
                 file=sys.stderr,
             )
+        # From here on the folder is claimed. Where the kernel has no locks, another newcomer may
+        # have done the same at this moment: whose claim still stands after SETTLE has the folder.
         claim = Owner(host, os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, json.dumps(asdict(claim)).encode(), 0)
@@ -177,9 +180,12 @@ class RunLock:
         return True
 
     def _owner(self) -> Owner | None:
-        """Who wrote the file: None if it is empty, an unknown one if it is damaged."""
+        """Returns the owner that the file names: None if it is empty, an unknown one if it is
+        damaged."""
         content = os.pread(self._file, 4096, 0)
-        return owner_in(content, self._path) if content else None
+        if not content:
+            return None
+        return owner_in(content, self._path)
 
     def _is_alive(self, owner: Owner) -> bool:
         print(
@@ -187,6 +193,7 @@ class RunLock:
             " alive",
             file=sys.stderr,
         )
+        # Only whether the time moves counts, not which it is: another host's clock may be wrong.
         before, end = os.fstat(self._file).st_mtime_ns, time.monotonic() + WATCH
         while time.monotonic() < end:
             time.sleep(WATCH / 50)
@@ -214,8 +221,8 @@ class RunLock:
             os._exit(EXIT_TAKEN_OVER)
 
     def _beat(self) -> None:
-        # where each node has kernel locks of its own, a newcomer of another node may have written
-        # last
+        # The first beat comes early: where each node has kernel locks of its own, a newcomer of
+        # another node may have written last.
         pause = SETTLE
         while not self._closing.wait(pause):
             with contextlib.suppress(OSError):  # a file server may be away for a while
@@ -231,7 +238,8 @@ class RunLock:
 
 
 def owner_in(content: bytes, file: Path) -> Owner:
-    """The owner whom the content of a lock file names, an unknown one where it is damaged."""
+    """Returns the owner whom the content of a lock file names, an unknown one where it is
+    damaged."""
     try:
         return parse_json(content, Owner, file)
     except ValueError:
@@ -239,8 +247,8 @@ def owner_in(content: bytes, file: Path) -> Owner:
 
 
 def is_in_use(dir: Path) -> bool:
-    """Whether a process seems to hold the folder: one that has not let go of it, and gave a sign of
-    life lately. It takes nothing."""
+    """Returns whether a process seems to hold the folder: one that has not let go of it, and gave a
+    sign of life lately. It takes nothing."""
     file = dir / "lock"
     try:
         content, touched = read_bytes(file), file.stat().st_mtime

@@ -54,14 +54,17 @@ def open_run_folder(settings: Config) -> Iterator[OpenRun]:
     folder = Path(settings.dir or f"runs/{name}")
     lock, layout = RunLock(folder), Layout(*rank_and_world())
     with ExitStack() as stack:
+        # The watchdog comes first and goes last: processes may die before they have met.
         watchdog = stack.enter_context(Watchdog(folder, layout, settings.parallel.timeout))
         device = choose_device(settings.device)
         stack.enter_context(processes(settings.parallel, device, layout, watchdog.liveness))
+        # One process holds the folder for all. Until here nothing in it is touched.
         layout.on_main(
             lambda: stack.enter_context(lock),
             lambda: identity.refuse_another(folder, settings),
             lambda: read_summary(folder),
         )
+        # A finished run is not watched and not changed; it only says that it is done.
         finished = layout.any_rank((folder / "summary.json").exists())
         if not finished:
             stack.enter_context(watchdog.heartbeats())

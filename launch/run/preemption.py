@@ -2,6 +2,7 @@
 limit."""
 
 import contextlib
+import math
 import os
 import signal
 import time
@@ -39,7 +40,9 @@ class Preemption:
     echo may come when the context has closed: it is ignored, too."""
 
     def __init__(self, minutes: float | None = None) -> None:
-        self._deadline = float("inf") if minutes is None else time.monotonic() + 60 * minutes
+        self._deadline = math.inf
+        if minutes is not None:
+            self._deadline = time.monotonic() + 60 * minutes
         self._signal: str | None = None
         self._torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         self._echoes = self._torchrun or "SUBMITIT_EXECUTOR" in os.environ
@@ -48,7 +51,10 @@ class Preemption:
 
     @property
     def requested(self) -> str | None:
-        return self._signal or ("time limit" if time.monotonic() >= self._deadline else None)
+        """Returns why to stop, None where there is no reason."""
+        if self._signal is None and time.monotonic() >= self._deadline:
+            return "time limit"
+        return self._signal
 
     def __enter__(self) -> Self:
         self._previous = {
@@ -68,14 +74,15 @@ class Preemption:
                 return
             os._exit(128 + number)
         self._signal = signal.Signals(number).name
-        self._until = time.monotonic() + ECHO if self._echoes else 0.0
+        if self._echoes:
+            self._until = time.monotonic() + ECHO
         text = (
             f"received {self._signal}: saving after this step, then exiting with code"
             f" {EXIT_PREEMPTED}; a second signal exits at once"
         )
-        erase = "\r\x1b[K" if os.isatty(2) else ""  # of the live line
-        with contextlib.suppress(
-            OSError
-        ):  # the terminal may be gone, and an exception here would end the run unsaved
-            # not print: the signal may have come in the middle of one
+        # A terminal may show the live line, which is erased first.
+        erase = "\r\x1b[K" if os.isatty(2) else ""
+        # The terminal may be gone, and an exception here would end the run unsaved. Not by print:
+        # the signal may have come in the middle of one.
+        with contextlib.suppress(OSError):
             os.write(2, f"{erase}{text}\n".encode())

@@ -32,13 +32,15 @@ PATIENCE = timedelta(days=7)
 def processes(
     parallel: ParallelConfig, device: torch.device, layout: Layout, liveness: Liveness
 ) -> Iterator[None]:
-    """The process group of a run, which completes its layout. Processes find each other by
+    """Makes the process group of a run, which completes its layout. Processes find each other by
     torchrun's variables, else by Slurm's; a run with `parallel=single` has no group. Raises
     ValueError for replicas without processes."""
     if parallel.name == "single":
         yield
         return
-    replicas = parallel.replicas if parallel.name == "hsdp" else 1
+    replicas = 1
+    if parallel.name == "hsdp":
+        replicas = parallel.replicas
     if layout.world < replicas:
         raise ValueError(
             f"parallel.replicas={replicas} with one process; start more, with torchrun"
@@ -59,11 +61,14 @@ def processes(
         timeout=PATIENCE,
     )
     try:
+        # Rows are replicas, and the processes of a row share the shards of one copy of the model.
         mesh = init_device_mesh(
             device.type, (replicas, layout.world // replicas), mesh_dim_names=("replica", "shard")
         )
         layout.mesh = mesh["shard"]
         layout.replicas = mesh["replica"].get_group() if replicas > 1 else None
+        # The thread that saves agrees over a group of its own, for its collectives would mix with
+        # those of the main thread.
         layout.saving = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         layout.sync = parallel.sync
         yield
@@ -75,6 +80,7 @@ def met(rank: int, world: int) -> torch.distributed.Store:
     """Returns the store by which the processes of a run have met."""
     from torch.distributed.rendezvous import rendezvous
 
+    # A process alone meets nobody, and needs no port.
     if world == 1 and "MASTER_ADDR" not in os.environ:
         return torch.distributed.HashStore()
     for name, value in meeting_point(os.environ).items():
@@ -86,10 +92,12 @@ def met(rank: int, world: int) -> torch.distributed.Store:
 
 
 def of_this_start(store: torch.distributed.Store, rank: int, world: int) -> torch.distributed.Store:
-    """A part of torchrun's store for this start alone: its agent keeps one store over all restarts,
-    and addresses of processes that are gone would be taken for those of their successors. Nor do
-    the agents of several nodes count restarts alike. So the main process names a part, and the
-    others answer; a name that an earlier start left does not know who answers now."""
+    """Returns a part of torchrun's store for this start alone: its agent keeps one store over all
+    restarts, and addresses of processes that are gone would be taken for those of their successors.
+    Nor do the agents of several nodes count restarts alike. So the main process names a part, and
+    the others answer; a name that an earlier start left does not know who answers now."""
+    # Rank 0 names a part and waits until every other has written its own id there, then writes
+    # down the ids that it has seen. Another rank takes the part in which its id is among them.
     mine = uuid4().hex
     if rank == 0:
         store.set("start", mine)
@@ -122,8 +130,8 @@ def refuse_duplicate_training(parallel: ParallelConfig) -> None:
 
 
 def meeting_point(environment: Mapping[str, str]) -> dict[str, str]:
-    """Where the processes of a Slurm step meet: on the step's first node, at a port that other
-    steps and jobs there do not use, below those that Linux gives to whoever asks for any."""
+    """Returns where the processes of a Slurm step meet: on the step's first node, at a port that
+    other steps and jobs there do not use, below those that Linux gives out by itself."""
     lists = (environment.get(f"SLURM_{part}_NODELIST") for part in ("STEP", "JOB"))
     nodes = next(filter(None, lists), "localhost")
     # each task of an array is a job of its own

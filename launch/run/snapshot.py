@@ -55,11 +55,13 @@ def snapshot_code(dir: Path, root: Path = ROOT) -> None:
     code = dir / "code"
     try:
         code.mkdir(parents=True, exist_ok=True)
+        # The code: revision and patch, or the files themselves.
         try:
             revision, patch = _ask_git(root)
             files = {"diff.patch": patch}
         except (OSError, subprocess.SubprocessError):
             revision, files = "not a git checkout", _sources(root)
+        # The start: what it ran on, and which of the folders has its code.
         environments = code / "environment.json"
         starts = read_json(environments, list[dict[str, Any]], absent=[])
         folder = _keep(
@@ -72,7 +74,7 @@ def snapshot_code(dir: Path, root: Path = ROOT) -> None:
 
 
 def _ask_git(root: Path) -> tuple[str, bytes]:
-    """(revision, patch of the working tree against it)."""
+    """Returns (revision, patch of the working tree against it)."""
     # Jobs of a sweep ask at the same time: none may lock or rewrite the index.
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
 
@@ -105,7 +107,7 @@ def _ask_git(root: Path) -> tuple[str, bytes]:
 
 
 def _sources(root: Path) -> dict[str, bytes]:
-    """The content of every source, by its path in the repository."""
+    """Returns the content of every source, by its path in the repository."""
     sources = [
         path
         for folder in FOLDERS
@@ -122,6 +124,7 @@ def _read(paths: Iterable[Path], root: Path) -> dict[str, bytes]:
 def _keep(code: Path, name: str, files: dict[str, bytes]) -> str:
     """Writes files into a new folder of this name unless another one holds just them; returns the
     folder's name."""
+    # Most starts of a run have the same code, which is kept once.
     for folder in sorted(code.glob("start_*")):
         if _read(folder.rglob("*"), folder) == files:
             return folder.name

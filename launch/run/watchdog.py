@@ -82,7 +82,10 @@ class Watchdog:
         self.writing = threading.Lock()
         self.failure: dict[str, Any] | None = None  # what ends the run
         self.left = False  # whether an error of this process has had its say
-        self.idle = 0.0
+        self.idle = 0.0  # seconds since the main thread last got on
+        self.last_count = -1  # Liveness.progress_count at the beat before
+        # All heartbeats as they were when this process became overdue.
+        self.first_look: dict[int, Beat] | None = None
         self.written = 0  # heartbeats in a row that the disk took
         self.missed = 0  # looks in a row at which a task had no process
         self.still: dict[
@@ -93,9 +96,8 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         if self.meeting:
-            with contextlib.suppress(
-                OSError
-            ):  # then there is no warning of a process that dies before they have met
+            # Without this folder nothing warns of a process that dies before they have met.
+            with contextlib.suppress(OSError):
                 self.meeting.mkdir(exist_ok=True)
                 self.shown = True
                 self._write()
@@ -122,6 +124,8 @@ class Watchdog:
     @contextmanager
     def heartbeats(self) -> Iterator[None]:
         """Shows heartbeats in the run folder, which belongs to this run from here on."""
+        # Heartbeats of an earlier start would be taken for those of this one: they are gone before
+        # anybody looks.
         if self.layout.main:
             shutil.rmtree(self.heartbeat, ignore_errors=True)
             self.heartbeat.mkdir()
@@ -129,7 +133,8 @@ class Watchdog:
         self.place = self.heartbeat
         self.shown = True
         self._write()
-        self.layout.any_rank(None)  # nobody writes where they met any more
+        # Once all have come here nobody writes where they met any more.
+        self.layout.any_rank(None)
         self._end_meeting()
         try:
             yield
@@ -187,7 +192,10 @@ class Watchdog:
         """Ends this process for a user's mistake, of which the first to find it speaks; the main
         process, where all find it."""
         main = self.layout.main
-        end = time.monotonic() + (0.0 if main else 1.0)
+        # The main process speaks where all find the mistake, so the others give it a second.
+        end = time.monotonic()
+        if not main:
+            end += 1.0
         while time.monotonic() < end and not self._find_failure():
             time.sleep(0.05)
         failure = self._publish(EXIT_USER_ERROR, str(error))
@@ -205,18 +213,20 @@ class Watchdog:
         raise SystemExit(failure["code"]) from None
 
     def _find_lost(self) -> dict[str, Any] | None:
-        """What ended the run, after a collective failed: what another process has said by now, or
-        that it died without a word."""
+        """Returns what ended the run, after a collective failed: what another process has said by
+        now, or that it died without a word."""
         if not self.shown:
             return self._publish(
                 EXIT_LOST,
                 f"rank {self.layout.rank}: another process ended while this one was"
                 f" {self.liveness.phase}",
             )
+        # The one that was lost is dead on this host, or its heartbeat stands still for four beats.
         before, end = self._read(), time.monotonic() + 4 * self.beat
         lost: list[int] = []
         while not (failure := self._find_failure()) and not lost and time.monotonic() < end:
-            if not self.place.exists():  # the main process has left in order and cleared up
+            # The main process has left in order and cleared up.
+            if not self.place.exists():
                 return {"by": 0, "code": EXIT_LOST}
             time.sleep(0.1)
             lost = [rank for rank, seen in before.items() if has_died(seen)]
@@ -230,6 +240,7 @@ class Watchdog:
     def _publish(self, code: int, line: str) -> dict[str, Any]:
         """Says what ends the run, and with which code the other processes end; returns what was
         said first, perhaps by another one."""
+        # The file is made by one process only; those that come later read what the first has said.
         failure = {"by": self.layout.rank, "code": code, "line": " ".join(line.split())}
         if self.shown:
             with contextlib.suppress(OSError), (self.place / "failure.json").open("x") as file:
@@ -238,7 +249,7 @@ class Watchdog:
         return self.failure
 
     def _find_failure(self) -> dict[str, Any] | None:
-        """What a process has said to end the run."""
+        """Returns what a process has said to end the run, None where none has."""
         if self.failure is None and self.shown:
             with contextlib.suppress(OSError, ValueError):  # it may not be whole yet
                 self.failure = dict(read_json(self.place / "failure.json", Failure))
@@ -255,38 +266,53 @@ class Watchdog:
     # The thread
 
     def _watch(self) -> None:
-        last_count, before = -1, None
+        """Looks at every beat whether this process gets on and the others are there."""
         while not self.closing.wait(self.beat):
-            count = self.liveness.progress_count
-            self.idle = self.idle + self.beat if count == last_count else 0.0
-            last_count = count
+            self._count_idle_time()
             self._write()
+            # A process alone waits for nobody, however long a step of it takes.
             if self.layout.world == 1:
                 continue
             if failure := self._find_failure():
-                # In order means: the main process lets go of the run folder, a process with a
-                # traceback prints it.
-                if failure["by"] == self.layout.rank or (
-                    self.layout.main and self.place == self.heartbeat
-                ):
-                    self.closing.wait(self.grace)
-                self._give_up(failure)
+                self._follow(failure)
+            # While this process gets on it waits for nobody.
             if self.idle < NEAR * self.beat:
                 self.still = {}
             elif line := self._lost_neighbour():
                 self._end(line)
-            if self.idle < self.limit:
-                before = None
-            elif before is None:
-                before = self._read()
-            elif self.idle >= self.limit + max(4 * self.beat, self.limit / 10):
-                if line := self._judge(before, self._read()):
-                    self._end(line)
-                self.idle, before = self.limit / 2, None
+            self._judge_if_overdue()
+
+    def _count_idle_time(self) -> None:
+        """Counts for how long the main thread has not got on."""
+        # In beats of this thread, not by a clock: a suspended process sleeps through no time.
+        count = self.liveness.progress_count
+        self.idle = self.idle + self.beat if count == self.last_count else 0.0
+        self.last_count = count
+
+    def _follow(self, failure: dict[str, Any]) -> NoReturn:
+        """Ends this process after a failure, one that still has something to do in order."""
+        # The main process lets go of the run folder, and one with a traceback prints it.
+        holds_folder = self.layout.main and self.place == self.heartbeat
+        if failure["by"] == self.layout.rank or holds_folder:
+            self.closing.wait(self.grace)
+        self._give_up(failure)
+
+    def _judge_if_overdue(self) -> None:
+        """Ends the run where this process waits beyond the limit, and two looks at all heartbeats,
+        some beats apart, tell for whom."""
+        if self.idle < self.limit:
+            self.first_look = None
+        elif self.first_look is None:
+            self.first_look = self._read()
+        elif self.idle >= self.limit + max(4 * self.beat, self.limit / 10):
+            if line := self._judge(self.first_look, self._read()):
+                self._end(line)
+            # One that lives may take its time: it is asked again after half the limit.
+            self.idle, self.first_look = self.limit / 2, None
 
     def _lost_neighbour(self) -> str | None:
-        """Which process beside this one, in the order of ranks, is no more, looked at every beat
-        while this one waits; None where none is.
+        """Returns a line about the process beside this one, in the order of ranks, that is no more;
+        None where both are there. It is asked at every beat while this process waits.
 
         Not every collective fails where a process dies: NCCL's wait on. Ranks go from host to host,
         so that mostly one neighbour runs on this host, where its death shows; but its number may be
@@ -301,13 +327,17 @@ class Watchdog:
         beats = self._read((rank - 1) % world, (rank + 1) % world)
         for other, seen in beats.items():
             last, still = self.still.get(other, (None, 0))
-            still = still + 1 if seen["time"] == last else 0
+            still += 1
+            if seen["time"] != last:
+                still = 0
             self.still[other] = seen["time"], still
             if seen["phase"] == "ended":
                 continue
             if still >= NEAR and has_died(seen):
                 return f"{names(beats, [other])} ended without a word; {GO_ON}"
-            far = FAR if self.place == self.heartbeat else FAR_AT_FIRST
+            far = FAR_AT_FIRST
+            if self.place == self.heartbeat:
+                far = FAR
             if min(still, self.written) >= far and seen["host"] != socket.gethostname():
                 return (
                     f"{names(beats, [other])} has shown no sign of life for {far * self.beat:g}"
@@ -336,8 +366,8 @@ class Watchdog:
         self._give_up(failure)
 
     def _judge(self, before: dict[int, Beat], after: dict[int, Beat]) -> str | None:
-        """Which process keeps this one waiting, from two looks at all heartbeats; None where one
-        that lives may still take its time."""
+        """Returns which process keeps this one waiting, from two looks at all heartbeats; None
+        where one that lives may still take its time."""
         remedy = (
             f"stacks are in {self.logs}; {GO_ON}, and parallel.timeout={self.minutes:g} allows more"
         )
@@ -351,6 +381,7 @@ class Watchdog:
             return f"{names(after, lost)} shows no sign of life; {remedy}"
         if any(not seen["overdue"] and seen["phase"] != "ended" for seen in after.values()):
             return None
+        # All count the same in the same order: the others wait for those that have counted least.
         fewest = min(seen["progress_count"] for seen in after.values())
         behind = [rank for rank, seen in after.items() if seen["progress_count"] == fewest]
         if len(behind) == len(after):
@@ -364,7 +395,8 @@ class Watchdog:
         )
 
     def _silent(self, before: dict[int, Beat], after: dict[int, Beat]) -> list[int]:
-        """The ranks without a heartbeat between two looks."""
+        """Returns the ranks without a heartbeat between two looks."""
+        # One that never showed itself has the same time, none, in both looks.
         nothing: Beat = {"phase": "", "time": None}
         seen = {
             rank: (before.get(rank, nothing), after.get(rank, nothing))
@@ -376,8 +408,9 @@ class Watchdog:
             if other["phase"] != "ended" and one["time"] == other["time"]
         ]
 
-    def _give_up(self, failure: dict[str, Any]) -> None:
+    def _give_up(self, failure: dict[str, Any]) -> NoReturn:
         """Ends the process wherever its main thread stands, and notes where that is."""
+        # The main thread may hang in the kernel for ever: its stack is all that can be had of it.
         with contextlib.suppress(OSError):
             self.logs.mkdir(exist_ok=True)
             with (self.logs / f"stacks_rank{self.layout.rank}.txt").open("w") as file:
@@ -404,6 +437,8 @@ class Watchdog:
             "progress_count": self.liveness.progress_count,
             "time": time.time(),
         }
+        # Written beside its name and renamed, so that a reader never sees a half; by one thread at
+        # a time, since both write.
         partial = self.place / f".rank_{layout.rank}"
         with self.writing:
             if self.shown:
@@ -415,7 +450,7 @@ class Watchdog:
                     self.written = 0
 
     def _read(self, *ranks: int) -> dict[int, Beat]:
-        """The heartbeats of these ranks, by default of all, as far as they can be read."""
+        """Returns the heartbeats of these ranks, by default of all, as far as they can be read."""
         found = {}
         for rank in ranks or range(self.layout.world):
             with contextlib.suppress(OSError, ValueError):
@@ -424,5 +459,5 @@ class Watchdog:
 
 
 def say(line: str) -> None:
-    """One line on stderr."""
+    """Prints an error on stderr, in one line."""
     print(f"error: {line}", file=sys.stderr, flush=True)

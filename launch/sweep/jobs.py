@@ -60,7 +60,7 @@ class Job:
         ]
 
     def log(self, rank: int = 0) -> Path:
-        """What a process of the run printed."""
+        """Returns the file of what a process of the run printed."""
         return self.run / "logs" / f"rank_{rank}.log"
 
     @property
@@ -99,8 +99,10 @@ class Job:
                     start_new_session=True,
                 )
             except OSError:
-                file.truncate(before)  # what the last start said is still the last word
+                # No process was started, so that what the last start said is still the last word.
+                file.truncate(before)
                 raise
+        # The run is at work from here on: what became of the start before is forgotten.
         if rank == 0:
             self.exit_code.unlink(missing_ok=True)
             self.waiting.unlink(missing_ok=True)
@@ -123,8 +125,8 @@ class Job:
 
     @property
     def stopped(self) -> bool:
-        """Whether the last start ended in order before the run was done: it saved. Where what would
-        have noted its end was killed, its log says so."""
+        """Returns whether the last start ended in order before the run was done: it saved. Where
+        what would have noted its end was killed, its log says so."""
         try:
             return read_bytes(self.exit_code) == f"{EXIT_PREEMPTED}\n".encode()
         except FileNotFoundError:
@@ -136,17 +138,19 @@ class Job:
 
     @property
     def begun(self) -> bool:
-        """Whether it was ever started."""
-        logs = [
-            self.exit_code,
-            self.log(),
-            *([Path(self.scheduler_log)] if self.scheduler_log else []),
-        ]
+        """Returns whether it was ever started."""
+        logs = [self.exit_code, self.log(), *self.scheduler_logs]
         return any(log.exists() for log in logs)
+
+    @property
+    def scheduler_logs(self) -> list[Path]:
+        """Returns the log of Slurm's, if it had anything to say."""
+        return [Path(self.scheduler_log)] if self.scheduler_log else []
 
 
 def read_jobs(folder: Path) -> list[Job]:
-    """The jobs of a sweep's folder, none where there is no jobs.json. Raises DamagedFile."""
+    """Returns the jobs of a sweep's folder, none where there is no jobs.json. Raises
+    DamagedFile."""
     jobs = read_json(folder / "jobs.json", list[Job], absent=[])
     return [replace(job, run=folder / job.run) for job in jobs]
 
@@ -161,8 +165,9 @@ def write_jobs(folder: Path, jobs: Iterable[Job]) -> None:
 
 
 def queue(jobs: Iterable[Job]) -> set[str]:
-    """The ids of this user's jobs that Slurm has not done with. Raises ValueError where it must be
-    asked and does not answer."""
+    """Returns the ids of this user's jobs that Slurm has not done with. Raises ValueError where it
+    must be asked and does not answer."""
+    # Slurm is not asked about runs that are done, or were never its own: it may not be here.
     if not any(job.job_id and not (job.run / "summary.json").exists() for job in jobs):
         return set()
     command = ["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i"]
@@ -189,6 +194,7 @@ def state(job: Job, queued: set[str], sweeping: bool = False) -> str:
         return "failed"
     if is_in_use(job.run):
         return "running"
+    # Without an exit code nobody has noted an end, so the local sweep has yet to come to it.
     expected = job.waiting.exists() or not job.exit_code.exists()
     if job.job_id in queued or (sweeping and job.launcher.scheduler == "local" and expected):
         return "waiting"
@@ -198,20 +204,22 @@ def state(job: Job, queued: set[str], sweeping: bool = False) -> str:
 
 
 def reason(job: Job) -> tuple[str, Path]:
-    """Why a run ended: the last line that says so since it was last started, and the log that has
-    it; or that its summary is damaged."""
+    """Returns why a run ended: the last line that says so since it was last started, and the log
+    that has it; or that its summary is damaged."""
     try:
         read_summary(job.run)
     except DamagedFile as error:
         return str(error), job.run / "summary.json"
-    logs = [
-        *sorted(job.log().parent.glob("rank_*.log")),
-        *([Path(job.scheduler_log)] if job.scheduler_log else []),
-    ]
+    logs = [*sorted(job.log().parent.glob("rank_*.log")), *job.scheduler_logs]
     found = [(last_start(log), log) for log in logs if log.exists()]
     # Slurm calls it an error, too, that it ends a job which has saved.
     failed = (r"(slurmstepd\S*: )?error: ", r"[\w.]+(Error|Exception|Interrupt)\b", "")
-    for pattern in (r"error: ", SAVED, "") if job.stopped else failed:
+    # Looked for in this order over all logs: an error that we print says most, then the last line
+    # of a traceback, then whatever came last.
+    patterns = failed
+    if job.stopped:
+        patterns = (r"error: ", SAVED, "")
+    for pattern in patterns:
         for lines, log in found:
             matching = [line for line in lines if re.match(pattern, line)]
             if matching:
@@ -220,8 +228,8 @@ def reason(job: Job) -> tuple[str, Path]:
 
 
 def last_start(log: Path) -> list[str]:
-    """The lines of a log since the last start, a run's or its task's on Slurm, but for empty
-    ones."""
+    """Returns the lines of a log since the last start, a run's or its task's on Slurm, but for
+    empty ones."""
     try:
         text = read_bytes(log, LARGEST_LOG).decode(errors="replace")
     except DamagedFile as error:

@@ -26,9 +26,8 @@ class Running:
     def __init__(self, job: Job, shared: dict[str, str]) -> None:
         """Starts the processes. Raises OSError where one cannot be started; then none is left."""
         self.job, self.processes = job, list[subprocess.Popen]()
-        self.lost: tuple[float, int] | None = (
-            None  # when the first process ended out of order, and its exit code
-        )
+        # When the first process ended out of order, and its exit code.
+        self.lost: tuple[float, int] | None = None
         try:
             for rank, group in enumerate(process_group(job.processes)):
                 self.processes.append(job.start(rank, shared | group))
@@ -56,7 +55,10 @@ class Running:
             if self.lost and time.monotonic() - self.lost[0] > PATIENCE:
                 self.kill()
             return None
-        return self.lost[1] if self.lost else next((code for code in codes if code), 0)
+        # The code of the first that was lost: the others may have ended by it.
+        if self.lost:
+            return self.lost[1]
+        return next((code for code in codes if code), 0)
 
 
 def begin(job: Job, shared: dict[str, str], waiting: int) -> Running | None:
@@ -107,7 +109,7 @@ class Pool:
     slots       slots that are free
     ended       jobs that have ended, by how they did
     signals     signals that came
-    num_told    how many of them the runs were sent
+    num_sent    how many of them the runs were sent
     """
 
     def __init__(self, jobs: list[Job], n_jobs: int | None) -> None:
@@ -120,10 +122,11 @@ class Pool:
         self.running: dict[int, Running] = {}
         self.ended: dict[str, list[Job]] = {"done": [], "stopped": [], "failed": []}
         self.signals: list[int] = []
-        self.num_told = 0
+        self.num_sent = 0
 
     def start_what_fits(self) -> None:
         """Starts the next jobs while there is a slot, and until a signal came."""
+        # A run that cannot be started leaves its slot to the next.
         while self.waiting and self.slots and not self.signals:
             job = self.waiting.popleft()
             shared = self.cores | visible(self.devices, self.slots[0], job.processes)
@@ -134,11 +137,11 @@ class Pool:
 
     def pass_on_signals(self) -> None:
         """Sends every process the signals that came since the last time."""
-        for number in self.signals[self.num_told :]:
+        for number in self.signals[self.num_sent :]:
             for run in self.running.values():
                 for process in run.processes:
                     process.send_signal(number)
-            self.num_told += 1
+            self.num_sent += 1
 
     def look_at_runs(self) -> None:
         """Notes and says how runs ended that have."""
@@ -170,47 +173,46 @@ def conclude(ended: dict[str, list[Job]], signals: list[int]) -> int:
         line, log = reason(job)
         print(f"failed: {job.run.name}: {line}; see {log}", file=sys.stderr)
     if ended["stopped"] or signals:
-        cause = (
-            f" by {signal.Signals(signals[0]).name}"
-            if signals
-            else f": {len(ended['stopped'])} runs saved"
-        )
+        cause = f": {len(ended['stopped'])} runs saved"
+        if signals:
+            cause = f" by {signal.Signals(signals[0]).name}"
         print(f"stopped{cause}; the same command goes on", file=sys.stderr)
+    # A signal explains a failure: the run may have been ended before it could save.
     if ended["failed"] and not signals:
         return 1
-    return EXIT_PREEMPTED if signals or ended["stopped"] else 0
+    if signals or ended["stopped"]:
+        return EXIT_PREEMPTED
+    return 0
 
 
 def visible_devices() -> list[str]:
-    """The GPUs there are to share out, as CUDA_VISIBLE_DEVICES names them."""
+    """Returns the GPUs that runs share out among them, as CUDA_VISIBLE_DEVICES names them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (
-        [str(number) for number in range(torch.cuda.device_count())]
-        if named is None
-        else [name for name in named.split(",") if name]
-    )
+    if named is None:
+        return [str(number) for number in range(torch.cuda.device_count())]
+    # An empty variable hides all of them.
+    return [name for name in named.split(",") if name]
 
 
 def visible(devices: list[str], slot: int, processes: int) -> dict[str, str]:
-    """The devices of a run: a slot has the next ones after those of the slot before, from the first
-    again where there are too few."""
-    chosen = (
-        dict.fromkeys(
-            devices[(slot * processes + rank) % len(devices)] for rank in range(processes)
-        )
-        if devices
-        else ()
-    )
-    return {"CUDA_VISIBLE_DEVICES": ",".join(chosen)} if chosen else {}
+    """Returns the devices of a run: a slot has the next ones after those of the slot before, from
+    the first again where there are too few."""
+    if not devices:
+        return {}
+    first = slot * processes
+    # Each once, though several processes of a run may share one.
+    chosen = dict.fromkeys(devices[(first + rank) % len(devices)] for rank in range(processes))
+    return {"CUDA_VISIBLE_DEVICES": ",".join(chosen)}
 
 
 def process_group(processes: int) -> list[dict[str, str]]:
-    """The variables by which the processes of a run find each other, those that torchrun sets;
-    nothing for one alone.
+    """Returns the variables by which the processes of a run find each other, those that torchrun
+    sets; nothing for one alone.
 
     torchrun itself would end by an exit code of its own where the run says that it saved."""
     if processes == 1:
         return [{}]
+    # Free at this moment; the processes bind it a moment later.
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

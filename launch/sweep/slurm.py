@@ -122,39 +122,53 @@ class Task:
         self.job, self.received = job, 0
 
     def checkpoint(self) -> Any:
-        """What submitit is to call after a requeue: the same once more."""
+        """Returns the call that submitit makes after a requeue: the same once more."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(Task(self.job))
 
     def __call__(self) -> None:
+        """Runs a process of the run to its end, and ends with its code."""
         rank = int(os.environ["SLURM_PROCID"])
-        lost = self.lost()
         if rank == 0:
-            for other in lost.parent.glob("lost_*"):
-                if other != lost:
-                    other.unlink(missing_ok=True)
+            self.clear_earlier_losses()
+        # submitit has set its own handler of USR2, which puts the job back; it is called at the
+        # end, once the run has saved.
         requeue: Any = signal.getsignal(ASKED)
         for number in (ASKED, signal.SIGTERM):
             signal.signal(number, self.note)
-        code = self.wait(self.job.start(rank, {}))
-        if self.received and code in (
-            -ASKED,
-            -signal.SIGTERM,
-        ):  # there was nothing to save yet, or all was saved
-            code = EXIT_PREEMPTED
-        if lost.exists():
-            code = read_json(lost, int)
-        elif code not in IN_ORDER:
-            self.job.lost(rank, code)
-            write_atomically(lost, f"{code}\n")
+        code = self.agree(rank, self.wait(self.job.start(rank, {})))
         if rank == 0:
             self.job.ended(code)
+        # Ended by itself, a job that was to be killed would not be put back by Slurm.
         while code and self.received == signal.SIGTERM:
             time.sleep(POLL)
         if self.received == ASKED and code == EXIT_PREEMPTED:
             self.put_back(requeue)
+        # As a shell tells that a signal ended a process.
         sys.exit(code if code >= 0 else 128 - code)
+
+    def agree(self, rank: int, code: int) -> int:
+        """Returns the exit code of the run for that of this task's process: all tasks end by the
+        code of the first that ended out of order."""
+        # The signal itself ended the process, before its handlers stood or after they were gone:
+        # there was nothing to save yet, or all was saved.
+        if self.received and code in (-ASKED, -signal.SIGTERM):
+            code = EXIT_PREEMPTED
+        lost = self.lost()
+        if lost.exists():
+            return read_json(lost, int)
+        if code not in IN_ORDER:
+            self.job.lost(rank, code)
+            write_atomically(lost, f"{code}\n")
+        return code
+
+    def clear_earlier_losses(self) -> None:
+        """Removes the files by which tasks of earlier starts said that their process was lost."""
+        own = self.lost()
+        for other in own.parent.glob("lost_*"):
+            if other != own:
+                other.unlink(missing_ok=True)
 
     def lost(self) -> Path:
         """Returns the file by which a task tells the others of this start that its process ended
@@ -164,7 +178,8 @@ class Task:
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """Remembers a signal: USR2, also where TERM came before it."""
-        self.received = ASKED if ASKED in (number, self.received) else number
+        asked = ASKED in (number, self.received)
+        self.received = ASKED if asked else number
 
     def wait(self, process: subprocess.Popen) -> int:
         """Returns the exit code of the process, to which the first signal is passed on: a second
@@ -183,10 +198,12 @@ class Task:
                 if self.received and not passed_on:
                     process.send_signal(self.received)
                     passed_on = True
+                # The others' files lie on a file server, which is not asked at every poll.
                 now = time.monotonic()
                 if now > look and end == math.inf:
                     look = now + LOOK
-                    end = now + PATIENCE if lost.exists() else math.inf
+                    if lost.exists():
+                        end = now + PATIENCE
                 if now > end:
                     process.kill()
 
@@ -196,9 +213,8 @@ class Task:
         try:
             requeue(ASKED, None)
         except Exception as error:
-            if (
-                getattr(error, "returncode", None) != -signal.SIGTERM
-            ):  # scontrol ends with the job that it puts back
+            # scontrol ends with the job that it puts back, which is no refusal.
+            if getattr(error, "returncode", None) != -signal.SIGTERM:
                 with self.job.log().open("a") as file:
                     file.write(f"error: {error}\n")
             raise

@@ -10,6 +10,7 @@ leaves alone what is done, running or waiting."""
 import os
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
@@ -35,6 +36,8 @@ from launch.sweep.local import run_all
 from launch.sweep.slurm import submit
 
 DEVICES = ("A100", "H100")  # of the estimate of hours
+STATES = ("done", "running", "waiting", "to resume", "new")  # in the order of the sums
+STARTED = ("to resume", "new")  # what a sweep starts
 Combination = tuple[list[str], DictConfig]
 
 
@@ -54,30 +57,36 @@ def sweep(combinations: list[Combination], launcher: LauncherConfig, folder: Pat
 
     Raises ValueError for a mistake; one in a combination is printed with those of the others,
     before anything is started."""
-    folder = Path(os.path.realpath(folder))
     check_launcher(launcher, folder)
     if not combinations:
         raise ValueError(
             "the sweep has no combinations, for a list or range of values is empty; give each swept"
             " key at least one value"
         )
-    runs, mistakes = plan_runs(combinations, launcher, folder)
+    runs, mistakes = plan_runs(combinations, launcher, real(folder))
     for line in dict.fromkeys(mistakes):
         print(f"error: {line}", file=sys.stderr)
     if mistakes:
         return EXIT_USER_ERROR
-    print_only = any(planned.config.print_only for planned in runs)
-    if print_only:
+    # Looking takes no lock and writes nothing: another sweep may be at work on the same runs.
+    if any(planned.config.print_only for planned in runs):
         print(describe(runs, combinations, states(runs, folder, is_in_use(folder)), folder))
         return 0
+    # The states are read once nobody else can change them.
     with hold(folder):
         remove_temporary(folder, ["jobs.json"])
         found = states(runs, folder)
         print(describe(runs, combinations, found, folder), flush=True)
         return start(
-            [planned.job for planned in runs if found[planned.job.run] in ("new", "to resume")],
+            [planned.job for planned in runs if found[planned.job.run] in STARTED],
             folder,
         )
+
+
+def real(folder: Path) -> Path:
+    """Returns the absolute path of a folder without links, by which jobs.json knows it. Links that
+    lead back to themselves stay."""
+    return Path(os.path.realpath(folder))
 
 
 @contextmanager
@@ -96,6 +105,7 @@ def start(jobs: list[Job], folder: Path) -> int:
     """Starts jobs of the sweep in `folder`, which this process holds, those for Slurm first;
     returns the exit code. Notes in the folder what was submitted at once: Slurm may refuse the
     next."""
+    # An array of Slurm's has one set of options, so each launcher has an array of its own.
     local = [job for job in jobs if job.launcher.scheduler == "local"]
     for _, alike in groupby(
         (job for job in jobs if job.launcher.scheduler == "slurm"), key=lambda job: job.launcher
@@ -108,6 +118,7 @@ def start(jobs: list[Job], folder: Path) -> int:
             f" {shlex.quote(str(folder))} tells how they fare",
             flush=True,
         )
+    # Noted before they are started: a run that was never come to is known as one that waits.
     if not local:
         return 0
     for job in local:
@@ -118,13 +129,13 @@ def start(jobs: list[Job], folder: Path) -> int:
 
 def note(jobs: list[Job], folder: Path) -> None:
     """Puts jobs into the folder's jobs.json, in the place of earlier ones of the same runs."""
-    known = {job.run: job for job in read_jobs(folder)}
-    write_jobs(folder, (known | {job.run: job for job in jobs}).values())
+    known = {job.run: job for job in read_jobs(real(folder))}
+    write_jobs(real(folder), (known | {job.run: job for job in jobs}).values())
 
 
 def check_launcher(launcher: LauncherConfig, folder: Path) -> None:
     """Raises ValueError where the settings, or the sweep's folder, cannot be meant."""
-    check_value("hydra.sweep.dir", str(folder), {})
+    check_value("hydra.sweep.dir", str(real(folder)), {})
     if os.path.lexists(folder) and not folder.is_dir():
         raise ValueError(f"hydra.sweep.dir={folder} is no folder; name another")
     for entry in fields(launcher):
@@ -151,7 +162,8 @@ def check_launcher(launcher: LauncherConfig, folder: Path) -> None:
 def plan_runs(
     combinations: list[Combination], launcher: LauncherConfig, folder: Path
 ) -> tuple[list[Planned], list[str]]:
-    """Every run once, in the order of the combinations, and a line for each mistake in one."""
+    """Returns every run once, in the order of the combinations, and a line for each mistake in
+    one."""
     runs, mistakes = dict[str, Planned](), list[str]()
     for overrides, composed in combinations:
         try:
@@ -173,29 +185,32 @@ def plan_runs(
 def plan_run(
     overrides: list[str], composed: DictConfig, launcher: LauncherConfig, folder: Path
 ) -> Planned:
-    """The run of a combination. Raises ValueError for a mistake in it."""
+    """Returns the run of a combination. Raises ValueError for a mistake in it."""
     if composed.plan_only:
         raise ValueError(
             "plan_only=true is for one run; print_only=true prints the runs of a sweep"
         )
+    # On Slurm the launcher says how many processes a run has, here its own key does.
     given, world = composed.parallel.processes, launcher.nodes * launcher.tasks
     if launcher.scheduler == "slurm" and given not in (None, world):
         raise ValueError(
             f"parallel.processes={given}, but hydra.launcher gives a run {launcher.nodes} nodes x"
             f" {launcher.tasks} tasks; leave it out"
         )
-    with flag_override(
-        composed, ["struct", "readonly"], False
-    ):  # each combination was composed for itself
+    # Each combination was composed for itself, so that it may be changed.
+    with flag_override(composed, ["struct", "readonly"], False):
         del composed["hydra"]
         composed.plan_only = True  # this process is none of the run's
         composed.parallel.processes = world if launcher.scheduler == "slurm" else given or 1
     config = check(composed, [])
     plan, name = make_plan(config), run_name(config)
-    run = Path(os.path.realpath(config.dir)) if config.dir else folder / name
+    run = real(Path(config.dir)) if config.dir else folder / name
+    # The job's command says dir by itself, and a run of a sweep is one run.
     kept = [text for text in overrides if text.split("=")[0] not in ("dir", "print_only")]
-    named = config.tracking.group or os.environ.get("WANDB_RUN_GROUP")
-    group = [] if named else [quoted("tracking.group", folder.name)]
+    # On W&B the runs of a sweep are a group, unless the user names one.
+    group = [quoted("tracking.group", folder.name)]
+    if config.tracking.group or os.environ.get("WANDB_RUN_GROUP"):
+        group = []
     job = Job(
         run,
         [*kept, *group],
@@ -208,9 +223,9 @@ def plan_run(
 
 
 def states(runs: list[Planned], folder: Path, sweeping: bool = False) -> dict[Path, str]:
-    """What has become of each run so far: done, running, waiting, to resume or new. `sweeping` says
-    that another process is at work on them."""
-    known = {job.run: job for job in read_jobs(folder)}
+    """Returns what has become of each run so far: done, running, waiting, to resume or new.
+    `sweeping` says that another process is at work on them."""
+    known = {job.run: job for job in read_jobs(real(folder))}
     jobs = [known.get(planned.job.run, planned.job) for planned in runs]
     queued = queue(jobs)
     found = {job.run: state(job, queued, sweeping) for job in jobs}
@@ -222,40 +237,37 @@ def states(runs: list[Planned], folder: Path, sweeping: bool = False) -> dict[Pa
     return found | ended
 
 
+def describe_run(planned: Planned, kind: str, overrides: str) -> list[str]:
+    """Returns the line of a run in a state, with the overrides that tell it apart, and the reason
+    where it failed before and is to be started."""
+    job = planned.job
+    hours = human_hours(planned.plan.hours(DEVICES[-1]), ".3g")
+    lines = [f"{kind:10}{hours:>14}  {job.run.name}  {overrides}"]
+    if kind in STARTED and job.log().exists() and not job.stopped:
+        lines.append(f"{'':26}{reason(job)[0]}")
+    return lines
+
+
 def describe(
     runs: list[Planned], combinations: list[Combination], found: dict[Path, str], folder: Path
 ) -> str:
-    """A line for every run, its state, hours and what tells it apart, the reason where one to start
-    failed before, and the sums."""
+    """Returns a line for every run, its state, hours and what tells it apart, the reason where one
+    to start failed before, and the sums."""
+    first = f"{len(runs)} runs in {folder}"
+    if len(runs) < len(combinations):
+        first += (
+            f", of {len(combinations)} combinations: the others differ in nothing that a run reads"
+        )
+    lines = [first, f"{'state':10}{DEVICES[-1] + ' hours':>14}  run"]
+    # A run is told from the others by the overrides that not all of them have.
     texts: list[set[str]] = [set(overrides) for overrides, _ in combinations]
     varying = texts[0].union(*texts) - texts[0].intersection(*texts)
-    lines = [
-        f"{len(runs)} runs in {folder}"
-        + (
-            f", of {len(combinations)} combinations: the others differ in nothing that a run reads"
-            if len(runs) < len(combinations)
-            else ""
-        )
-    ]
-    lines.append(f"{'state':10}{DEVICES[-1] + ' hours':>14}  run")
     for planned in runs:
         own = " ".join(text for text in planned.job.overrides if text in varying)
-        lines.append(
-            f"{found[planned.job.run]:10}{human_hours(planned.plan.hours(DEVICES[-1]), '.3g'):>14} "
-            f" {planned.job.run.name}  {own}"
-        )
-        if (
-            found[planned.job.run] in ("new", "to resume")
-            and planned.job.log().exists()
-            and not planned.job.stopped
-        ):
-            lines.append(f"{'':26}{reason(planned.job)[0]}")
-    counts = {
-        kind: list(found.values()).count(kind)
-        for kind in ("done", "running", "waiting", "to resume", "new")
-    }
-    lines.append(", ".join(f"{count} {kind}" for kind, count in counts.items() if count))
-    todo = [planned.plan for planned in runs if found[planned.job.run] in ("new", "to resume")]
+        lines += describe_run(planned, found[planned.job.run], own)
+    counts = Counter(found.values())
+    lines.append(", ".join(f"{counts[kind]} {kind}" for kind in STATES if counts[kind]))
+    todo = [planned.plan for planned in runs if found[planned.job.run] in STARTED]
     hours = " or ".join(
         f"{human_hours(sum(plan.hours(device) for plan in todo), '.3g')} of {device}s"
         for device in DEVICES

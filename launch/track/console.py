@@ -54,6 +54,7 @@ class Console:
             self._time(row)
             self._latest = row
             now = time.monotonic()
+            # A terminal keeps evaluations above the live line; a file gets a line now and then too.
             if "val/loss" in row or (not self._live and now - self._shown >= PLAIN):
                 self._line(self._with_step())
             if self._live:
@@ -77,7 +78,8 @@ class Console:
     def _line(self, text: str) -> None:
         self._shown = time.monotonic()
         self._written = self._latest["step"]
-        self._write(self._painted(text, GREEN if "val/loss" in self._latest else None))
+        colour = GREEN if "val/loss" in self._latest else None
+        self._write(self._painted(text, colour))
 
     def _write(self, text: str) -> None:
         tqdm.write(text, file=sys.stdout)
@@ -104,20 +106,26 @@ class Console:
             self._bar.refresh()
 
     def _painted(self, text: str, colour: int | None) -> str:
-        return f"\x1b[{colour}m{text}\x1b[0m" if self._colours and colour else text
+        if not (self._colours and colour):
+            return text
+        return f"\x1b[{colour}m{text}\x1b[0m"
 
     def _with_step(self) -> str:
         return f"step {self._latest['step']}/{self._total}  {self._text()}"
 
     def _text(self) -> str:
         """Returns the figures of the latest row, and the time left."""
-        skipped = [f"skipped {self._latest['skipped']}"] if self._latest.get("skipped") else []
-        parts = [*self._figures(LOSSES), *self._left_text(), *skipped, *self._figures(SPEEDS)]
-        return "  ".join(parts)
+        parts = [*self._figures(LOSSES), *self._left_text()]
+        if num_skipped := self._latest.get("skipped"):
+            parts.append(f"skipped {num_skipped}")
+        return "  ".join([*parts, *self._figures(SPEEDS)])
 
     def _figures(self, forms: tuple[tuple[str, str], ...]) -> list[str]:
         row = self._latest
-        hidden = "sharpness/perturbed_loss" if row.get("train/loss") is not None else ""
+        # The loss at the moved weights stands in where a rule knows no other.
+        hidden = ""
+        if row.get("train/loss") is not None:
+            hidden = "sharpness/perturbed_loss"
         return [
             form.format(row[key])
             for key, form in forms
@@ -146,7 +154,9 @@ class Console:
         step, first = self._latest["step"], self._first
         if step == first["step"]:
             return None
+        # Seconds of steps alone, since this start: the one before may have run on another machine.
         pace = (self._latest["seconds"] - first["seconds"]) / (step - first["step"])
+        # The end of a run is evaluated too, where no interval ends there.
         at_intervals = self._total // self._evaluation_every - step // self._evaluation_every
         at_the_end = step < self._total and self._total % self._evaluation_every != 0
         return pace * (self._total - step) + self._evaluating * (at_intervals + at_the_end)

@@ -39,7 +39,7 @@ def announcement(
         settings: the run
         plan: its horizon and shape
         opened: its name and its processes
-        optimizer: whose groups of parameters are told
+        optimizer: whose groups of parameters are listed
         device_and_precision: device and precision
         start_note: where the run goes on from; empty where it begins
     """
@@ -65,9 +65,12 @@ def final_figures(
     opened: OpenRun, settings: Config, plan: Plan, progress: Progress, data: RunData
 ) -> dict[str, Any]:
     """Returns what summary.json holds of a run that is done."""
+    # The FLOPs of AdamW over the same steps, at which methods are compared.
     adamw = plan.flops_per_step * plan.schedule.steps
     # A run that is matched to AdamW's FLOPs ends at that budget.
-    budget = math.inf if settings.optim.compute_matched else adamw
+    budget = float(adamw)
+    if settings.optim.compute_matched:
+        budget = math.inf
     rows = read_rows(opened.folder / "metrics.jsonl")
     figures = {
         "name": opened.name,
@@ -82,6 +85,7 @@ def final_figures(
         **progress.validation,
         "val/loss_at_equal_flops": loss_at_flops(rows, budget),
     }
+    # The losses of counts of tokens and of pairs of tokens, which any model should beat.
     if settings.evaluation.baselines:
         counted = training_sample(data.corpus.train, data.corpus.weights)
         first, vocabulary = next(iter(data.sets.values())), data.corpus.tokenizer.vocab_size
@@ -108,6 +112,7 @@ def last_words(
             # The model that others will load, and free of compilation.
             model = load(folder).to(device)
             yield f"a sample:\n{sample(model, data.corpus.tokenizer, num_tokens, settings.seed)}"
+    # Both commands can be pasted into a shell.
     prompt = shlex.quote(opening(data.corpus.tokenizer, next(iter(data.sets.values()))))
     run = shlex.quote(f"run={folder}")
     yield (
@@ -121,6 +126,7 @@ def sample(model: GPT, tokenizer: Tokenizer, num_tokens: int, seed: int) -> str:
     sampling = Sampling(temperature=0.8, seed=seed)
     tokens = generate(model, tokenizer.prompt(""), num_tokens, sampling)
     text = "".join(decode_stream(tokens, tokenizer.decode_bytes))
+    # A model of bytes may write the control characters of a terminal.
     text = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
     return "\n".join(f"    {line}" for line in text.splitlines())
 

@@ -48,8 +48,11 @@ class LogSchedule:
         """Returns whether the diagnostics of the update from `step` are due: in the first row with
         a move since a multiple of `diagnostics_every` rows."""
         every = self.diagnostics_every
+        # They look at a move that a row measures.
         if not every or not self.schedule.moves(step) or not self.is_measured(step):
             return False
+        # Due where a multiple of `every` rows lies between the row with the last move and this one:
+        # with stretches of plain steps the row itself may be no multiple.
         first = self.first_of_row(step)
         before = self._last_move(0, first - 1, otherwise=-self.every)
         rows, rows_before = first // self.every + 1, before // self.every + 1
@@ -80,6 +83,7 @@ class Meter:
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Stops the clock."""
+        # The row seems to begin later by what the pause took.
         began = time.perf_counter()
         yield
         self.began += time.perf_counter() - began
@@ -94,7 +98,11 @@ class Meter:
             lr: learning rate of the step
             norm: of its gradient, before it was clipped
         """
-        mean = progress.loss_sum / progress.loss_tokens if progress.loss_tokens else None
+        # A mean over tokens, for batches may count different numbers of them. There is none where
+        # all steps were skipped, or the rule takes no pass at the clean weights.
+        mean = None
+        if progress.loss_tokens:
+            mean = progress.loss_sum / progress.loss_tokens
         row = {
             "train/loss": mean,
             "optim/lr": lr,
@@ -120,9 +128,11 @@ class Meter:
         if self.device.type == "cuda":
             found["perf/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if peak := peak_flops(self.device):
+            # Both are shares of what all devices could have done in that time.
             available = seconds * peak * self.world
             useful = self.plan.flops_per_step * (progress.step - self.first.step)
             executed = float(progress.flops - self.first.flops)
+            # With activation checkpointing each backward runs the forward of the blocks again.
             if self.recomputes:
                 blocks = self.plan.forward.body + self.plan.forward.attention
                 backwards = progress.backwards - self.first.backwards

@@ -26,16 +26,16 @@ NEAR = 0.05  # a run that ends within this share of a budget is read at its end
 
 
 def loss_at_flops(rows: list[Row], budget: float) -> float | None:
-    """The validation loss where a run had spent `budget` FLOPs, on a line between the evaluations
-    around it; the last one's where the run ended short of the budget or within NEAR of it. None
-    where no evaluation was finite."""
+    """Returns the validation loss where a run had spent `budget` FLOPs, on a line between the
+    evaluations around it; the last one's where the run ended short of the budget or within NEAR of
+    it. None where no evaluation was finite."""
     points = [(row["flops"], row["val/loss"]) for row in rows if row.get("val/loss") is not None]
     if not points:
         return None
     flops, losses = zip(*points, strict=True)
-    return (
-        losses[-1] if flops[-1] <= (1 + NEAR) * budget else float(np.interp(budget, flops, losses))
-    )
+    if flops[-1] <= (1 + NEAR) * budget:
+        return losses[-1]
+    return float(np.interp(budget, flops, losses))
 
 
 class Tracker:
@@ -66,6 +66,7 @@ class Tracker:
         self._file = RowFile(dir / "metrics.jsonl", last_logged, counted)
         self._wandb: Wandb | None = None
         self.wandb_id = wandb_id
+        # W&B decides whether and how it tracks, and the user reads why.
         mode, why = wandb_mode(config.mode)
         if mode == "offline":
             self.message(
@@ -89,6 +90,7 @@ class Tracker:
     def log(self, row: Row) -> None:
         """Appends a row, which has a "step", to metrics.jsonl; numbers that JSON lacks (nan, inf)
         become null there."""
+        # The file first: it is the truth, and the other two are views of it.
         row = _strict(row)
         self._file.append(row)
         if self._wandb:
@@ -105,7 +107,7 @@ class Tracker:
 
     @property
     def counted(self) -> Counted | None:
-        """The rows so far, for a checkpoint."""
+        """Returns the rows so far, for a checkpoint."""
         return self._file.counted
 
     def summary(self, values: dict[str, Any]) -> None:
@@ -129,11 +131,12 @@ class Tracker:
 def wandb_arguments(
     dir: Path, config: TrackingConfig, run_name: str, plain_config: dict[str, Any], wandb_id: str
 ) -> dict[str, Any]:
-    """Returns what W&B is told of a run when it starts.
+    """Returns the arguments of a run that starts on W&B.
 
     What our keys set overrides W&B's own environment variables and settings files, and these
     override our defaults."""
     own = wandb_settings()
+    # A run has the same id over all its starts, so "allow" resumes it where W&B knows it.
     model, method, data = (plain_config[group]["name"] for group in ("model", "optim", "data"))
     return {
         "dir": dir,
@@ -174,16 +177,20 @@ def open_tracker(opened: OpenRun, settings: Config, plan: Plan, start: Start) ->
     """Returns what tells the world of a run; on all processes but the main one it says nothing."""
     if not opened.layout.main:
         return Silent()
-    resumed = start.resumed
+    wandb_id = counted = None
+    if start.resumed:
+        wandb_id = start.resumed.wandb_id
+        counted = start.resumed.rows
+    console = Console(plan.schedule.steps, plan.evaluation_every)
     return Tracker(
         opened.folder,
         settings.tracking,
         opened.name,
         as_read(settings),
-        resumed.wandb_id if resumed else None,
-        Console(plan.schedule.steps, plan.evaluation_every),
+        wandb_id,
+        console,
         start.progress.logged,
-        resumed.rows if resumed else None,
+        counted,
     )
 
 

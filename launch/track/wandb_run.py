@@ -53,6 +53,7 @@ def _ask(mode: str) -> tuple[str, str]:
         why = "no key found (`wandb login` stores one)"
     except Exception as error:  # no error of W&B's is worth a run
         why = _faults(error) or _first_line(error)
+    # Who asked for W&B gets a record that can be uploaded later, who did not gets none.
     if mode == "auto":
         return "off", f"{why}; tracking.mode=offline records without one"
     return "offline", why
@@ -60,10 +61,10 @@ def _ask(mode: str) -> tuple[str, str]:
 
 def _faults(error: Exception) -> str:
     """Returns the settings of W&B that pydantic finds wrong: variable, value and reason."""
-    list_faults = getattr(error, "errors", None)
+    list_faults = getattr(error, "errors", list)
     return "; ".join(
         f"{_variable(fault['loc'][0])}={_as_typed(fault['input'])}: {fault['msg']}"
-        for fault in (list_faults() if list_faults else [])
+        for fault in list_faults()
         if fault["loc"]
     )
 
@@ -86,10 +87,11 @@ def wandb_settings(mode: str | None = None) -> Any:
     overrides the one there. Raises ValueError where one of them is wrong."""
     import wandb
 
-    asked = {} if mode is None else {"mode": mode}
+    asked = {"mode": mode} if mode else {}
     try:
         # Without `silent`, W&B would print lines about the key and saved files.
-        return wandb.setup(settings=wandb.Settings(silent=True, **asked)).settings  # type: ignore[arg-type]
+        settings: Any = wandb.Settings(silent=True, **asked)  # type: ignore[arg-type]
+        return wandb.setup(settings=settings).settings
     except Exception as error:
         said = _faults(error) or _first_line(error)
         raise ValueError(f"{said}; correct that variable or setting of W&B's") from None
@@ -160,14 +162,18 @@ class Wandb:
 
     def _start(self) -> Any:
         """Returns W&B's run, with the axes of its charts and the code of the run."""
+        # Offline nobody but the records of earlier starts knows which rows W&B will have.
         dir, wandb_id = Path(self._arguments["dir"]), self._arguments["id"]
         records = (path for path in records_of(dir) if id_of(path) == wandb_id)
         recorded = max((last_step(path) for path in records), default=-1)
         run = self._begin(dir)
-        self._last = recorded if self._mode == "offline" else run.starting_step - 1
+        self._last = recorded
+        if self._mode != "offline":
+            self._last = run.starting_step - 1
         for name in AXES:
             run.define_metric(name)
         run.define_metric("*", step_metric="step")
+        # Once, and now: nothing in there changes during a start.
         for path in sorted((dir / "code").rglob("*")):
             if path.is_file():
                 run.save(path, base_path=dir, policy="now", glob=False)
@@ -190,7 +196,8 @@ class Wandb:
             silent=True,
         )
         try:
-            run = wandb.init(mode=self._mode, settings=settings, **self._arguments)  # type: ignore[arg-type]
+            mode: Any = self._mode
+            run = wandb.init(mode=mode, settings=settings, **self._arguments)
             if self._mode == "online":
                 self._notice(f"W&B: {run.url}")
             return run
@@ -244,7 +251,7 @@ class Wandb:
 
 
 def records_of(dir: Path) -> list[Path]:
-    """The files in which W&B recorded the starts of a run folder, oldest first."""
+    """Returns the files in which W&B recorded the starts of a run folder, oldest first."""
     return sorted(
         dir.glob("wandb/*run-*/run-*.wandb"),
         key=lambda path: path.parent.name.removeprefix("offline-"),
@@ -252,28 +259,31 @@ def records_of(dir: Path) -> list[Path]:
 
 
 def id_of(path: Path) -> str:
-    """The W&B id of a recorded start."""
+    """Returns the W&B id of a recorded start."""
     return path.stem.removeprefix("run-")
 
 
 def recorded_id(dir: Path) -> str | None:
-    """The W&B id of a run that was started before, though it has no checkpoint yet."""
+    """Returns the W&B id of a run that was started before, though it has no checkpoint yet."""
     paths = records_of(dir)
-    return id_of(paths[-1]) if paths else None
+    if not paths:
+        return None
+    return id_of(paths[-1])
 
 
 def sent_mark(path: Path) -> Path:
-    """The file by which W&B's own `wandb sync` marks a record that the server has."""
+    """Returns the file by which W&B's own `wandb sync` marks a record that the server has."""
     return path.with_name(f"{path.name}.synced")
 
 
 def unsent(dir: Path) -> bool:
-    """Whether a start of a run folder recorded what the server may lack."""
+    """Returns whether a start of a run folder recorded what the server may lack."""
     return not all(sent_mark(path).exists() for path in records_of(dir))
 
 
 def last_step(path: Path) -> int:
-    """The step of the last row in a .wandb file, -1 where there is none."""
+    """Returns the step of the last row in a .wandb file, -1 where there is none."""
+    # Rows stand at the end of a file, as a rule; a record may be hundreds of megabytes.
     for begin in (max(0, path.stat().st_size - TAIL) // BLOCK * BLOCK, 0):
         if steps := [
             record.history.step.num
@@ -285,16 +295,20 @@ def last_step(path: Path) -> int:
 
 
 def read_records(path: Path, begin: int = 0) -> Iterator[Any]:
-    """The records of a .wandb file from the beginning of a block on: 7 bytes of header, then a
-    LevelDB log of protobufs. It ends where the file was cut short or is damaged."""
+    """Returns the records of a .wandb file from the beginning of a block on: 7 bytes of header,
+    then a LevelDB log of protobufs. It ends where the file was cut short or is damaged."""
     from google.protobuf.message import DecodeError
-    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made at run time
+
+    # Its classes are made at run time, which mypy cannot see.
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     whole, first, last = 1, 2, 4  # kinds of parts; 3 is one in the middle
     with path.open("rb") as file:
         file.seek(begin)
         content = file.read()
-    position, parts = 0 if begin else 7, None
+    # The file itself begins with a header of 7 bytes.
+    position = 0 if begin else 7
+    parts = None
     while position + 7 <= len(content):
         left = BLOCK - position % BLOCK
         if left < 7:  # too short for the header of a part: padding
