@@ -225,6 +225,7 @@ def build_report(entity: str, project: str) -> Any:
     """Returns the report, not saved yet."""
     import wandb_workspaces.reports.v2 as wr
 
+    # One grid for each part, all over the same groups of runs.
     blocks: list[Any] = [wr.P(GROUPS), wr.TableOfContents()]
     for part in parts():
         for panel in part.panels:
@@ -267,6 +268,7 @@ def main(arguments: list[str]) -> None:
         own = wandb_settings()
         entity = options.entity or tracking.entity or own.entity or ""
         project = options.project or tracking.project or own.project or PROJECT
+        # What W&B did not take goes into the file, with the reason.
         if mode == "online":
             why = save(entity, project)
             if not why:

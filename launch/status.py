@@ -68,6 +68,7 @@ def main(arguments: list[str]) -> int:
         raise ValueError(
             f"{options.folders[0]} is no folder; name the folder of a sweep, or of runs"
         )
+    # Only this changes anything; to look takes no lock.
     if options.resubmit:
         return resubmit(folder)
     # The runs of a sweep, of which jobs.json tells, and those that were started by themselves.
@@ -157,6 +158,7 @@ def plain_runs(folder: Path, jobs: list[Job]) -> list[Line]:
     for run in find_runs([folder]):
         if os.path.realpath(run) in known:
             continue
+        # As the report reads it, so that both say the same of a run.
         record = read_run(run)
         kind = OF_RECORDS.get(record.state, "failed")
         name = run.name

@@ -33,16 +33,16 @@ from launch.config.plugins import register
 def main(run: Callable[[Config], int]) -> None:
     """Calls `run` with the configuration that the command line asks for; exits with what it
     returns."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise to us, instead of printing a traceback of its own
+    # Hydra raises its errors to us, instead of printing a traceback of its own.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     register()
 
     @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
     def job(composed: DictConfig) -> None:
         from hydra.core.hydra_config import HydraConfig
 
-        with (
-            user_errors()
-        ):  # here too: Hydra would print a line of its own about an exception that it sees
+        # Here too: Hydra would print a line of its own about an exception that it sees.
+        with user_errors():
             config = check(composed, list(HydraConfig.get().overrides.task))
             code = run(config)
         if code:

@@ -104,6 +104,7 @@ def about_the_memory(config: Config, plan: Plan) -> Rows:
             f"{human(memory.total)}{each} on {where}, fullest in the {memory.moment} = {parts}",
         )
     ]
+    # On a CPU there is no device to fit on.
     fits = [f"{device}: {remedy(config, shape, size)}" for device, size in devices(config).items()]
     if fits:
         rows.append(("fits on", "; ".join(fits)))

@@ -270,6 +270,7 @@ class PerturbedStep:
 
     def probe(self) -> Iterator[Moment]:
         """Yields delta-SAM's passes between probes, in IEEE fp32."""
+        # The clean weights are a copy while the noise is added to the model's own.
         if not self.copies.noise:
             return
         live = self.before + self.of_other_groups
@@ -290,6 +291,7 @@ class PerturbedStep:
 
     def move(self) -> Iterator[Moment]:
         """Yields the moment where the move is made and added to the weights."""
+        # g is what the direction is made of; with a random direction there may be none.
         table = self.staying + self.kept + self.passes.casts + self.of_other_groups
         if needs_gradient(self.optim):
             table += tensor("gradients", "g", self.P)
@@ -367,5 +369,6 @@ def estimate(config: Config, shape: GPTConfig, logged: bool = True) -> Estimate:
         shape: of its model
         logged: whether the step logs a row
     """
+    # Cheap enough to try them all: the tables are made of numbers, and nothing is allocated.
     found = [Estimate(*moment) for moment in moments(config, shape, logged)]
     return max(found, key=lambda estimate: estimate.total)

@@ -56,6 +56,7 @@ def load_config(run: Path) -> Config:
     config = read_config(run)
     if config is None:
         raise ValueError(f"run={run} holds no config.yaml; name the folder of a run")
+    # As the command line is checked: a file may have been edited since.
     try:
         name_files(config.data)
         for name, entry in KEYS.items():
@@ -93,6 +94,7 @@ def lines_of(file: Path) -> list[bytes]:
     """Returns the lines of a metrics.jsonl, oldest first, none where there is no file. A last one
     that a crash cut short is left out. Raises DamagedFile."""
     try:
+        # What follows the last end of a line is a row that a crash cut short, or nothing.
         return read_bytes(file, MOST).split(b"\n")[:-1]
     except FileNotFoundError:
         return []
@@ -103,6 +105,7 @@ def parse_row(line: bytes, number: int, file: Path) -> Row:
     DamagedFile."""
     source = f"{file}, line {number},"
     row = parse_json(line, dict[str, Any], source)
+    # Figures are numbers, or null where they were not finite; JSON's true would pass for 1.
     for name, value in row.items():
         if not isinstance(value, int | float | None) or isinstance(value, bool):
             raise DamagedFile(f"{source} is damaged ({name} is no number)")

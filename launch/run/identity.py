@@ -21,6 +21,7 @@ from model.checkpoint import PLACES, checkpoints, without_places
 def canonical(config: Config) -> dict[str, Any]:
     """Returns every key that the run reads and that may not change on resume (those are marked
     `mutable` in conf/schema.py)."""
+    # What a key that is not read is set to makes no difference, so it makes no other run.
     plain = asdict(config)
     return {
         name: lookup(plain, name)
@@ -86,12 +87,15 @@ def refuse_another(run: Path, config: Config) -> None:
             # Without it the checkpoints still tell whether they are this run's.
             what = str(error).removesuffix("; remove it")
             raise DamagedFile(f"{what}; remove it, and the same command writes it anew") from None
+        # Paths pass where a checkpoint will tell, or nothing was trained yet. A run that is finished
+        # and has no checkpoints is known by its paths alone.
         passing = PLACES if checkpoints(run) or not (run / "summary.json").exists() else ()
         changed = [
             name
             for name in KEYS
             if compared(name, theirs, passing) != compared(name, ours, passing)
         ]
+        # A key that only one of the two reads differs, too.
         if changed:
             unlike = {
                 name: (theirs.get(name, "unread"), ours.get(name, "unread")) for name in changed

@@ -76,7 +76,8 @@ class Tracker:
         elif mode == "off" and config.mode != "off":
             self.message(f"W&B: tracking off, {why}")
         if mode != "off":
-            named = wandb_settings().run_id  # by WANDB_RUN_ID
+            # The id of the checkpoint, else of a start that left none, else that of WANDB_RUN_ID.
+            named = wandb_settings().run_id
             self.wandb_id = wandb_id or recorded_id(dir) or named or secrets.token_hex(4)
             arguments = wandb_arguments(dir, config, run_name, plain_config, self.wandb_id)
             self._wandb = Wandb(
@@ -112,6 +113,7 @@ class Tracker:
 
     def summary(self, values: dict[str, Any]) -> None:
         """Writes summary.json, whose presence means that the run is done."""
+        # With the summary the run counts as done, so its rows are on disk before.
         values = _strict(values)
         self.sync()
         write_atomically(
@@ -157,6 +159,7 @@ def send_rest(
 ) -> None:
     """Sends W&B what it lacks of a finished run, whose last start may have had no network at its
     end. Where nothing is known to be lacking, or the run is not tracked online, nobody is asked."""
+    # No fallback to a record, which would be one more that nobody has sent.
     wandb_id = recorded_id(dir)
     if wandb_id and unsent(dir) and wandb_mode(config.mode)[0] == "online":
         summary = read_summary(dir) or {}
