@@ -87,7 +87,7 @@ def refuse_another(run: Path, config: Config) -> None:
             # Without it the checkpoints still tell whether they are this run's.
             what = str(error).removesuffix("; remove it")
             raise DamagedFile(f"{what}; remove it, and the same command writes it anew") from None
-        # Paths pass where a checkpoint will tell, or nothing was trained yet. A run that is finished
+        # Paths pass where a checkpoint will tell, or nothing was trained yet. A run that is done
         # and has no checkpoints is known by its paths alone.
         passing = PLACES if checkpoints(run) or not (run / "summary.json").exists() else ()
         changed = [
