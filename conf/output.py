@@ -92,7 +92,8 @@ class Named:
         try:
             yield
         except OSError as error:
-            error.filename = self._name
+            if error.errno is not None:  # else its text would be lost
+                error.filename = self._name
             raise
 
 

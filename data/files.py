@@ -137,8 +137,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        # A write that the disk refuses does not say which file's it was.
-        error.filename = str(path)
+        # A write that the disk refuses does not say which file's it was. An error without a number
+        # says all that it has in its text, which a name would take the place of.
+        if error.errno is not None:
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
