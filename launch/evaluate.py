@@ -18,6 +18,8 @@ from omegaconf import MISSING
 from torch import Tensor
 
 from conf.key import STEPS, key
+from conf.schema import Config
+from conf.text import DataConfig
 from data import Validation, prepare
 from model import GPT
 from model.gpt import evaluating
@@ -130,7 +132,6 @@ def main(arguments: list[str]) -> None:
     """Prints the full loss of a run's model on each validation set of a corpus; default the run's
     own corpus."""
     from conf.cli import parse, user_errors
-    from launch.config import compose
     from launch.run.folder import load_config
     from model.checkpoint import checkpoint_path
     from model.device import autocast, choose_device, choose_precision
@@ -142,18 +143,9 @@ def main(arguments: list[str]) -> None:
             checkpoint_path(run, options.step)  # a folder of none says so
             own = load_config(run)
         trained = open_trained(run, options.step)
-        # Overrides name another corpus as a whole; nothing of the run's own is left then.
-        data = own.data if own else None
-        if overrides:
-            data = compose(overrides).data
-        if data is None:
-            raise ValueError(
-                f"run={options.run} is a Hugging Face folder, which names no corpus; add"
-                " data=stdlib or data=text data.path=FILES"
-            )
         device = choose_device(options.device)
         dtype = choose_precision(options.precision, device)
-        corpus = prepare(data, trained.tokenizer)
+        corpus = prepare(chosen_data(options.run, own, overrides), trained.tokenizer)
         # The loss of a token depends on how many it sees before it, so by default on as many as in
         # the training.
         trained_at = trained.length
@@ -171,6 +163,22 @@ def main(arguments: list[str]) -> None:
         print(f"{trained.path}, {length} tokens per sequence, {str(dtype).removeprefix('torch.')}")
         for line in described(row, sets):
             print(line)
+
+
+def chosen_data(run: str, own: Config | None, overrides: list[str]) -> DataConfig:
+    """Returns the corpus that overrides name, else the run's. Raises ValueError where there is
+    neither."""
+    from launch.config import compose
+
+    # Another corpus is named as a whole: nothing of the run's own is left then.
+    if overrides:
+        return compose(overrides).data
+    if own is None:
+        raise ValueError(
+            f"run={run} is a Hugging Face folder, which names no corpus; add data=stdlib or"
+            " data=text data.path=FILES"
+        )
+    return own.data
 
 
 def described(row: dict[str, float], sets: dict[str, Validation]) -> Iterator[str]:

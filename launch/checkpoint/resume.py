@@ -43,6 +43,9 @@ from optim import Gradient, Schedule
 from optim.adamw import load_state_tensors, state_tensors
 from optim.rule.conditions import random_state, set_random_state
 
+# The counters that a branch goes on with.
+CARRIED = ("step", "tokens", "flops", "forwards", "backwards", "seconds", "perturbed", "skipped")
+
 
 @dataclass
 class Trained:
@@ -292,16 +295,7 @@ def branch(settings: Config, trained: Trained, schedule: Schedule) -> tuple[Chec
     trained.rule.step = done.step
     refuse_other_horizon(state, settings, schedule)
     # The counters go on; rows and evaluations begin anew.
-    return saved, Progress(
-        done.step,
-        done.tokens,
-        done.flops,
-        done.forwards,
-        done.backwards,
-        done.seconds,
-        done.perturbed,
-        done.skipped,
-    )
+    return saved, Progress(**{name: getattr(done, name) for name in CARRIED})
 
 
 def refuse_other_order(state: State, settings: Config, corpus: Corpus, layout: Layout) -> None:

@@ -10,7 +10,8 @@ from conf.keys import is_read, lookup
 from conf.overrides import CONF, groups
 from conf.ranks import num_processes, rank_and_world
 from conf.rule import OptimConfig, RuleConfig
-from conf.schema import Config, DataConfig
+from conf.schema import Config
+from conf.text import DataConfig
 from data.files import read_yaml
 from optim import check_axes
 

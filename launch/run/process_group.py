@@ -46,8 +46,6 @@ def processes(
             f"parallel.replicas={replicas} with one process; start more, with torchrun"
             f" --nproc-per-node {replicas} or by srun"
         )
-    from torch.distributed.device_mesh import init_device_mesh
-
     liveness.report_phase("meeting the other processes")
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
@@ -61,19 +59,25 @@ def processes(
         timeout=PATIENCE,
     )
     try:
-        # Rows are replicas, and the processes of a row share the shards of one copy of the model.
-        mesh = init_device_mesh(
-            device.type, (replicas, layout.world // replicas), mesh_dim_names=("replica", "shard")
-        )
-        layout.mesh = mesh["shard"]
-        layout.replicas = mesh["replica"].get_group() if replicas > 1 else None
-        # The thread that saves agrees over a group of its own, for its collectives would mix with
-        # those of the main thread.
-        layout.saving = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        complete(layout, replicas, device)
         layout.sync = parallel.sync
         yield
     finally:
         torch.distributed.destroy_process_group()
+
+
+def complete(layout: Layout, replicas: int, device: torch.device) -> None:
+    """Gives a layout the groups of its processes."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    # Rows are replicas, and the processes of a row share the shards of one copy of the model.
+    sides = (replicas, layout.world // replicas)
+    mesh = init_device_mesh(device.type, sides, mesh_dim_names=("replica", "shard"))
+    layout.mesh = mesh["shard"]
+    layout.replicas = mesh["replica"].get_group() if replicas > 1 else None
+    # The thread that saves agrees over a group of its own, for its collectives would mix with those
+    # of the main thread.
+    layout.saving = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def met(rank: int, world: int) -> torch.distributed.Store:
