@@ -301,7 +301,7 @@ def check_groups(config: Config) -> None:
 
 
 def check_tracking(config: Config) -> None:
-    """Raises ValueError for a name that W&B refuses: the run would go on without its pages there."""
+    """Raises ValueError for a name that W&B refuses: the run would go on without its pages."""
     tracking = config.tracking
     # Without a name there is nothing to ask, and W&B's library takes a second to load.
     if tracking.mode == "off" or not (tracking.project or tracking.tags):
