@@ -181,10 +181,14 @@ def remember_folder(
         requests.append(tokenizer)
     for asked_for in requests:
         record = request_record(data, asked_for, folder.parent)
-        with contextlib.suppress(ValueError):
-            # Most starts find the record as it should be, and write nothing.
-            if read_json(record, str, "") != folder.name:
-                write_if_possible(record, folder.name)
+        # A record that is damaged is made again, in silence: its folder is known by now.
+        try:
+            known = read_json(record, str, "")
+        except ValueError:
+            known = ""
+        # Most starts find the record as it should be, and write nothing.
+        if known != folder.name:
+            write_if_possible(record, folder.name)
 
 
 def recall_folder(

@@ -49,16 +49,16 @@ def check_data(data: DataConfig, tokenizer: TokenizerConfig, length: int) -> Non
             return
         raise
     if isinstance(text, TextCorpus):
-        for name, files in [*text.sources.items(), *text.named.items()]:
-            check_text(text, name, files, length if name in text.sources else 1)
+        for name, files in text.sources.items():
+            check_rows(text, files)
+            check_length(name, files, length)
+        # A validation set may be shorter than a sequence, also where it has the name of a source.
+        for files in text.named.values():
+            check_rows(text, files)
 
 
-def check_text(text: TextCorpus, name: str, files: list[File], length: int) -> None:
-    """Checks that the files of a source hold enough text for a sequence, and that the first
-    FILES_READ of them begin with rows that can be read. Raises ValueError."""
-    filled = [file for file in files if file.size]
-    if not filled:
-        raise ValueError(f"{files[0].path} has no text; give files with some")
+def check_length(name: str, files: list[File], length: int) -> None:
+    """Raises ValueError where the files of a training source cannot fill a sequence."""
     # A token is a byte at least, but for those that begin and end a document.
     most = sum(file.size for file in files) + 2 * len(files)
     if most <= length and not any(file.path.endswith(".parquet") for file in files):
@@ -66,6 +66,14 @@ def check_text(text: TextCorpus, name: str, files: list[File], length: int) -> N
             f"batch.length={length} needs {length + 1} tokens but the source {name} has {most} at"
             " most; shorten it or give more text"
         )
+
+
+def check_rows(text: TextCorpus, files: list[File]) -> None:
+    """Raises ValueError where files hold no text, or the first FILES_READ of them begin with rows
+    that cannot be read and are not to be skipped."""
+    filled = [file for file in files if file.size]
+    if not filled:
+        raise ValueError(f"{files[0].path} has no text; give files with some")
     for file in filled[:FILES_READ]:
         for span, _ in itertools.islice(spans(file, 0, extent(file), text.layout), 1):
             for _, found in itertools.islice(documents(span, text.layout), DOCUMENTS_READ):

@@ -39,6 +39,15 @@ NOT_DATA = (
 )
 
 
+class HubText(Text):
+    """A row of a dataset, whose file may lie anywhere, in any format."""
+
+    @property
+    def place(self) -> str:
+        """Names the file and the row of the text."""
+        return f"{self.file}: row {self.position}"
+
+
 @dataclass(frozen=True)
 class HubPiece:
     """Rows whose texts become shard `index` of `part`, but for the share `fraction` of them that go
@@ -71,15 +80,14 @@ class HubPiece:
         for rows in self.rows:
             for row, text in enumerate(rows.texts, rows.first.row):
                 if isinstance(text, BadRow):
-                    named = BadRow(f"{rows.file}: row {row} {text.problem}", text.remedy)
-                    skip_or_refuse(named, self.bad_rows, skipped)
+                    skip_or_refuse(text, self.bad_rows, skipped)
                 elif text:
                     part = self.part
                     # The number of the file decides, not its path, so that a copy elsewhere holds
                     # out the same rows.
                     if self.held_out and is_held_out(str(rows.first.file), row, self.fraction):
                         part = self.held_out
-                    yield Text(part, text, True, True, rows.file, row)
+                    yield HubText(part, text, True, True, rows.file, row)
 
 
 class HubCorpus:

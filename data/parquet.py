@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from data.rows import SET_FIELD, BadRow
+from data.rows import SET_FIELD, BadRow, located
 
 
 def open_parquet(path: str) -> Any:
@@ -51,17 +51,13 @@ def parquet_documents(
         if begin < stop and end > start:
             for row, text in enumerate(group_texts(parquet, group, field, path), begin):
                 if start <= row < stop:
-                    yield row, _placed(text, f"{path}: row {row}")
+                    yield row, located(text, f"{path}: row {row}")
 
 
 def group_texts(parquet: Any, group: int, field: str, path: str) -> Iterator[str | BadRow]:
     """Yields the texts of a row group, or what is wrong with them."""
     for batch in readable_batches(parquet, group, field, path):
         yield from column_texts(batch.column(0), field, path)
-
-
-def _placed(text: str | BadRow, place: str) -> str | BadRow:
-    return BadRow(f"{place} {text.problem}", text.remedy) if isinstance(text, BadRow) else text
 
 
 def readable_batches(parquet: Any, group: int, field: str, path: str) -> Iterator[Any]:

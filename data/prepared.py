@@ -325,12 +325,23 @@ def refuse_empty(text: AnyCorpus, parts: dict[str, Part], skipped: dict[str, Ski
             )
         reason = empty_split(part, num_documents, text.data)
         if isinstance(text, HubCorpus):
-            raise ValueError(
-                f"{reason}; raise it or data.documents, or name a split in data.validation"
-            )
+            remedy = hub_remedy(text, num_documents)
+            raise ValueError(f"{reason}, and data=hub holds out random rows only; {remedy}")
         if text.split == "documents":
             raise EmptySplit(reason)
         raise ValueError(
             f"{reason}, by its tail too; raise data.validation_fraction, give more text, or name a"
             " set in data.validation"
         )
+
+
+def hub_remedy(text: HubCorpus, num_documents: int) -> str:
+    """Returns what to do where holding out rows of a dataset leaves a part empty. The end of a
+    stream is not known beforehand, so its tail cannot be held out instead."""
+    remedies = ["name a split in data.validation"]
+    # A single row goes to one part or the other, whatever the share.
+    if num_documents > 1:
+        remedies.insert(0, "raise it or data.documents" if text.data.documents else "raise it")
+    if text.local:
+        remedies.append("read the folder by data=text, which then holds out its tail")
+    return ", or ".join(remedies)

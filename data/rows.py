@@ -36,6 +36,11 @@ class Text(NamedTuple):
         return f"{self.file}: {name_position(self.file, self.position)}"
 
 
+def located(text: str | BadRow, place: str) -> str | BadRow:
+    """Returns a text as it is; of a row that cannot be read, where it is and why."""
+    return BadRow(f"{place} {text.problem}", text.remedy) if isinstance(text, BadRow) else text
+
+
 def skip_or_refuse(row: BadRow, bad_rows: str, skipped: list[str] | None) -> None:
     """Notes a row that cannot be read.
 

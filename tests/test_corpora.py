@@ -720,6 +720,9 @@ def test_what_a_run_would_refuse_a_plan_refuses(tmp_path):
         "batch.length=64 needs 65 tokens but the source text has 7 at most",
         text_config(str(tmp_path / "short.txt"), cache=cache),
     )
+    # A validation set may be shorter than a sequence, under any name.
+    short = {"web": str(tmp_path / "short.txt"), "text": str(tmp_path / "short.txt")}
+    check_data(text_config(rows, validation=short, cache=cache), TokenizerConfig(), 64)
     (tmp_path / "empty.txt").touch()
     refused(
         "empty.txt has no text",

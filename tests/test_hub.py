@@ -28,7 +28,7 @@ from data.rows import is_held_out
 from data.tokenizer import bytes_tokenizer
 from launch.config import compose
 from launch.run.identity import canonical
-from tests.test_corpora import latin_1
+from tests.test_corpora import BAD_LINES, latin_1, text_config
 from tests.test_shards import BYTES, ROOT, alive, contents, descendants, finish, wait_until
 
 # Prepares argv[1:] = folder, cache, tokenizer, workers in many small pieces, and prints the
@@ -99,8 +99,8 @@ def test_what_is_prepared_is_the_stream(tmp_path, monkeypatch, kind):
     with pytest.raises(
         ValueError,
         match=(
-            r"train-00000-of-00003\..*: row 2 has no text in field 'text': it is null; mend or"
-            r" remove it, or set"
+            r"train-00000-of-00003\..*: (row 2|line 3) has no text in field 'text': it is null;"
+            r" mend or remove it, or set"
         ),
     ):
         prepare(config, BYTES)
@@ -286,9 +286,20 @@ def test_mistakes_are_named_in_one_line(tmp_path, monkeypatch):
         path="/no/such/set",
     )
     refused(
-        "data.validation_fraction=1e-09 of 2 documents leaves validation/validation empty;"
-        " raise it",
+        "data.validation_fraction=1e-09 of 2 documents leaves validation/validation empty, and"
+        " data=hub holds out random rows only; raise it, or name a split in data.validation, or"
+        " read the folder by data=text, which then holds out its tail",
         validation_fraction=1e-9,
+    )
+    refused(
+        "; raise it or data.documents, or name a split in data.validation, or read",
+        validation_fraction=1e-9,
+        documents=2,
+    )
+    write_dataset(tmp_path / "single", "parquet", [["a"]])
+    refused(
+        "of 1 document leaves .* rows only; name a split in data.validation, or read",
+        path=tmp_path / "single",
     )
     write_dataset(tmp_path / "empty", "parquet", [[""]])
     refused(
@@ -524,17 +535,63 @@ def test_latin_1_in_a_dataset_is_named_or_skipped(tmp_path):
     assert documents(prepare(config, BYTES).train["hub"]) == ["x", "ok", "end"]
 
 
-@pytest.mark.parametrize("row", ['{"text": "cut', '"a line"'])
-def test_a_row_of_a_dataset_that_is_no_json_is_named(tmp_path, row):
-    folder = tmp_path / "set"
-    folder.mkdir()
-    lines = ['{"text": "one"}', '{"text": "two"}', row, '{"text": "four"}']
-    (folder / "train.jsonl").write_text("\n".join(lines))
-    with pytest.raises(
-        ValueError, match=f"{folder}/train.jsonl: line 3 is no.*; mend or remove it"
-    ) as caught:
-        prepare(hub_config(folder, tmp_path / "cache"), BYTES)
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_a_bad_line_of_a_dataset_is_named_or_skipped(tmp_path, line, zipped):
+    """As a local one is: `datasets` gives up on a whole file, or makes JSON of every text in it."""
+    (tmp_path / "set").mkdir()
+    good = [json.dumps({"text": f"row {index}"}) for index in range(40)]
+    content = "\n".join([*good[:20], "", line, *good[20:]]).encode(errors="surrogateescape")
+    path = tmp_path / "set" / ("train.jsonl.gz" if zipped else "train.jsonl")
+    path.write_bytes(gzip.compress(content) if zipped else content)
+    config = hub_config(tmp_path / "set", tmp_path / "cache", validation={"v": "train"})
+    with pytest.raises(ValueError, match=rf"{path}: line 22 {BAD_LINES[line]}") as caught:
+        prepare(config, BYTES)
     assert "\n" not in str(caught.value)
+    config.bad_rows = "skip"
+    corpus = prepare(config, BYTES)
+    assert documents(corpus.train["hub"]) == [f"row {index}" for index in range(40)]
+    assert corpus.meta["skipped"] == {"train/hub": 1, "validation/v": 1}
+    assert corpus.meta["first_skipped"].startswith(f"{path}: line 22 ")
+
+
+GOOD_LINES = {
+    '{"text": "ok", "id": ' + "9" * 5000 + "}": "ok",
+    '{"text": "half a \\ud800 pair"}': "half a \ufffd pair",
+    '\ufeff{"text": "marked"}': "marked",
+    '{"text": "\ufeffmarked"}': "marked",
+    '{"text": "first", "text": "last"}': "last",
+    '{"text": "no number", "id": NaN}': "no number",
+    '{"text": "nul \\u0000", "id": 1}\r': "nul \0",
+}
+
+
+@pytest.mark.parametrize("line", GOOD_LINES)
+def test_a_line_is_read_alike_in_a_dataset_and_in_a_file(tmp_path, line, monkeypatch):
+    monkeypatch.setattr(hub_stream, "BLOCK_BYTES", 7)
+    (tmp_path / "set").mkdir()
+    path = tmp_path / "set" / "train.jsonl"
+    path.write_bytes(f'{{"text": "before"}}\n{line}\n\n{{"text": "after"}}'.encode())
+    config = hub_config(tmp_path / "set", tmp_path / "cache", validation={"v": "train"})
+    expected = ["before", GOOD_LINES[line], "after"]
+    assert documents(prepare(config, BYTES).train["hub"]) == expected
+    files = text_config(str(path), validation={"v": str(path)}, cache=str(tmp_path / "cache"))
+    assert documents(prepare(files, BYTES).train["text"]) == expected
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['[{"text": "one"}, {"text": "two"}]', '[\n{"text": "one"},\n{"text": "two"}]', "\ufeff["],
+)
+def test_json_that_is_one_list_is_read_by_the_library(tmp_path, content):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.json").write_text(content)
+    config = hub_config(tmp_path / "set", tmp_path / "cache", validation={"v": "train"})
+    if content.endswith("]"):
+        assert documents(prepare(config, BYTES).train["hub"]) == ["one", "two"]
+    else:
+        with pytest.raises(ValueError, match=r"train.*cannot be read: .*; check data.config"):
+            prepare(config, BYTES)
 
 
 def test_a_folder_with_a_script_has_a_remedy(tmp_path):

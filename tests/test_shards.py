@@ -568,6 +568,16 @@ def test_text_that_is_gone_is_not_needed(config, tmp_path, capsys):
         prepare(config, bpe)
 
 
+@pytest.mark.parametrize("damage", [b"", b'"cut', b"[1]", b"\xff" * 9])
+def test_a_damaged_note_of_what_was_asked_for_is_made_again(config, tmp_path, damage):
+    first = prepare(config, BYTES)
+    for record in (tmp_path / "cache").glob("asked-*.json"):
+        record.write_bytes(damage)
+    prepare(config, BYTES)
+    (tmp_path / "rows.jsonl").unlink()
+    assert prepare(config, BYTES).folder == first.folder
+
+
 def test_what_was_prepared_under_the_times_of_files_is_found(config, monkeypatch):
     """As caches have it that were made before files were known by their content."""
     first = prepare(config, BYTES)
