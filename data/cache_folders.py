@@ -91,7 +91,9 @@ def folder_by_content(
 
 def is_complete(folder: Path) -> bool:
     """Returns whether meta.json is there and no shard that it lists is missing. Raises ValueError
-    for a meta.json that cannot be read."""
+    for a meta.json that cannot be read, and where the folder is none."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; {REBUILT}")
     try:
         parts = read_json(folder / "meta.json", Meta)["parts"]
     except FileNotFoundError:
@@ -115,7 +117,10 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(exist_ok=True)
     waiting = f"waiting for another process that prepares {folder}"
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context((folder.parent / f"{folder.name}.lock").open("w"))
+        lock = folder.parent / f"{folder.name}.lock"
+        # A pipe of this name would wait for a reader.
+        descriptor = os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666)
+        file = stack.enter_context(open(descriptor, "w"))
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Another process has the lock. The second call waits for it.

@@ -13,6 +13,16 @@ from data.source_files import File, line_number
 
 # What some programs put at the beginning of a text in UTF-8.
 BYTE_ORDER_MARK = "\ufeff"
+# How files begin that are no text, and what to do about them. None of it is UTF-8, or only with
+# control characters.
+NO_TEXT = {
+    b"\x1f\x8b": "is gzipped; unpack it",
+    b"\x28\xb5\x2f\xfd": "is compressed by zstd; unpack it",
+    b"\xfd7zXZ\0": "is compressed by xz; unpack it",
+    b"PK\x03\x04": "is a zip archive; unpack it",
+    b"\xff\xfe": "is UTF-16; convert it to UTF-8, for example with iconv",
+    b"\xfe\xff": "is UTF-16; convert it to UTF-8, for example with iconv",
+}
 # Python refuses whole numbers of thousands of digits. They are no text in any case.
 ROWS = json.JSONDecoder(parse_int=float)
 
@@ -45,6 +55,8 @@ def documents(span: Span, layout: DocumentLayout) -> Iterator[tuple[int, str | B
         with open_regular(file.path) as stream:
             stream.seek(span.start)
             data = stream.read(span.stop - span.start)
+        if span.start == 0:
+            refuse_no_text(file.path, data[:4096])
         if file.path.endswith(".jsonl"):
             found = jsonl_documents(file, span.start, data, layout.field)
         elif layout.separator is None:
@@ -56,6 +68,20 @@ def documents(span: Span, layout: DocumentLayout) -> Iterator[tuple[int, str | B
             text = text.removeprefix(BYTE_ORDER_MARK)
         if text:
             yield position, text
+
+
+def refuse_no_text(path: str, start: bytes) -> None:
+    """Raises ValueError for a file whose first bytes show that it holds no text in UTF-8: all of
+    its rows would be bad ones."""
+    for magic, problem in NO_TEXT.items():
+        if start.startswith(magic):
+            raise ValueError(f"{path} {problem}")
+    # Every second byte of English in UTF-16 is 0. Text may hold a few such bytes.
+    if len(start) >= 16 and start.count(0) > len(start) // 4:
+        raise ValueError(
+            f"{path} is no UTF-8: many of its first bytes are 0, as in UTF-16; convert it, for"
+            " example with iconv, or get it again"
+        )
 
 
 # .txt

@@ -17,7 +17,7 @@ from typing import TypedDict
 
 import numpy as np
 
-from data.files import read_json, write_atomically
+from data.files import DamagedFile, read_json, write_atomically
 from data.rows import BadRow, Text, skip_or_refuse
 from data.shards import shard_name, token_dtype, write_shard
 from data.sources import AnyPiece
@@ -231,8 +231,14 @@ def encode_piece(piece: AnyPiece, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def skipped_rows(folder: Path) -> Skipped:
-    """Returns the rows of a part that could not be read, from the records beside its shards."""
-    records = [read_json(path, Skipped) for path in sorted(folder.glob("*.skipped.json"))]
+    """Returns the rows of a part that could not be read, from the records beside its shards.
+    Raises ValueError for a record that is damaged."""
+    try:
+        records = [read_json(path, Skipped) for path in sorted(folder.glob("*.skipped.json"))]
+    except DamagedFile as error:
+        raise ValueError(
+            f"{error}; delete it and the shard of its number, which is rebuilt at the next start"
+        ) from None
     return {
         "count": sum(record["count"] for record in records),
         "first": [line for record in records for line in record["first"]],

@@ -17,6 +17,8 @@ from data.tokenizer import Tokenizer
 WINDOW_BYTES = 256
 # Stretches of each validation set that are looked for.
 NUM_WINDOWS = 1024
+# Of these as many must lie within documents for the others to be left out.
+NUM_WITHIN = 32
 # The share of them that is worth a warning.
 NOTICED = 0.05
 # Tokens of a validation set by which the lengths of its documents are known.
@@ -98,18 +100,30 @@ def overlap(train: list[Tokens], validation: Tokens, eot: int) -> tuple[float, n
 
 
 def stretches(validation: Tokens, eot: int) -> tuple[np.ndarray, int]:
-    """Returns where the stretches that are looked for begin, and the power of two of their tokens:
-    anywhere, or, where most documents are shorter than a stretch, at the beginnings of documents,
-    whose neighbours elsewhere are others."""
+    """Returns where the stretches that are looked for begin, and the power of two of their tokens.
+
+    They lie anywhere within documents, whose neighbours elsewhere are others; where most documents
+    are shorter than a stretch, or little longer, at the beginnings of documents."""
     doublings = window_doublings(validation)
     head = validation.read(0, min(len(validation), LOOKED_AT))
     ends = np.flatnonzero(head == eot)
     lengths = np.diff(ends) - 1
     if len(lengths) and np.median(lengths) < 2**doublings:
         doublings = int(max(4, np.floor(np.log2(max(1, np.median(lengths))))))
-        starts = ends[:-1][lengths >= 2**doublings] + 1
-        return starts[spread(len(starts))], doublings
-    return spread(len(validation) - 2**doublings + 1), doublings
+        return beginnings(ends, lengths, 2**doublings), doublings
+    starts = spread(len(validation) - 2**doublings + 1)
+    crosses = [eot in validation.read(start, start + 2**doublings - 1) for start in starts]
+    within = starts[~np.array(crosses, dtype=bool)]
+    if len(within) >= NUM_WITHIN or not len(lengths):
+        return (within if len(within) else starts), doublings
+    return beginnings(ends, lengths, 2**doublings), doublings
+
+
+def beginnings(ends: np.ndarray, lengths: np.ndarray, length: int) -> np.ndarray:
+    """Returns where documents of at least `length` tokens begin, given the ends of all documents
+    and the lengths of all but the first."""
+    starts = ends[:-1][lengths >= length] + 1
+    return starts[spread(len(starts))]
 
 
 def spread(number: int) -> np.ndarray:

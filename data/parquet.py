@@ -14,8 +14,9 @@ def open_parquet(path: str) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
+        reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(
-            f"{path}: not a parquet file ({str(error).splitlines()[0]}); mend or remove it"
+            f"{path}: not a parquet file ({reason}); get it again or remove it"
         ) from None
 
 

@@ -19,6 +19,7 @@ shards.
 A corpus that was prepared before digests were taken is found by the names, sizes and times of its
 files."""
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -36,7 +37,7 @@ from data.cache_folders import (
 from data.choose_tokenizer import tokenizer_of_text
 from data.corpora import EmptySplit, TextCorpus, empty_split
 from data.encode import Skipped, encode_pieces, num_cores, skipped_rows
-from data.files import read_json, write_atomically
+from data.files import DamagedFile, read_json, write_atomically
 from data.hub import HubCorpus
 from data.overlap import leaks, note_once
 from data.shards import (
@@ -79,9 +80,10 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer) -> Corpus:
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        # Also a link whose target is gone exists.
+        reason = "it is no folder" if isinstance(error, FileExistsError) else error.strerror
         raise ValueError(
-            f"data.cache={data.cache} cannot be made ({error.strerror}); name a folder that can be"
-            " written"
+            f"data.cache={data.cache} cannot be made ({reason}); name a folder that can be written"
         ) from None
     try:
         if data.source == "tokens":
@@ -90,10 +92,11 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer) -> Corpus:
     except OSError as error:
         # Some errors name no file: then it is the cache that has no room.
         place = error.filename or f"data.cache={data.cache}"
-        raise ValueError(
-            f"{place}: {error.strerror or error}; once that is mended the same command goes on from"
-            " what is prepared"
-        ) from error
+        remedy = "once that is mended the same command goes on from what is prepared"
+        is_refused = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+        if is_refused and cache in Path(str(error.filename)).parents:
+            remedy = "set data.cache to a folder that can be written"
+        raise ValueError(f"{place}: {error.strerror or error}; {remedy}") from error
 
 
 # Finding and opening
@@ -119,6 +122,8 @@ def open_text(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, cache: P
     except EmptySplit as error:
         assert isinstance(text, TextCorpus)
         text.hold_out_the_tail(str(error))
+        # What is wrong with the tail is understood only by one who knows of it.
+        note_once(text.warnings)
         folder, chosen = prepare_text(text, digests, tokenizer, cache)
     note_once(text.warnings)
     if isinstance(text, TextCorpus) or text.local:
@@ -152,13 +157,22 @@ def prepare_text(
     )
     if not is_complete(folder):
         # All of the text was encoded once to find that out.
-        if is_random_split(text) and (reason := read_json(folder / EMPTY_SPLIT, str, "")):
+        if is_random_split(text) and (reason := known_empty_split(folder)):
             raise EmptySplit(reason)
         with locked(folder):
             # Another process may have made it while this one waited.
             if not is_complete(folder):
                 fill(folder, text, digests, tokenizer)
     return folder, tokenizer
+
+
+def known_empty_split(folder: Path) -> str:
+    """Returns why random documents could not be held out, as a former start found; nothing where
+    none did, or where its record is damaged."""
+    try:
+        return read_json(folder / EMPTY_SPLIT, str, "")
+    except DamagedFile:
+        return ""
 
 
 def is_random_split(text: AnyCorpus) -> bool:

@@ -24,6 +24,8 @@ OTHERS = {
     b"PK\x03\x04": "a zip file, as torch.save writes",
     b"\x1f\x8b": "gzipped",
     b"PAR1": "a parquet file",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"\xfd7zXZ\0": "compressed by xz",
 }
 # How llm.c's files of uint16 begin: 256 int32, of which the third is the number of tokens.
 LLMC = (20240520, 1)
@@ -153,6 +155,15 @@ def check_raw(path: Path, tokenizer: Tokenizer) -> int:
             f"{path} holds uint{width}, not uint16: every second id would be 0; write it again with"
             f" numpy: numpy.fromfile(FILE, 'uint{width}').astype('uint16').tofile(OTHER)"
         )
+    if len(ids) >= 16 and ids[1::2].any() and not ids[::2].any():
+        raise ValueError(
+            f"{path} holds wider numbers than uint16, highest byte first: every second id would be"
+            " 0; write it again with numpy:"
+            " numpy.fromfile(FILE, '>u4').astype('<u2').tofile(OTHER)"
+        )
+    # A copy that was broken off may have room for its text, and nothing in it.
+    if len(ids) >= 16 and not ids.any():
+        raise ValueError(f"{path} holds nothing but zeros; get it again")
     check_largest(path, int(ids.max()), tokenizer)
     return offset
 

@@ -112,6 +112,13 @@ def match_files(key: str, pattern: str, suffixes: tuple[str, ...]) -> list[str]:
         files = sorted(file for match in matches for file in files_below(match, suffixes))
     if files:
         return files
+    if os.path.islink(path) and not os.path.exists(path):
+        raise NoText(
+            f"{key}={pattern} is a link to {os.readlink(path)}, which is not there; bring that back"
+            " or name another file"
+        )
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise NoText(f"{key}={pattern} is a pipe or a device; write its text into a file")
     if matches:
         raise NoText(
             f"{key}={pattern} holds no {', '.join(suffixes)} file; give a file, a folder of such,"

@@ -365,7 +365,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> RankedTokenizer:
     model.decoder = decoders.ByteLevel()
     model.train_from_iterator((part for text in texts for part in part_long_words(text)), trainer)
     vocab = model.get_vocab()
-    # The last id is end of text, which is not trained.
+    # The last id is end of text, which is not trained. Without a merge there are 257 ids, less than
+    # a configuration can ask for.
+    if len(vocab) == 256 < vocab_size - 1:
+        raise ValueError(
+            "tokenizer=bpe has nothing to learn from this text: no two bytes of it come together"
+            " twice; give more text, raise tokenizer.train_megabytes, or use tokenizer=bytes"
+        )
     if len(vocab) < vocab_size - 1:
         raise ValueError(
             f"tokenizer.vocab_size={vocab_size} is too large for this text, which gives"

@@ -73,11 +73,12 @@ def open_tokens(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, cache:
 
 
 def refuse_without_tokens(shards: dict[str, list[Shard]]) -> None:
-    """Raises ValueError for a part that has no two tokens."""
+    """Raises ValueError for a part that has fewer than two tokens."""
     for part, found in shards.items():
         if sum(shard.header.num_tokens for shard in found) < 2:
             raise ValueError(
-                f"{part} has no tokens; give data.path or data.validation files that hold some"
+                f"{part} has fewer than two tokens; give data.path or data.validation files that"
+                " hold more"
             )
 
 

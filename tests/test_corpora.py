@@ -1,4 +1,6 @@
+import gzip
 import json
+import os
 import random
 import re
 import sys
@@ -695,6 +697,70 @@ def test_short_documents_that_are_in_both_are_noticed(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "about 100% of validation/copied is" in said and "% of validation/validation is" in said
     assert "validation/new" not in said
+
+
+@pytest.mark.parametrize("num_words", [36, 42, 60])
+@pytest.mark.parametrize("kind", ["reversed.txt", "crlf.txt", "rows.jsonl"])
+def test_documents_in_another_order_are_noticed_whole(tmp_path, capsys, num_words, kind):
+    """Whatever their length is beside that of the stretches that are compared."""
+    words = np.random.default_rng(1).choice([f"w{index:03d}" for index in range(999)], (400, 60))
+    documents = [" ".join(line[:num_words]) for line in words]
+
+    def write(name: str, texts: list[str], end: str = "\n") -> str:
+        content = f"<eos>{end}".join(text + end for text in texts)
+        (tmp_path / name).write_bytes(content.encode())
+        return str(tmp_path / name)
+
+    train = write("train.txt", documents[:200])
+    if kind == "rows.jsonl":
+        copied = write_rows(tmp_path / kind, documents[:200])
+    else:
+        copied = write(kind, documents[199::-1], "\r\n" if kind == "crlf.txt" else "\n")
+    config = text_config(
+        train,
+        validation={"copied": copied, "new": write("new.txt", documents[200:])},
+        separator="<eos>",
+        cache=str(tmp_path / "cache"),
+    )
+    print_note.cache_clear()
+    prepare(config, TokenizerConfig())
+    said = capsys.readouterr().err
+    assert re.search(r"about (100|9\d)% of validation/copied is", said)
+    assert "validation/new" not in said
+
+
+NO_TEXT = {
+    "packed.jsonl": (gzip.compress(b'{"text": "a"}\n'), "is gzipped; unpack it"),
+    "packed.txt": (b"\x28\xb5\x2f\xfd" + b"x" * 99, "is compressed by zstd; unpack it"),
+    "wide.jsonl": ('{"text": "a"}\n'.encode("utf-16"), "is UTF-16; convert it to UTF-8"),
+    "wide.txt": ("some text".encode("utf-16-be"), "is no UTF-8: many of its first bytes are 0"),
+}
+
+
+@pytest.mark.parametrize("name", NO_TEXT)
+def test_a_file_that_is_no_text_is_called_what_it_is(tmp_path, name):
+    """It is no matter of bad rows, for all would be."""
+    content, said = NO_TEXT[name]
+    (tmp_path / name).write_bytes(content)
+    config = text_config(str(tmp_path / name), bad_rows="skip", cache=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=f"{name} {said}"):
+        prepare(config, TokenizerConfig())
+    with pytest.raises(ValueError, match=f"{name} {said}"):
+        check_data(config, TokenizerConfig(), 8)
+    (tmp_path / "few.txt").write_bytes(b"a few \0 are text\n" * 40)
+    config.path = str(tmp_path / "few.txt")
+    prepare(config, TokenizerConfig())
+
+
+def test_what_is_no_file_is_called_so(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "was.jsonl")
+    for name, said in (
+        ("pipe.jsonl", "is a pipe or a device; write its text into a file"),
+        ("gone.jsonl", f"is a link to {tmp_path}/was.jsonl, which is not there"),
+    ):
+        with pytest.raises(ValueError, match=f"data.path=.*{name} {said}"):
+            TextCorpus(text_config(str(tmp_path / name)))
 
 
 def test_what_a_run_would_refuse_a_plan_refuses(tmp_path):

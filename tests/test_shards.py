@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -578,6 +579,39 @@ def test_a_damaged_note_of_what_was_asked_for_is_made_again(config, tmp_path, da
     assert prepare(config, BYTES).folder == first.folder
 
 
+def test_what_stands_in_the_way_in_the_cache_is_named(config, tmp_path):
+    corpus = prepare(config, BYTES)
+    lock = tmp_path / "cache" / f"{corpus.folder.name}.lock"
+    before = contents(corpus.folder)
+
+    def refused(match: str) -> None:
+        with pytest.raises(ValueError, match=match) as caught:
+            prepare(config, BYTES)
+        assert "\n" not in str(caught.value)
+
+    (corpus.folder / "meta.json").unlink()
+    lock.unlink()
+    os.mkfifo(lock)
+    refused(rf"{lock}: .*; once that is mended")
+    lock.unlink()
+    record = corpus.folder / "train/text/00000.skipped.json"
+    record.write_text("{")
+    refused(rf"{record} is damaged .*; delete it and the shard of its number")
+    record.unlink()
+    (corpus.folder / "empty_split.json").write_text("[")
+    assert prepare(config, BYTES).fingerprint == corpus.fingerprint
+    (corpus.folder / "empty_split.json").unlink()
+    assert contents(corpus.folder).keys() == before.keys()
+    shutil.rmtree(corpus.folder)
+    corpus.folder.touch()
+    refused(rf"{corpus.folder} is no folder; delete it")
+    corpus.folder.unlink()
+    assert prepare(config, BYTES).fingerprint == corpus.fingerprint
+    config.cache = str(tmp_path / "gone")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    refused("data.cache=.*gone cannot be made .it is no folder.; name a folder")
+
+
 def test_what_was_prepared_under_the_times_of_files_is_found(config, monkeypatch):
     """As caches have it that were made before files were known by their content."""
     first = prepare(config, BYTES)
@@ -722,6 +756,10 @@ def test_a_cache_that_is_read_only_is_used(config, tmp_path, monkeypatch):
             prepare(config, TokenizerConfig(name="bpe", vocab_size=280)).fingerprint
             == first.fingerprint
         )
+    # What the cache lacks cannot be prepared in it.
+    config.validation_fraction = 0.4
+    with pytest.raises(ValueError, match=r"; set data.cache to a folder that can be written"):
+        prepare(config, BYTES)
 
 
 def test_training_a_tokenizer_is_told_and_ends_at_ctrl_c(tmp_path):

@@ -121,6 +121,12 @@ def test_too_little_text_is_refused():
         train_bpe(["hello hello hello world"], 4096)
 
 
+@pytest.mark.parametrize("texts", [[], [""], ["abc"]])
+def test_text_without_repetition_has_a_remedy_that_can_be_taken(texts):
+    with pytest.raises(ValueError, match=r"no two bytes of it come together twice; give more text"):
+        train_bpe(texts, 258)
+
+
 def test_head_keeps_to_its_bytes():
     assert list(head(["abc", "déf", "ghi"], 5)) == ["abc", "d"]
     assert list(head(["abc", "def"], 3)) == ["abc"]

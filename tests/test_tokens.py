@@ -261,7 +261,7 @@ def test_mistakes_are_named_in_one_line(nanogpt, tmp_path):
             f"odd.bin has {len(content)} bytes, which no file of uint16 has", tmp_path / "odd.bin"
         )
     (tmp_path / "one.bin").write_bytes(b"\0\0")
-    refused("train/tokens has no tokens", tmp_path / "one.bin")
+    refused("train/tokens has fewer than two tokens", tmp_path / "one.bin")
     (nanogpt / "meta.pkl").touch()
     refused(
         "train.bin has a meta.pkl beside it: its ids are nanoGPT's characters.*; prepare its text"
@@ -353,6 +353,22 @@ def test_files_that_are_something_else_are_called_so(tmp_path):
     for name, kind in (("npy", "a .npy file"), ("zip", "a zip file, as torch.save writes")):
         with pytest.raises(ValueError, match=rf"{name}.bin is {kind}, not a file of uint16"):
             prepare(tokens_config(tmp_path / f"{name}.bin", tmp_path / "cache"), numbered(60000))
+
+
+NO_IDS = {
+    "zeros": (bytes(4000), "holds nothing but zeros; get it again"),
+    "big": (np.arange(1, 200, dtype=">u4").tobytes(), "holds wider numbers .* highest byte first"),
+    "zstd": (b"\x28\xb5\x2f\xfd" + bytes(96), "is compressed by zstd, not a file of uint16"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_IDS)
+def test_numbers_that_are_no_ids_are_refused(tmp_path, kind):
+    content, said = NO_IDS[kind]
+    (tmp_path / "train.bin").write_bytes(content)
+    config = DataConfig(source="tokens", path=str(tmp_path / "train.bin"), cache=str(tmp_path))
+    with pytest.raises(ValueError, match=f"train.bin {said}"):
+        prepare(config, bytes_tokenizer())
 
 
 def test_a_folder_of_shards_is_all_of_them(tmp_path):
