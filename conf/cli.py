@@ -110,14 +110,44 @@ def parse(
         ValueError: an argument is neither, or missing, or has a wrong type or a value out of range
     """
     offer_help(options, arguments, others)
-    entries: dict[str, Any] = {entry.name: entry for entry in fields(options)}  # type: ignore[arg-type]
+    # mypy does not know that a class of a TypeVar is a dataclass.
+    declared: Any = options
+    entries = {entry.name: entry for entry in fields(declared)}
+    given, rest = sorted_out(entries, arguments, others)
+    for name, entry in entries.items():
+        if name not in given and default_of(entry) == MISSING:
+            raise ValueError(f"{name} is missing; give {name}=..., {entry.metadata['meaning']}")
+        # null stands for a default of its own, which has no rules.
+        if given.get(name) is not None:
+            check_value(entry.metadata.get("positional", name), given[name], entry.metadata)
+            if "path" in entry.metadata:
+                given[name] = expanded(name, given[name])
+    return options(**given), rest
+
+
+def sorted_out(
+    entries: dict[str, Any], arguments: list[str], others: tuple[str, ...]
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns the arguments as values of a command's keys, and the overrides of a run among them.
+
+    Args:
+        entries: the keys of the command, as dataclass fields by their names
+        arguments: words of the command line
+        others: first parts of the overrides that the command takes
+
+    Raises:
+        ValueError: an argument is neither, or its value is of another type
+    """
     positional = next(
         (name for name, entry in entries.items() if "positional" in entry.metadata), None
     )
-    given, rest = dict[str, Any](), list[str]()
+    given: dict[str, Any] = {}
+    rest: list[str] = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        if positional and not argument.startswith("-") and (not equals or Path(argument).is_dir()):
+        # A folder may have = in its name, as those of a sweep have.
+        is_place = not argument.startswith("-") and (not equals or Path(argument).is_dir())
+        if positional and is_place:
             given.setdefault(positional, []).append(argument)
         elif equals and re.split("[.@]", name)[0] in others:
             rest.append(argument)
@@ -126,14 +156,7 @@ def parse(
         else:
             known = [f"{entry}=" for entry in entries if entry != positional]
             raise ValueError(f"{no_such_option(argument, [*known, *HELP])}: {', '.join(known)}")
-    for name, entry in entries.items():
-        if name not in given and default_of(entry) == MISSING:
-            raise ValueError(f"{name} is missing; give {name}=..., {entry.metadata['meaning']}")
-        if name in given and given[name] is not None:
-            check_value(entry.metadata.get("positional", name), given[name], entry.metadata)
-            if "path" in entry.metadata:
-                given[name] = expanded(name, given[name])
-    return options(**given), rest
+    return given, rest
 
 
 def offer_help(options: Any, arguments: list[str], others: tuple[str, ...] = ()) -> None:
@@ -147,9 +170,11 @@ def offer_help(options: Any, arguments: list[str], others: tuple[str, ...] = ())
 def typed(entry: Any, value: str, argument: str) -> Any:
     """Returns the value of an option: text as it stands, anything else by its type. Raises
     ValueError for one of another type."""
+    # "null" is no value where a key may be without one, and a text where it may not.
     if entry.type is str or (entry.type == str | None and value.lower() != "null"):
         return value
     try:
+        # msgspec would take 1 and 0 for bools too.
         if "bool" in str(entry.type) and value.lower() not in ("true", "false", "null"):
             raise ValueError
         return msgspec.convert(value, entry.type, strict=False)

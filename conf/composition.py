@@ -49,6 +49,7 @@ def name_files(data: DataConfig) -> None:
             f"data.sources={data.sources} is malformed; write data.sources='{{NAME: {{path: FILES,"
             " weight: 1.0}}'"
         ) from None
+    # A dataset has one validation split as a rule, which needs no name.
     if data.source == "hub" and isinstance(data.validation, str):
         data.validation = {"validation": data.validation}
     if not isinstance(data.validation, (dict, type(None))):

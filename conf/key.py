@@ -41,7 +41,9 @@ def check_value(name: str, value: Any, rules: Any) -> None:
     """Raises ValueError unless the value, and whatever a list or mapping holds, keeps to the rules
     of its key."""
     if isinstance(value, (list, tuple, dict)):
-        inside = [*value, *value.values()] if isinstance(value, dict) else value
+        inside = [*value]
+        if isinstance(value, dict):
+            inside += value.values()
         for item in inside:
             check_value(name, item, rules)
         return
@@ -62,6 +64,7 @@ def check_text(name: str, text: str, rules: Any) -> None:
             f" {name} out"
         )
     for character in text:
+        # Cs: half a surrogate pair, as Python makes of bytes that are no UTF-8. Cc: control.
         kind = unicodedata.category(character)
         if kind == "Cs":
             raise ValueError(f"{name}={text!a} is no UTF-8; write it in UTF-8")
@@ -77,17 +80,13 @@ def check_number(name: str, number: float, rules: Any) -> None:
     """Raises ValueError for a number that is out of range, or none that fp32 can hold."""
     if isinstance(number, float) and not math.isfinite(number):
         raise ValueError(f"{name}={number} is not finite; give a number")
-    low, high, above = (
-        rules.get("low", -math.inf),
-        rules.get("high", math.inf),
-        rules.get("above", -math.inf),
-    )
+    low = rules.get("low", -math.inf)
+    high = rules.get("high", math.inf)
+    above = rules.get("above", -math.inf)
     if not (low <= number <= high and number > above):
-        bounds = (
-            [f"at least {low}"] * (low > -math.inf)
-            + [f"above {above}"] * (above > -math.inf)
-            + [f"at most {high}"] * (high < math.inf)
-        )
+        # Only the bounds that a key has are said.
+        words = {"low": f"at least {low}", "above": f"above {above}", "high": f"at most {high}"}
+        bounds = [word for bound, word in words.items() if bound in rules]
         raise ValueError(f"{name}={number} is out of range; it must be {' and '.join(bounds)}")
     if 0 < abs(number) < TINY:
         raise ValueError(
@@ -98,6 +97,7 @@ def check_number(name: str, number: float, rules: Any) -> None:
 def expand(name: str, path: str) -> str:
     """Returns a path with ~ and ~user as their home folders. Raises ValueError that names the key
     where there is none."""
+    # ~ is the user's own home, ~NAME that of another.
     own = path.split("/")[0] == "~"
     expanded = os.path.expanduser(path)
     # An empty HOME would make ~/x the root's /x.

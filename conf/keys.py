@@ -41,7 +41,9 @@ def meaning(entry: Field) -> str:
     if "choices" in entry.metadata:
         text += f" [{' | '.join(entry.metadata['choices'])}]"
     condition = when_read(entry)
-    return f"{text} ({condition})" if condition else text
+    if condition:
+        text += f" ({condition})"
+    return text
 
 
 def when_read(entry: Field) -> str:
@@ -51,6 +53,11 @@ def when_read(entry: Field) -> str:
     other, values = entry.metadata["read_when"]
     choices = KEYS[other].metadata.get("choices", ())
     idle = [choice for choice in choices if choice not in values]
-    word, listed = ("unless", idle) if 0 < len(idle) < len(values) else ("with", values)
+    # The shorter of the two lists is said.
+    word = "with"
+    listed = values
+    if 0 < len(idle) < len(values):
+        word = "unless"
+        listed = idle
     shown = [f"{other}={'null' if value is None else value}" for value in listed]
     return f"{word} {' or '.join(shown)}"

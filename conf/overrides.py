@@ -97,6 +97,7 @@ def in_quotes(name: str, value: str) -> str:
         expand(name, value[1:-1])  # for its errors: Hydra expands it, and has none
     if not value or QUOTED.fullmatch(value) or value.lower() == "null":
         return value
+    # A key of a single text takes brackets for text only where it says so.
     rules = text_rules(name)
     if rules is not None and ("text" in rules or not BRACKETED.fullmatch(value)):
         return quoted_text(name, value, rules)
@@ -129,7 +130,9 @@ def text_rules(name: str) -> Any:
     if entry is None or "choices" in entry.metadata:
         return None
     is_text = entry.type in (str, str | None) or (entry.type is Any and "path" in entry.metadata)
-    return entry.metadata if is_text else None
+    if is_text:
+        return entry.metadata
+    return None
 
 
 def quoted_text(name: str, text: str, rules: Any) -> str:
@@ -149,18 +152,24 @@ def quote_foreign(value: str) -> str:
 
     def quote(match: re.Match[str]) -> str:
         word = match[0]
-        is_foreign = WORD.fullmatch(word) and FOREIGN.search(word)
-        return QuotedString(word.strip(), Quote.single).with_quotes() if is_foreign else word
+        if WORD.fullmatch(word) and FOREIGN.search(word):
+            return QuotedString(word.strip(), Quote.single).with_quotes()
+        return word
 
     return PART.sub(quote, value)
 
 
 def split(value: str) -> list[str]:
     """Returns the parts of a value between commas that lie in no quotes and no brackets."""
-    parts, depth = [""], 0
+    parts = [""]
+    # Brackets that are open.
+    depth = 0
     for match in re.finditer(f"{QUOTED.pattern}|.", value, re.S):
         text = match[0]
-        depth += (text in "[{(") - (text in "]})")
+        if text in "[{(":
+            depth += 1
+        elif text in "]})":
+            depth -= 1
         if text == "," and depth <= 0:
             parts.append("")
         else:
@@ -221,10 +230,10 @@ def parsed(text: str, sweep: bool) -> Override:
             remedy = f"give {name}=<{typed_as(entry)}>, {meaning(entry)}"
         if re.search(r"\s[\w./]+=", value):
             remedy = "give each KEY=VALUE as a word of its own"
-        found = re.search(r"(?:error at|input|at input):? '(.+?)'(?: |$|\n)", str(error))
-        raise ValueError(
-            f"{text} is malformed{f' at {found[1]}' if found else ''}; {remedy}"
-        ) from None
+        place = ""
+        if found := re.search(r"(?:error at|input|at input):? '(.+?)'(?: |$|\n)", str(error)):
+            place = f" at {found[1]}"
+        raise ValueError(f"{text} is malformed{place}; {remedy}") from None
 
 
 def as_text(name: str, value: str) -> str:
@@ -301,7 +310,9 @@ def check_choice(name: str, value: Any, text: str, choices: dict[str, list[str]]
 def explain(error: Exception) -> str:
     """Returns one line for an error of Hydra or OmegaConf: the key, the value and the remedy."""
     text, cause = (" ".join(str(part).split()) for part in (error, error.__cause__ or error))
-    full_key = match[1] if (match := re.search(r"full_key: (\S+)", text + " " + cause)) else ""
+    full_key = ""
+    if match := re.search(r"full_key: (\S+)", text + " " + cause):
+        full_key = match[1]
     if match := re.search(
         r"Could not find '([^']*)/([^'/]*)'(?: Available options in \S+ (.*?) Config search path)?",
         text,
@@ -316,23 +327,24 @@ def explain(error: Exception) -> str:
         return no_such_key(match[1], match[1])
     if re.search(r"Key '[^']*' (not in|is not in struct)", text):
         return no_such_key(full_key, full_key)
+    # What Hydra adds for its own developers is cut off.
     reason = text.split(" full_key")[0].split(" See https")[0]
-    return (
-        f"{full_key}: " if full_key else ""
-    ) + f"{reason}; overrides are written key=value, and python train.py help=true lists all"
+    if full_key:
+        reason = f"{full_key}: {reason}"
+    return f"{reason}; overrides are written key=value, and python train.py help=true lists all"
 
 
 def no_such_key(name: str, text: str) -> str:
     """Returns what is said to a key that nothing has, with the near one."""
     known = [*SETTABLE, SWEEP_DIR, *groups()]
+    # A key without its section is understood; else what is spelled alike is meant.
     near = [full for full in KEYS if full.endswith(f".{name}")] or difflib.get_close_matches(
         name, known, 1
     )
-    return (
-        f"{text}: no such key; "
-        + (f"did you mean {' or '.join(near)}? " if near else "")
-        + "python train.py help=true lists all"
-    )
+    hint = ""
+    if near:
+        hint = f"did you mean {' or '.join(near)}? "
+    return f"{text}: no such key; {hint}python train.py help=true lists all"
 
 
 def no_such_option(text: str, known: Iterable[str]) -> str:
@@ -348,12 +360,10 @@ def no_such_option(text: str, known: Iterable[str]) -> str:
     if "cfg" in options:  # of train.py, which takes every key as well
         options = {full: f"{full}=" for full in (*KEYS, *groups())} | options
     begun = [full for full in options if name and full.startswith(name)]
-    near = begun or difflib.get_close_matches(name, options, 1)
-    return (
-        f"{text}: no such option; "
-        + (f"did you mean {options[near[0]]}? " if near else "")
-        + "--help lists all"
-    )
+    hint = ""
+    if near := begun or difflib.get_close_matches(name, options, 1):
+        hint = f"did you mean {options[near[0]]}? "
+    return f"{text}: no such option; {hint}--help lists all"
 
 
 def neither_added(text: str, name: str) -> str:
@@ -370,8 +380,7 @@ def wrong_type(entry: Any, text: str) -> str:
     """Returns what is said to a value of another type than its key has."""
     name, _, value = text.partition("=")
     said = f"{text} has the wrong type; give {name}=<{typed_as(entry)}>, {meaning(entry)}"
-    return (
-        f"{said}; {as_text(name, value)}"
-        if entry.type in (str, str | None) and BRACKETED.fullmatch(value)
-        else said
-    )
+    # Brackets make a list or a mapping, unless they are quoted.
+    if entry.type in (str, str | None) and BRACKETED.fullmatch(value):
+        said += f"; {as_text(name, value)}"
+    return said

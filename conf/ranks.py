@@ -36,11 +36,13 @@ def checked(rank: str, world: str) -> tuple[int, int]:
 def typed_in_a_task() -> bool:
     """Returns whether this process was started in an interactive shell of Slurm's: it has a
     terminal, and is not the task itself."""
+    # srun gives a task's program the number of the task's process; a shell passes it on.
     has_terminal = sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
     return has_terminal and os.environ.get("SLURM_TASK_PID") != str(os.getpid())
 
 
 def num_processes(parallel: ParallelConfig) -> int:
     """Returns how many processes a run has, or the one that is planned for."""
-    alone = parallel.name == "single"
-    return parallel.processes or (1 if alone else rank_and_world()[1])
+    if parallel.name == "single":
+        return parallel.processes or 1
+    return parallel.processes or rank_and_world()[1]

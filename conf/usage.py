@@ -69,6 +69,7 @@ def command_help(options: Any, defaults: Config, others: Iterable[str] = ()) -> 
     ]
     rows.append(("help", "bool", "false", "print this and exit, as -h and --help do"))
     lines = [inspect.cleandoc(options.__doc__), "", "Keys: type, default, meaning", *aligned(rows)]
+    # Groups of a run's keys follow, each with its choices.
     for group in others:
         known = [name for name in KEYS if name.startswith(f"{group}.")]
         lines += [
@@ -83,15 +84,19 @@ def default_of(entry: Any) -> Any:
     """Returns the default of a field, MISSING where there is none."""
     if entry.default_factory is not NO_DEFAULT:
         return entry.default_factory()
-    return MISSING if entry.default is NO_DEFAULT else entry.default
+    if entry.default is NO_DEFAULT:
+        return MISSING
+    return entry.default
 
 
 def row(name: str, entry: Any, default: Any) -> tuple[str, str, str, str]:
     """Returns the four columns of a key."""
     if default == MISSING or "positional" in entry.metadata:
         shown = "needed"
+    elif isinstance(default, str) and default:
+        shown = default
     else:
-        shown = default if isinstance(default, str) and default else json.dumps(default)
+        shown = json.dumps(default)
     return name, type_name(entry), shown, meaning(entry)
 
 

@@ -22,11 +22,12 @@ def training_sample(
         weights: relative shares of the sources; None where there is one
         num_tokens: tokens in all
     """
-    total = sum(weights.values()) if weights else len(sources)
+    # A single source has no weight, and all of the sample.
+    weights = weights or dict.fromkeys(sources, 1.0)
+    total = sum(weights.values())
     parts = []
     for name, tokens in sources.items():
-        weight = weights[name] if weights else 1
-        parts.append(tokens.read(0, int(num_tokens * weight / total)))
+        parts.append(tokens.read(0, int(num_tokens * weights[name] / total)))
     return np.concatenate(parts)
 
 
@@ -56,22 +57,42 @@ def unigram_bigram(
     inputs = np.concatenate([inputs for inputs, _ in batches])
     targets = np.concatenate([targets for _, targets in batches])
     unigram = (np.bincount(tokens, minlength=vocab_size) + 1) / (len(tokens) + vocab_size)
+    backoff = unigram[targets]
+    bigram = interpolated_bigram(tokens, inputs, targets, backoff, vocab_size)
+    return -float(np.log(backoff).mean()), -float(np.log(bigram).mean())
 
+
+def interpolated_bigram(
+    tokens: np.ndarray,
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    backoff: np.ndarray,
+    vocab_size: int,
+) -> np.ndarray:
+    """Returns p2(w | h) of `unigram_bigram` for each pair of an input h and a target w.
+
+    Args:
+        tokens: the training tokens
+        inputs: h, (pairs,)
+        targets: w, (pairs,)
+        backoff: p1(w), (pairs,)
+        vocab_size: V
+    """
+    # A pair (h, w) is the number h V + w, and `pairs` holds those that were seen, sorted.
     pairs, pair_counts = np.unique(tokens[:-1] * vocab_size + tokens[1:], return_counts=True)
     heads = pairs // vocab_size
     # t(h), and c(h) of the pairs.
     followers = np.bincount(heads, minlength=vocab_size)
     followed = np.bincount(heads, weights=pair_counts, minlength=vocab_size)
 
+    # c(h, w) of the wanted pairs, 0 for those that were never seen.
     wanted = inputs * vocab_size + targets
     found = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
     count = np.where(pairs[found] == wanted, pair_counts[found], 0)
-    backoff = unigram[targets]
     seen = followed[inputs] > 0
     # An h that was never seen would divide by zero; p1 stands for it below.
     denominator = np.where(seen, followed[inputs] + followers[inputs], 1.0)
-    bigram = np.where(seen, (count + followers[inputs] * backoff) / denominator, backoff)
-    return -float(np.log(backoff).mean()), -float(np.log(bigram).mean())
+    return np.where(seen, (count + followers[inputs] * backoff) / denominator, backoff)
 
 
 def counted_pairs(validation: Validation) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -85,8 +85,9 @@ def folder_by_content(
     by_content = name(text.identify(lambda file: [file.name, file.size, digests[file.path]]))
     # Corpora that were prepared before digests were taken are named after times.
     by_times = name(text.identity)
-    is_old = (by_times / last).exists() and not (by_content / last).exists()
-    return by_times if is_old else by_content
+    if (by_times / last).exists() and not (by_content / last).exists():
+        return by_times
+    return by_content
 
 
 def is_complete(folder: Path) -> bool:
@@ -147,6 +148,7 @@ def locked(folder: Path) -> Iterator[None]:
 def request_record(data: DataConfig, tokenizer: TokenizerConfig | str, cache: Path) -> Path:
     """Returns the file that remembers the folder of a corpus by what was asked for; a tokenizer may
     be named by its hash."""
+    # Everything counts but where the cache is and how the work is done.
     request = asdict(data)
     for name in NOT_ASKED_FOR:
         del request[name]
@@ -167,7 +169,10 @@ def absolute(paths: Any) -> Any:
     """Returns a path, or a list of them, as they are from any folder."""
     if isinstance(paths, (list, tuple)):
         return [absolute(path) for path in paths]
-    return os.path.abspath(os.path.expanduser(paths)) if isinstance(paths, str) else paths
+    if isinstance(paths, str):
+        return os.path.abspath(os.path.expanduser(paths))
+    # Anything else is a mistake, which is refused elsewhere.
+    return paths
 
 
 def remember_folder(
@@ -204,7 +209,9 @@ def recall_folder(
     try:
         name = read_json(request_record(data, asked_for, cache), str, "")
         # A name with a slash would lead out of the cache.
-        return cache / name if name and "/" not in name and is_complete(cache / name) else None
+        if name and "/" not in name and is_complete(cache / name):
+            return cache / name
     except (AttributeError, TypeError, ValueError):
         # A request that is malformed is refused elsewhere, in words of its own.
-        return None
+        pass
+    return None

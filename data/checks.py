@@ -30,6 +30,7 @@ def check_data(data: DataConfig, tokenizer: TokenizerConfig, length: int) -> Non
     Raises:
         ValueError: a run would refuse the text, its files or the cache
     """
+    # The cache is made at the start of a run; here the nearest folder above it must be one.
     cache = Path(expand("data.cache", data.cache)).absolute()
     there = next(folder for folder in (cache, *cache.parents) if folder.exists())
     if not there.is_dir():
@@ -42,6 +43,7 @@ def check_data(data: DataConfig, tokenizer: TokenizerConfig, length: int) -> Non
     if data.source == "tokens":
         check_tokens(data, tokenizer, cache)
         return
+    # Text that is gone is no mistake where its shards are in the cache.
     try:
         text = find_text(data)
     except NoText:
@@ -74,6 +76,7 @@ def check_rows(text: TextCorpus, files: list[File]) -> None:
     filled = [file for file in files if file.size]
     if not filled:
         raise ValueError(f"{files[0].path} has no text; give files with some")
+    # The first piece of a file is enough: a wrong field or format shows in its first rows.
     for file in filled[:FILES_READ]:
         for span, _ in itertools.islice(spans(file, 0, extent(file), text.layout), 1):
             for _, found in itertools.islice(documents(span, text.layout), DOCUMENTS_READ):

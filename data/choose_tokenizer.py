@@ -26,7 +26,9 @@ def known_tokenizer(config: TokenizerConfig, cache: Path) -> Tokenizer | None:
         return bytes_tokenizer()
     if config.name == "gpt2":
         return gpt2_tokenizer(config.path, cache)
-    return configured_hf(config) if config.name == "hf" else None
+    if config.name == "hf":
+        return configured_hf(config)
+    return None
 
 
 def configured_hf(config: TokenizerConfig) -> Tokenizer:
@@ -87,6 +89,7 @@ def tokenizer_of_text(
     def name(identity: Any) -> Path:
         return cache / f"bpe-{key([identity, config.vocab_size, config.train_megabytes])}"
 
+    # The text is part of the name: another text trains another tokenizer.
     folder = folder_by_content(text, digests, name, "tokenizer.json")
     if not (folder / "tokenizer.json").exists():
         with locked(folder):

@@ -47,7 +47,10 @@ class TextCorpus:
         self.split = data.validation_split
         self.warnings: list[str] = []
         # A line of a program is no separator, so a file of the standard library is a document.
-        self.layout = DocumentLayout(data.field, data.separator if data.source == "text" else None)
+        separator = None
+        if data.source == "text":
+            separator = data.separator
+        self.layout = DocumentLayout(data.field, separator)
         self.sources: dict[str, list[File]] = {}
         self.named: dict[str, list[File]] = {}
         self.stdlib_hash: str | None = None
@@ -78,6 +81,7 @@ class TextCorpus:
         # Their digests need not be taken: the identity has their content already.
         if self.stdlib_hash is not None:
             return []
+        # The order is part of the record that keeps their digests.
         groups = [*self.sources.values(), *self.named.values()]
         return [file for files in groups for file in files]
 
@@ -123,6 +127,7 @@ class TextCorpus:
             part = f"train/{name}"
             held_out = self.held_out(name)
             whole = whole_files(files)
+            # Nothing is held out, or documents as they are read, or the end, cut off beforehand.
             if self.named:
                 pieces += self._pack(part, whole)
             elif self.split == "documents":
@@ -170,14 +175,14 @@ class TextCorpus:
         """Returns the pieces of stretches of files."""
         return [
             Piece(
-                part,
-                index,
-                spans,
-                self.layout,
-                held_out,
-                self.data.validation_fraction,
-                num_bytes,
-                self.data.bad_rows,
+                part=part,
+                index=index,
+                spans=spans,
+                layout=self.layout,
+                held_out=held_out,
+                fraction=self.data.validation_fraction,
+                num_bytes=num_bytes,
+                bad_rows=self.data.bad_rows,
             )
             for index, (spans, num_bytes) in enumerate(pack_spans(stretches, self.layout))
         ]
@@ -206,10 +211,15 @@ class TextCorpus:
                 continue
             # Each file is one document, which begins at 0.
             num_held_out = sum(is_held_out(file.name, 0, fraction) for file in files)
-            if num_held_out in (0, len(files)):
-                part = self.held_out(name) if num_held_out == 0 else f"train/{name}"
-                self.hold_out_the_tail(empty_split(part, len(files), self.data))
-                return
+            if num_held_out == 0:
+                part = self.held_out(name)
+            elif num_held_out == len(files):
+                part = f"train/{name}"
+            else:
+                continue
+            # One source without a part is enough: the tail is held out of all of them.
+            self.hold_out_the_tail(empty_split(part, len(files), self.data))
+            return
 
 
 def whole_files(files: list[File]) -> list[Stretch]:

@@ -118,6 +118,7 @@ def separated_documents(
 ) -> Iterator[tuple[int, str | BadRow]]:
     """Yields what lies between the separator lines of a part of a .txt file that begins at byte
     `start`."""
+    # The text between two separators is a document, also before the first and after the last.
     begin = 0
     for match in separator_line(layout).finditer(data):
         if match.start() > begin:
@@ -146,6 +147,7 @@ def jsonl_documents(
     """Yields (byte of its line, text) of each row; `start` is the byte of the file where `data`
     begins."""
     position = start
+    # Lines end with a line feed alone: other line ends may stand within a text.
     for line in data.split(b"\n"):
         if line.strip():
             text = row_text(line, field)

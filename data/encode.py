@@ -56,6 +56,7 @@ def encode_pieces(
     from tqdm import tqdm
 
     num_shards: dict[str, int] = {}
+    # tqdm's bar has no end without a total.
     total = None
     # How many pieces a stream has is known at its end only.
     if isinstance(pieces, list):
@@ -63,15 +64,10 @@ def encode_pieces(
         total = sum(piece.num_bytes for piece in lacking)
         num_workers = min(num_workers, len(lacking))
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokens", disable=None, file=sys.stderr)
-    # A pool needs processes of its own, so a single worker is this process.
-    several = (
-        worker_processes(num_workers, (tokenizer, folder))
-        if num_workers > 1
-        else contextlib.nullcontext()
-    )
-    with bar, several as pool:
+    with bar, pool_for_several(num_workers, (tokenizer, folder)) as pool:
         workers = Workers(num_workers, pool, tokenizer, folder)
         for piece in pieces:
+            # Shards are counted as their pieces come: the last index is known at the end only.
             for part in piece.parts:
                 num_shards[part] = num_shards.get(part, 0) + 1
                 (folder / part).mkdir(parents=True, exist_ok=True)
@@ -89,7 +85,10 @@ def is_done(piece: AnyPiece, folder: Path) -> bool:
 def num_cores() -> int:
     """Returns the number of cores that this process may use; a Slurm job or a container may have
     fewer than the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # macOS has no sched_getaffinity.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 # Processes
@@ -159,6 +158,15 @@ def worker_processes(
         pool.shutdown(cancel_futures=True)
 
 
+def pool_for_several(
+    number: int, given: tuple[Tokenizer, Path]
+) -> contextlib.AbstractContextManager[ProcessPoolExecutor | None]:
+    """Returns a pool of processes for more than one worker; a single one is this process."""
+    if number > 1:
+        return worker_processes(number, given)
+    return contextlib.nullcontext()
+
+
 def start_worker(given: tuple[Tokenizer, Path] | None) -> None:
     """Ties a worker to its parent: it leaves ctrl-C to it, and ends with it instead of waiting for
     work for ever."""
@@ -207,6 +215,7 @@ class Encoded:
 def encode_piece(piece: AnyPiece, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the shards of a piece: one of each part that it feeds."""
     dtype = token_dtype(tokenizer)
+    # Held-out documents lie among the others, so one pass fills both shards.
     parts = {part: Encoded() for part in piece.parts}
     skipped: list[str] = []
     for text in piece.texts(skipped):

@@ -89,6 +89,7 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > largest:
             raise DamagedFile(f"{path} is damaged ({size:,} bytes, where {largest:,} are the most)")
+        # A bad disk shows itself here, not when the file is opened.
         try:
             return file.read()
         except OSError as error:

@@ -24,6 +24,7 @@ def to_files(tokenizer: Tokenizer, max_length: int) -> dict[str, dict[str, Any]]
     those that it was read from, where it is Hugging Face's. Raises ValueError for ranks with a
     split pattern other than GPT-2's."""
     if isinstance(tokenizer, HFTokenizer):
+        # What the folder said itself goes before what is filled in.
         own = json.loads(tokenizer.settings)
         defaults = {
             "tokenizer_class": "PreTrainedTokenizerFast",

@@ -155,6 +155,7 @@ def read_names(folder: Path) -> dict[str, Any]:
     files = [folder / "special_tokens_map.json", folder / SETTINGS]
     for file in files:
         read_settings(file, Names, Names())  # for its types
+    # tokenizer_config.json goes before the older special_tokens_map.json.
     settings: dict[str, Any] = read_settings(files[0], dict[str, Any], {}) | read_settings(
         files[1], dict[str, Any], {}
     )
@@ -186,9 +187,11 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             f"{path} has the id {largest:,}, where {LARGEST_VOCABULARY:,} ids are the most; fetch"
             " it again"
         )
+    # The model has a row for each id of its config.json, which may be more than the tokenizer has.
     model = read_settings(folder / "config.json", Ids, Ids())
     eot = end_of_text(folder, made, model)
     vocab_size = max(largest + 1, model.get("vocab_size") or 0)
+    # Ranks know nothing that is put before a text.
     if not bos and (ranks := read_ranks(content, vocab_size)):
         return ranks
     if eot is None or made.id_to_token(eot) is None:
@@ -196,6 +199,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             f"{folder} names no token that ends a text; set eos_token in its {SETTINGS} to one of"
             f" {path}"
         )
+    # Special tokens that were added without resizing the model are no part of the vocabulary.
     rows = model.get("vocab_size") or vocab_size
     if {*range(rows, vocab_size)} <= special_ids(content) - {eot, *bos}:
         vocab_size = rows
@@ -245,10 +249,12 @@ def end_of_text(folder: Path, made: "tokenizers.Tokenizer", model: Ids) -> int |
         model: what its config.json says
     """
     token = read_names(folder).get("eos_token") or ""
+    # The tokenizer's own word goes before that of the model.
     named = made.token_to_id(token["content"] if isinstance(token, dict) else token)
     if named is not None:
         return named
     generation = read_settings(folder / "generation_config.json", Ids, Ids())
+    # A model that may end in several ways lists them, the usual one first.
     for stated in (model.get("eos_token_id"), generation.get("eos_token_id")):
         ids = stated if isinstance(stated, list) else [stated]
         if ids and ids[0] is not None:
@@ -261,34 +267,50 @@ def read_ranks(content: dict[str, Any], vocab_size: int) -> RankedTokenizer | No
     order of its merges, and end of text the only special token and the last id."""
     model = content["model"]
     splitter = content.get("pre_tokenizer") or {}
-    if (
-        model.get("type", "BPE") != "BPE"
-        or model.get("byte_fallback")
-        or content.get("normalizer")
-        or [*steps(splitter)] != [splitter]
-        or splitter["type"] != "ByteLevel"
-        or splitter.get("add_prefix_space", True)
-    ):
+    if not is_byte_level_bpe(content, splitter):
         return None
     merges = pairs(model)
     splits_words = splitter.get("use_regex", True)
+    # Where text is not split into words, ours cuts it anywhere, which a merge could lie across.
+    if merges and not splits_words:
+        return None
     vocab = {token: rank for token, rank in model["vocab"].items() if token != END_OF_TEXT}
+    added = [(token["content"], token["id"]) for token in added_tokens(content)]
+    if added != [(END_OF_TEXT, len(vocab))] or vocab_size != len(vocab) + 1:
+        return None
     by_id = sorted(vocab, key=vocab.__getitem__)
     byte_of = byte_alphabet()
-    added = [(token["content"], token["id"]) for token in added_tokens(content)]
-    # The ids that the merges give. Ranks are merged in the order of their ids.
-    merged = [vocab.get("".join(pair), -1) for pair in merges]
-    if (
-        (merges and not splits_words)
-        or added != [(END_OF_TEXT, len(vocab))]
-        or vocab_size != len(vocab) + 1
-        or [vocab[token] for token in by_id] != [*range(len(vocab))]
-        or not set("".join(by_id)) <= set(byte_of)
-        or merged != sorted(merged)
-        or -1 in merged
-    ):
+    if not set("".join(by_id)) <= set(byte_of) or not is_in_order(vocab, by_id, merges):
         return None
     ranks = tuple(bytes(byte_of[character] for character in token) for token in by_id)
     if splits_words:
         return RankedTokenizer("bpe", GPT2_PATTERN, ranks)
     return RankedTokenizer("bytes", BYTES_PATTERN, ranks)
+
+
+def is_byte_level_bpe(content: dict[str, Any], splitter: dict[str, Any]) -> bool:
+    """Returns whether a tokenizer.json merges bytes of the text as it stands, as GPT-2's does.
+
+    Args:
+        content: the tokenizer.json
+        splitter: its pre-tokenizer, empty where it has none
+    """
+    model = content["model"]
+    merges_bytes = model.get("type", "BPE") == "BPE" and not model.get("byte_fallback")
+    is_single = [*steps(splitter)] == [splitter] and splitter["type"] == "ByteLevel"
+    changes_text = content.get("normalizer") or splitter.get("add_prefix_space", True)
+    return bool(merges_bytes and is_single and not changes_text)
+
+
+def is_in_order(vocab: dict[str, int], by_id: list[str], merges: list[list[str]]) -> bool:
+    """Returns whether ids count up from 0, and merges give them in that order: ranks are merged in
+    the order of their ids.
+
+    Args:
+        vocab: the id of each token
+        by_id: the tokens in the order of their ids
+        merges: the pairs of tokens that are merged, first to last
+    """
+    merged = [vocab.get("".join(pair), -1) for pair in merges]
+    has_all_ids = [vocab[token] for token in by_id] == [*range(len(vocab))]
+    return has_all_ids and merged == sorted(merged) and -1 not in merged

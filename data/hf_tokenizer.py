@@ -93,8 +93,10 @@ class HFTokenizer(Tokenizer):
         return self.decode_bytes(ids).partition(b"a")[0]
 
     def encode(self, text: str, opens: bool = True) -> np.ndarray:
+        encoding = self.encoding
         # The second encoding is built only where a space makes a difference.
-        encoding = self.encoding if opens or not self.space else self.later
+        if not opens and self.space:
+            encoding = self.later
         return np.array(encoding.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -187,8 +189,10 @@ def without_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
         "ByteLevel": {"add_prefix_space": False},
     }
     kept = [step | never.get(step["type"], {}) for step in steps(part) if step["type"] != "Prepend"]
-    if len(kept) < 2:
-        return kept[0] if kept else None
+    if not kept:
+        return None
+    if len(kept) == 1:
+        return kept[0]
     # A normaliser and a pre-tokenizer call their steps differently, and read no other name.
     return {"type": "Sequence", "normalizers": kept, "pretokenizers": kept}
 
@@ -203,6 +207,8 @@ def spell(encoding: "tokenizers.Tokenizer", content: dict[str, Any]) -> Iterator
     replaced = replacements(decoders)
     only_replaces = bool(kinds) and kinds <= REPLACING and all(old for old, _ in replaced)
     anchor = plain_id(encoding, added)
+    # From the surest way to the slowest: what is added stands for itself, a byte-level letter for a
+    # byte, and what no rule here knows is decoded by the library.
     for token, index in encoding.get_vocab(with_added_tokens=True).items():
         if index in added:
             yield index, added[index]
@@ -250,7 +256,9 @@ def decode_after(encoding: "tokenizers.Tokenizer", anchor: int, index: int) -> s
     a text's first id."""
     before = encoding.decode([anchor])
     after = encoding.decode([anchor, index])
-    return after.removeprefix(before) if after.startswith(before) else encoding.decode([index])
+    if after.startswith(before):
+        return after.removeprefix(before)
+    return encoding.decode([index])
 
 
 def pairs(model: dict[str, Any]) -> list[list[str]]:
@@ -269,4 +277,6 @@ def essence(part: Any) -> Any:
             for name, value in part.items()
             if value is not None and value is not False
         }
-    return [essence(value) for value in part] if isinstance(part, list) else part
+    if isinstance(part, list):
+        return [essence(value) for value in part]
+    return part

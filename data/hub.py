@@ -19,7 +19,7 @@ from conf.text import DataConfig
 from data.corpora import check_names
 from data.files import parse_json, read_bytes, write_atomically
 from data.hub_stream import HubStream, Place, Rows
-from data.rows import BadRow, Text, is_held_out, skip_or_refuse
+from data.rows import BadRow, PieceOfText, Text, skip_or_refuse
 from data.shards import key, shard_name
 from data.source_files import File, NoText, list_files
 
@@ -48,25 +48,11 @@ class HubText(Text):
         return f"{self.file}: row {self.position}"
 
 
-@dataclass(frozen=True)
-class HubPiece:
-    """Rows whose texts become shard `index` of `part`, but for the share `fraction` of them that go
-    to `held_out`.
+@dataclass(frozen=True, kw_only=True)
+class HubPiece(PieceOfText):
+    """Rows of a dataset whose texts become a shard."""
 
-    `num_bytes` is the bytes of their text; `bad_rows` is as in DataConfig."""
-
-    part: str
-    index: int
     rows: tuple[Rows, ...]
-    held_out: str | None
-    fraction: float
-    num_bytes: int
-    bad_rows: str
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Names the parts of the corpus that the piece feeds."""
-        return (self.part,) if self.held_out is None else (self.part, self.held_out)
 
     def texts(self, skipped: list[str] | None = None) -> Iterator[Text]:
         """Yields every text in the piece, in order.
@@ -82,11 +68,9 @@ class HubPiece:
                 if isinstance(text, BadRow):
                     skip_or_refuse(text, self.bad_rows, skipped)
                 elif text:
-                    part = self.part
                     # The number of the file decides, not its path, so that a copy elsewhere holds
                     # out the same rows.
-                    if self.held_out and is_held_out(str(rows.first.file), row, self.fraction):
-                        part = self.held_out
+                    part = self.part_of(str(rows.first.file), row)
                     yield HubText(part, text, True, True, rows.file, row)
 
 
@@ -120,14 +104,18 @@ class HubCorpus:
     def identity(self) -> dict[str, Any]:
         """Returns what the corpus is: the name of a dataset on the hub, or the names, sizes and
         times of all files of a folder."""
-        found = list_below(self.local, lambda name: True) if self.local else []
+        if self.local is None:
+            return self._identify([self.data.path, self.data.revision])
+        found = list_below(self.local, lambda name: True)
         return self._identify([file[1:] for file in found])
 
     @property
     def files(self) -> list[File]:
         """Lists the files of a folder that can hold rows: neither hidden ones nor those about the
         dataset."""
-        return list_below(self.local, is_data) if self.local else []
+        if self.local is None:
+            return []
+        return list_below(self.local, is_data)
 
     def identify(self, describe: Callable[[File], Any]) -> dict[str, Any]:
         """Returns what the corpus is, each file as it is described, and what the head of README.md
@@ -145,7 +133,7 @@ class HubCorpus:
         rest = [data.config, data.split, data.field, data.documents, self.named, split]
         return {
             "source": "hub",
-            "content": content if self.local else [data.path, data.revision],
+            "content": content,
             "rest": rest,
         }
 
@@ -183,9 +171,15 @@ class HubCorpus:
     def _piece(
         self, part: str, index: int, rows: tuple[Rows, ...], held_out: str | None
     ) -> HubPiece:
-        fraction = self.data.validation_fraction
-        num_bytes = sum(each.num_bytes for each in rows)
-        return HubPiece(part, index, rows, held_out, fraction, num_bytes, self.data.bad_rows)
+        return HubPiece(
+            part=part,
+            index=index,
+            rows=rows,
+            held_out=held_out,
+            fraction=self.data.validation_fraction,
+            num_bytes=sum(each.num_bytes for each in rows),
+            bad_rows=self.data.bad_rows,
+        )
 
     def _pieces(
         self, folder: Path, part: str, split: str, held_out: str | None, limit: int | None
@@ -203,6 +197,7 @@ class HubCorpus:
         (folder / part).mkdir(parents=True, exist_ok=True)
         journal = folder / part / "pieces.jsonl"
         ends = read_journal(journal)
+        # Pieces of a start before come first, without text, while all of their shards are there.
         num_done = 0
         while num_done < len(ends) and ends[num_done]:
             piece = self._piece(part, num_done, (), held_out)
@@ -214,8 +209,9 @@ class HubCorpus:
             return
         # Lines of pieces whose shards are not all there are taken back, and the pieces made again.
         write_atomically(journal, "".join(json.dumps(end) + "\n" for end in ends[:num_done]))
-        last = ends[num_done - 1] if num_done else None
-        start = Place(*last) if last else Place(0, 0, 0)
+        start = Place(0, 0, 0)
+        if num_done and (last := ends[num_done - 1]):
+            start = Place(*last)
         with journal.open("a") as file:
             for index, (end, rows) in enumerate(self._packs(split, start, limit), num_done):
                 file.write(json.dumps(end) + "\n")
@@ -236,6 +232,7 @@ class HubCorpus:
         pack: list[Rows] = []
         end = start
         for rows in self._rows(split, start):
+            # Places count the rows of the whole stream, so a limit holds across interruptions.
             if limit is not None and rows.first.num_rows + len(rows.texts) > limit:
                 rows = rows._replace(texts=rows.texts[: limit - rows.first.num_rows])
             pack.append(rows)
@@ -292,10 +289,13 @@ def dataset_folder(path: str) -> Path | None:
 def read_journal(path: Path) -> list[tuple[int, int, int] | None]:
     """Returns the lines of a journal up to one that was cut off."""
     ends: list[tuple[int, int, int] | None] = []
-    # A process that was killed may have left half a line at the end.
-    for line in read_bytes(path).split(b"\n") if path.exists() else []:
+    if not path.exists():
+        return ends
+    end_or_null: Any = tuple[int, int, int] | None
+    for line in read_bytes(path).split(b"\n"):
+        # A process that was killed may have left half a line at the end.
         try:
-            ends.append(parse_json(line, tuple[int, int, int] | None, path))  # type: ignore[arg-type]
+            ends.append(parse_json(line, end_or_null, path))
         except ValueError:
             break
     return ends
@@ -325,6 +325,8 @@ def list_below(folder: Path, wanted: Callable[[str], bool]) -> list[File]:
 def card_hash(card: Path) -> str:
     """Returns a hash of the head of a dataset's README.md, which may say what files its
     configurations have."""
-    # The head lies between two lines of dashes. The rest is prose.
-    head = read_bytes(card).split(b"---\n")[1:2] if card.is_file() else []
+    head: list[bytes] = []
+    if card.is_file():
+        # The head lies between two lines of dashes. The rest is prose.
+        head = read_bytes(card).split(b"---\n")[1:2]
     return hashlib.sha256(b"".join(head)).hexdigest()

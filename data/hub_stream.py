@@ -98,12 +98,13 @@ class HubStream:
             for chunk in batch.column(self.data.field).chunks:
                 for text in column_texts(chunk, self.data.field, name):
                     texts.append(located(text, f"{name}: row {first.row + len(texts)}"))
-        texts = [
-            text if isinstance(text, BadRow) else text.removeprefix(BYTE_ORDER_MARK)
-            for text in texts
-        ]
-        # Bad rows have no text.
-        num_bytes = sum(len(text.encode()) for text in texts if isinstance(text, str))
+        num_bytes = 0
+        for index, text in enumerate(texts):
+            # Bad rows have no text.
+            if isinstance(text, str):
+                plain = text.removeprefix(BYTE_ORDER_MARK)
+                texts[index] = plain
+                num_bytes += len(plain.encode())
         return Rows(first, texts, num_bytes, name)
 
     def files(self, split: str, first: int) -> Iterator[tuple[int, str, Iterator[Any]]]:
@@ -148,7 +149,9 @@ class HubStream:
             return None
         record = Path(expand("data.cache", self.data.cache)) / self.record
         # A record that holds no commit, as one that was cut off, is written again.
-        known = read_bytes(record).decode(errors="replace") if record.exists() else ""
+        known = ""
+        if record.exists():
+            known = read_bytes(record).decode(errors="replace")
         if not re.fullmatch("[0-9a-f]{40,64}", known):
             from huggingface_hub import HfApi
 
@@ -265,6 +268,8 @@ class Split:
         import datasets
         from datasets.utils.file_utils import xopen
 
+        # The library unpacks what is compressed, by name or first bytes, and tries again where the
+        # network breaks off.
         manager = datasets.StreamingDownloadManager()
         for file in manager.iter_files(manager.download_and_extract(path)):
             with xopen(file, "rb") as opened:
@@ -278,6 +283,7 @@ def split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
     """Yields the lines of a file that is read in blocks, without their ends."""
     rest = b""
     for block in blocks:
+        # The last line may go on in the next block.
         *lines, rest = (rest + block).split(b"\n")
         yield from lines
     yield rest

@@ -132,7 +132,8 @@ class Loader:
                 )
         # Of fewer than 2 T tokens there is one window, and only so much room for its offset.
         self.num_windows = [max(1, (len(tokens) - length) // length) for tokens in self.sources]
-        self.counts = shares({name: weights[name] if weights else 1.0 for name in self.names})
+        weights = weights or dict.fromkeys(self.names, 1.0)
+        self.counts = shares({name: weights[name] for name in self.names})
 
     def batch(self, step: int, rows: slice = slice(None)) -> "Batch":
         """Returns inputs and targets of a step, or of some `rows` of it (int64, B x T each). Reads
@@ -156,6 +157,7 @@ class Loader:
         ):
             mine = source == index
             epoch, position = np.divmod(within[mine], num_windows)
+            # The offset leaves whole windows and their last target inside the source.
             room = min(self.length, len(tokens) - num_windows * self.length)
             offset = (mix(self.seed, 2, index, epoch) % np.uint64(room)).astype(np.int64)
             # The numbers 1, 2 and 3 keep the hashes of periods, offsets and orders apart.
@@ -174,10 +176,12 @@ class Loader:
         for period in np.unique(n // PERIOD):
             # A period has every slot once, so each source has exactly its share of it.
             order = permute(np.arange(PERIOD), PERIOD, mix(self.seed, 1, period))
+            # Slots [0, c_0) are the first source's, the next c_1 the second's, and so on.
             slot_source = np.searchsorted(np.cumsum(self.counts), order, side="right")
             slot_within = np.zeros(PERIOD, dtype=np.int64)
             for index, count in enumerate(self.counts):
                 slot_within[slot_source == index] = period * count + np.arange(count)
+            # The sequences that were asked for and lie in this period.
             here = n // PERIOD == period
             slots = n[here] % PERIOD
             source[here] = slot_source[slots]
@@ -221,6 +225,7 @@ class Prefetcher:
     def _work(self) -> None:
         while not self._closed.is_set():
             item: Batch | BaseException
+            # An error is handed over in place of a batch, and raised where batches are taken.
             try:
                 item = self._loader.batch(self._step, self._rows)
                 if self._pin:
@@ -290,7 +295,10 @@ class Validation:
         self._given = list(tokenizer.bos)
         # The first token is no target, and the last window may be short.
         total = -(-(len(source) - 1) // length)
-        num_windows = total if max_tokens is None else min(total, max(1, max_tokens // length))
+        num_windows = total
+        if max_tokens is not None:
+            num_windows = min(total, max(1, max_tokens // length))
+        # Spread evenly: window i of n is window i total // n of all.
         self.starts = np.arange(num_windows, dtype=np.int64) * total // num_windows * length
 
     def batches(self, size: int) -> Iterator["Batch"]:
@@ -307,6 +315,7 @@ class Validation:
                 tokens = self.source.read(start, start + self.length + 1)
                 inputs[row, : len(tokens) - 1] = tokens[:-1]
                 targets[row, : len(tokens) - 1] = tokens[1:]
+            # Rows that are left are all IGNORED, so they add nothing to the loss.
             # A model that goes on from a text is given these, so it need not predict them.
             if self._given:
                 targets[np.isin(targets, self._given)] = IGNORED

@@ -75,6 +75,7 @@ def leaks(parts: Mapping[str, Tokens], tokenizer: Tokenizer) -> list[str]:
 def overlap(train: list[Tokens], validation: Tokens, eot: int) -> tuple[float, np.ndarray]:
     """Returns the share of a validation set's stretches that are in the training tokens, and the
     first of those."""
+    # The stretches of the validation set, as hashes.
     starts, doublings = stretches(validation, eot)
     length = 2**doublings
     if not len(starts):
@@ -86,6 +87,7 @@ def overlap(train: list[Tokens], validation: Tokens, eot: int) -> tuple[float, n
     table = np.zeros(2**16, dtype=bool)
     table[wanted >> np.uint64(48)] = True
     seen = np.zeros(0, dtype=np.uint64)
+    # Every window of the training tokens is looked at; blocks overlap by a window less one token.
     for tokens in train:
         for first in range(0, len(tokens), BLOCK):
             hashes = window_hashes(tokens.read(first, first + BLOCK + length - 1), doublings)
@@ -105,17 +107,23 @@ def stretches(validation: Tokens, eot: int) -> tuple[np.ndarray, int]:
     They lie anywhere within documents, whose neighbours elsewhere are others; where most documents
     are shorter than a stretch, or little longer, at the beginnings of documents."""
     doublings = window_doublings(validation)
+    # How long documents are is seen at the beginning of the set.
     head = validation.read(0, min(len(validation), LOOKED_AT))
     ends = np.flatnonzero(head == eot)
     lengths = np.diff(ends) - 1
     if len(lengths) and np.median(lengths) < 2**doublings:
+        # Half of the documents are as long as the median, so a window of its size fits them.
         doublings = int(max(4, np.floor(np.log2(max(1, np.median(lengths))))))
         return beginnings(ends, lengths, 2**doublings), doublings
+    # A stretch may end with a document, but not go on into the next.
     starts = spread(len(validation) - 2**doublings + 1)
     crosses = [eot in validation.read(start, start + 2**doublings - 1) for start in starts]
     within = starts[~np.array(crosses, dtype=bool)]
-    if len(within) >= NUM_WITHIN or not len(lengths):
-        return (within if len(within) else starts), doublings
+    if len(within) >= NUM_WITHIN:
+        return within, doublings
+    # Of a set without ends of documents every stretch counts.
+    if not len(lengths):
+        return starts, doublings
     return beginnings(ends, lengths, 2**doublings), doublings
 
 
@@ -142,6 +150,7 @@ def window_doublings(tokens: Tokens) -> int:
 
 def window_hashes(tokens: np.ndarray, doublings: int) -> np.ndarray:
     """Returns a hash (uint64) of each window of 2^doublings consecutive tokens."""
+    # Token 0 counts too, hence the 1.
     hashes = (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(FACTORS[-1])
     for step in range(doublings):
         size = 2**step

@@ -44,6 +44,7 @@ def parquet_documents(
             f"{path}: no field {field!r}; set data.field to the one that holds the text, of"
             f" {columns}"
         )
+    # Row groups follow one another, and only their numbers of rows are known.
     end = 0
     for group in range(parquet.metadata.num_row_groups):
         begin = end

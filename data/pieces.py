@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from data.documents import DocumentLayout, Span, documents, separator_line
 from data.parquet import open_parquet, row_groups
-from data.rows import BadRow, Text, is_held_out, skip_or_refuse
+from data.rows import BadRow, PieceOfText, Text, skip_or_refuse
 from data.source_files import File, mapped
 
 # Large enough that a shard is worth a file, small enough that a process holds its text and tokens.
@@ -28,26 +28,12 @@ LINE_END = re.compile(rb"\n")
 Stretch = tuple[File, int, int]
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Spans whose documents become shard `index` of `part`, but for the share `fraction` of them
-    that go to `held_out`.
+@dataclass(frozen=True, kw_only=True)
+class Piece(PieceOfText):
+    """Spans of files whose documents become a shard."""
 
-    `num_bytes` is about the bytes of its text; `bad_rows` is as in DataConfig."""
-
-    part: str
-    index: int
     spans: tuple[Span, ...]
     layout: DocumentLayout
-    held_out: str | None
-    fraction: float
-    num_bytes: int
-    bad_rows: str
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Names the parts of the corpus that the piece feeds."""
-        return (self.part,) if self.held_out is None else (self.part, self.held_out)
 
     def texts(self, skipped: list[str] | None = None) -> Iterator[Text]:
         """Yields everything in the piece, in order.
@@ -63,9 +49,7 @@ class Piece:
                 if isinstance(text, BadRow):
                     skip_or_refuse(text, self.bad_rows, skipped)
                     continue
-                part = self.part
-                if self.held_out and is_held_out(span.file.name, position, self.fraction):
-                    part = self.held_out
+                part = self.part_of(span.file.name, position)
                 # All parts of a document that is a whole file share the position 0.
                 place = position or span.start
                 yield Text(part, text, span.opens, span.closes, span.file.path, place)
@@ -153,6 +137,7 @@ def cut_tail(
     before = []
     after = []
     for file, start, stop in whole:
+        # The point counts from the beginning of this file, then of the next.
         cut = min(max(point, 0), stop)
         point -= stop
         if 0 < cut < stop and not file.path.endswith(".parquet"):
@@ -160,6 +145,7 @@ def cut_tail(
                 cut = align_cut(view, cut, layout if file.path.endswith(".txt") else None)
         before.append((file, start, cut))
         after.append((file, cut, stop))
+    # The share may be smaller than the last row, or hit the white space behind it.
     if all(is_blank(*stretch) for stretch in after):
         hold_out_the_last_row(before, after)
     return before, after
@@ -175,6 +161,7 @@ def is_blank(file: File, start: int, stop: int) -> bool:
 
 def hold_out_the_last_row(before: list[Stretch], after: list[Stretch]) -> None:
     """Moves the last row of .jsonl files from the stretches before to those after."""
+    # The last file with text has the last row.
     for index, (file, start, stop) in reversed([*enumerate(before)]):
         if start < stop and file.path.endswith(".jsonl"):
             with mapped(file.path) as view:

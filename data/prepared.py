@@ -47,6 +47,7 @@ from data.shards import (
     Meta,
     Part,
     Shard,
+    TokenizerMeta,
     Tokens,
     key,
     shard_name,
@@ -116,6 +117,7 @@ def open_text(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, cache: P
             raise
         note_once([f"{str(error).partition(';')[0]}; what was prepared from it is used: {known}"])
         return open_prepared(known, data, Tokenizer.load(known), GONE)
+    # The content of the files decides which folder it is, wherever they lie.
     digests = digest_files(text.files, cache)
     try:
         folder, chosen = prepare_text(text, digests, tokenizer, cache)
@@ -200,6 +202,7 @@ def open_prepared(
             f"{folder} was prepared without {num_skipped} rows that cannot be read, the first:"
             f" {meta.get('first_skipped')}; set data.bad_rows=skip to use it, or mend the rows"
         )
+    # Sizes and headers are looked at now, and contents once in data.verify_days.
     num_shards = {part: entry["shards"] for part, entry in meta["parts"].items()}
     shards = open_shards(folder, num_shards, tokenizer, remedy)
     verify_once(folder, [shard for found in shards.values() for shard in found], data.verify_days)
@@ -251,24 +254,16 @@ def fill(folder: Path, text: AnyCorpus, digests: dict[str, str], tokenizer: Toke
         EmptySplit: random documents were held out, and a part comes out without text
         ValueError: another part comes out without text
     """
-    # Killed writers left these. None is at work now, since the lock is held.
-    for leftover in folder.rglob("*.tmp"):
-        leftover.unlink()
-    # These sets are known to be trained on as a whole, so their tokens need not be compared.
     known_leaks = text.leaks(digests)
     note_once([*known_leaks.values()])
-    num_workers = text.data.workers or num_cores()
-    num_shards = encode_pieces(text.pieces(folder), tokenizer, folder, num_workers)
-    shards = open_shards(folder, num_shards, tokenizer)
-    skipped = {part: skipped_rows(folder / part) for part in num_shards}
+    # This is the long part of the work.
+    shards = encode_text(folder, text, tokenizer)
+    # Parts without text are refused before anything says that the corpus is complete.
+    skipped = {part: skipped_rows(folder / part) for part in shards}
     skipped = {part: found for part, found in skipped.items() if found["count"]}
     parts = {part: summary(found) for part, found in shards.items()}
-    try:
-        refuse_empty(text, parts, skipped)
-    except EmptySplit as error:
-        # The next start then goes to the tail at once, without encoding all of the text.
-        write_atomically(folder / EMPTY_SPLIT, json.dumps(str(error)))
-        raise
+    check_parts(folder, text, parts, skipped)
+    # The sets of known leaks are trained on as a whole, so their tokens need not be compared.
     compared = {part: Tokens(found) for part, found in shards.items() if part not in known_leaks}
     notes = [*known_leaks.values(), *leaks(compared, tokenizer)]
     # The tokenizer comes before meta.json, whose presence means that all is there.
@@ -278,17 +273,32 @@ def fill(folder: Path, text: AnyCorpus, digests: dict[str, str], tokenizer: Toke
         "fingerprint": fingerprint(shards),
         "corpus": text.identity,
         "parts": parts,
-        "tokenizer": {
-            "name": tokenizer.name,
-            "vocab_size": tokenizer.vocab_size,
-            "hash": tokenizer.hash,
-        },
+        "tokenizer": tokenizer_meta(tokenizer),
         "notes": notes,
     }
     if skipped:
         meta["skipped"] = {part: found["count"] for part, found in skipped.items()}
         meta["first_skipped"] = next(iter(skipped.values()))["first"][0]
     write_atomically(folder / "meta.json", json.dumps(meta, indent=1))
+
+
+def encode_text(folder: Path, text: AnyCorpus, tokenizer: Tokenizer) -> dict[str, list[Shard]]:
+    """Returns the shards of each part of a text, those that the folder lacks made now."""
+    # Killed writers left these. None is at work now, since the lock is held.
+    for leftover in folder.rglob("*.tmp"):
+        leftover.unlink()
+    num_workers = text.data.workers or num_cores()
+    num_shards = encode_pieces(text.pieces(folder), tokenizer, folder, num_workers)
+    return open_shards(folder, num_shards, tokenizer)
+
+
+def tokenizer_meta(tokenizer: Tokenizer) -> TokenizerMeta:
+    """Returns the tokenizer as meta.json names it."""
+    return {
+        "name": tokenizer.name,
+        "vocab_size": tokenizer.vocab_size,
+        "hash": tokenizer.hash,
+    }
 
 
 def fingerprint(shards: dict[str, list[Shard]]) -> str:
@@ -308,6 +318,18 @@ def summary(shards: list[Shard]) -> Part:
     }
 
 
+def check_parts(
+    folder: Path, text: AnyCorpus, parts: dict[str, Part], skipped: dict[str, Skipped]
+) -> None:
+    """Raises what `refuse_empty` does, and notes in the folder that random documents cannot be held
+    out: the next start then goes to the tail at once, without encoding all of the text."""
+    try:
+        refuse_empty(text, parts, skipped)
+    except EmptySplit as error:
+        write_atomically(folder / EMPTY_SPLIT, json.dumps(str(error)))
+        raise
+
+
 def refuse_empty(text: AnyCorpus, parts: dict[str, Part], skipped: dict[str, Skipped]) -> None:
     """Raises an error for the first part that has come out without text.
 
@@ -324,38 +346,41 @@ def refuse_empty(text: AnyCorpus, parts: dict[str, Part], skipped: dict[str, Ski
     expected |= {f"validation/{name}" for name in text.named}
     if not text.named:
         expected |= {text.held_out(name) for name in text.sources}
-    # Without any document the text is at fault, not the split.
+    empty = [part for part in sorted(expected) if part not in parts or not parts[part]["tokens"]]
+    if not empty:
+        return
+    part = empty[0]
     num_documents = sum(entry["documents"] for entry in parts.values())
-    is_hub = isinstance(text, HubCorpus)
-    for part in sorted(expected):
-        if part in parts and parts[part]["tokens"]:
-            continue
-        if text.named or not num_documents:
-            reason = ""
-            if part in skipped:
-                reason = f" (rows were skipped, the first: {skipped[part]['first'][0]})"
-            raise ValueError(
-                f"{part} has no text{reason}; give {'a split' if is_hub else 'files'} with some"
-            )
-        reason = empty_split(part, num_documents, text.data)
-        if isinstance(text, HubCorpus):
-            remedy = hub_remedy(text, num_documents)
-            raise ValueError(f"{reason}, and data=hub holds out random rows only; {remedy}")
-        if text.split == "documents":
-            raise EmptySplit(reason)
-        raise ValueError(
-            f"{reason}, by its tail too; raise data.validation_fraction, give more text, or name a"
-            " set in data.validation"
-        )
+    # Where nothing is held out, or there is no document at all, the text is at fault.
+    if text.named or not num_documents:
+        reason = ""
+        if part in skipped:
+            reason = f" (rows were skipped, the first: {skipped[part]['first'][0]})"
+        wanted = "a split" if isinstance(text, HubCorpus) else "files"
+        raise ValueError(f"{part} has no text{reason}; give {wanted} with some")
+    # Else the split is at fault: too small a share of too few documents.
+    reason = empty_split(part, num_documents, text.data)
+    if isinstance(text, HubCorpus):
+        remedy = hub_remedy(text, num_documents)
+        raise ValueError(f"{reason}, and data=hub holds out random rows only; {remedy}")
+    if text.split == "documents":
+        raise EmptySplit(reason)
+    raise ValueError(
+        f"{reason}, by its tail too; raise data.validation_fraction, give more text, or name a set"
+        " in data.validation"
+    )
 
 
 def hub_remedy(text: HubCorpus, num_documents: int) -> str:
     """Returns what to do where holding out rows of a dataset leaves a part empty. The end of a
     stream is not known beforehand, so its tail cannot be held out instead."""
-    remedies = ["name a split in data.validation"]
+    remedies = []
     # A single row goes to one part or the other, whatever the share.
     if num_documents > 1:
-        remedies.insert(0, "raise it or data.documents" if text.data.documents else "raise it")
+        remedies.append("raise it")
+    if num_documents > 1 and text.data.documents:
+        remedies.append("raise data.documents")
+    remedies.append("name a split in data.validation")
     if text.local:
         remedies.append("read the folder by data=text, which then holds out its tail")
     return ", or ".join(remedies)

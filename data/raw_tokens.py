@@ -99,6 +99,7 @@ def scan(path: Path, tokenizer: Tokenizer) -> Scan:
     """Reads through a file of raw uint16. Returns its tokens, documents, bytes of text and largest
     id, and the sha256 of the tokens."""
     offset = check_raw(path, tokenizer)
+    # Mapped, a file may be larger than the memory.
     ids = np.memmap(path, "<u2", "r", offset)
     digest = hashlib.sha256()
     # One pass serves the counts, the check of every id, and the digest.
@@ -131,8 +132,8 @@ def check_raw(path: Path, tokenizer: Tokenizer) -> int:
             f"{path} has a meta.pkl beside it: its ids are nanoGPT's characters, which no tokenizer"
             " here has; prepare its text with data=text"
         )
+    # The first numbers tell what the file is; one of fewer than 12 bytes has fewer of them.
     size = path.stat().st_size
-    # A file of fewer than 12 bytes gives fewer numbers.
     start = np.fromfile(path, "<i4", 3)
     for magic, kind in OTHERS.items():
         if start.tobytes().startswith(magic):
@@ -148,24 +149,32 @@ def check_raw(path: Path, tokenizer: Tokenizer) -> int:
             " kind; get it again"
         )
     ids = np.memmap(path, "<u2", "r", offset)[:BLOCK]
+    refuse_other_widths(path, ids)
+    check_largest(path, int(ids.max()), tokenizer)
+    return offset
+
+
+def refuse_other_widths(path: Path, ids: np.ndarray) -> None:
+    """Raises ValueError where the first numbers of a file, read as uint16, show zeros as other
+    numbers have them; a few alone show nothing."""
+    if len(ids) < 16:
+        return
     # Wider numbers, lowest byte first, are small ids with zeros between them.
-    if len(ids) >= 16 and ids[::2].any() and not ids[1::2].any():
+    if ids[::2].any() and not ids[1::2].any():
         width = 32 if ids[2::4].any() else 64
         raise ValueError(
             f"{path} holds uint{width}, not uint16: every second id would be 0; write it again with"
             f" numpy: numpy.fromfile(FILE, 'uint{width}').astype('uint16').tofile(OTHER)"
         )
-    if len(ids) >= 16 and ids[1::2].any() and not ids[::2].any():
+    if ids[1::2].any() and not ids[::2].any():
         raise ValueError(
             f"{path} holds wider numbers than uint16, highest byte first: every second id would be"
             " 0; write it again with numpy:"
             " numpy.fromfile(FILE, '>u4').astype('<u2').tofile(OTHER)"
         )
     # A copy that was broken off may have room for its text, and nothing in it.
-    if len(ids) >= 16 and not ids.any():
+    if not ids.any():
         raise ValueError(f"{path} holds nothing but zeros; get it again")
-    check_largest(path, int(ids.max()), tokenizer)
-    return offset
 
 
 def check_largest(path: Path, largest: int, tokenizer: Tokenizer) -> None:

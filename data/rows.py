@@ -2,6 +2,7 @@
 out."""
 
 import hashlib
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from data.source_files import name_position
@@ -65,3 +66,29 @@ def is_held_out(name: str, position: int, fraction: float) -> bool:
     every machine and in every run."""
     place = hashlib.blake2b(f"{name}\0{position}".encode(), digest_size=8).digest()
     return int.from_bytes(place, "little") < fraction * 2**64
+
+
+@dataclass(frozen=True, kw_only=True)
+class PieceOfText:
+    """Documents that become shard `index` of `part`, but for the share `fraction` of them that go
+    to `held_out`.
+
+    `num_bytes` is about the bytes of their text; `bad_rows` is as in DataConfig."""
+
+    part: str
+    index: int
+    held_out: str | None
+    fraction: float
+    num_bytes: int
+    bad_rows: str
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names the parts of the corpus that the piece feeds."""
+        return (self.part,) if self.held_out is None else (self.part, self.held_out)
+
+    def part_of(self, name: str, position: int) -> str:
+        """Returns the part that the document at a byte or row of a file belongs to."""
+        if self.held_out and is_held_out(name, position, self.fraction):
+            return self.held_out
+        return self.part

@@ -173,7 +173,10 @@ class Tokens:
             parts.append(shard.tokens[start - begin : stop - begin])
             start = end
             index += 1
-        return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)
+        # numpy joins no empty list.
+        if not parts:
+            return np.zeros(0, dtype=np.int64)
+        return np.concatenate(parts).astype(np.int64)
 
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -257,7 +260,8 @@ def write_shard(
         tokenizer: the tokenizer of the ids
     """
     dtype = token_dtype(tokenizer)
-    max_token = int(ids.max()) if len(ids) else 0
+    # A part of a piece may get no document, and so no token.
+    max_token = int(ids.max(initial=0))
     header = Header(
         MAGIC,
         VERSION,
@@ -292,11 +296,8 @@ def verify_once(folder: Path, shards: Sequence[Shard], days: float) -> None:
     from tqdm import tqdm
 
     record = folder / "verified.json"
-    # The size and the time of each shard, by its path from the folder.
-    current: dict[str, list[int]] = {}
-    for shard in shards:
-        stat = shard.path.stat()
-        current[name_in(folder, shard.path)] = [stat.st_size, stat.st_mtime_ns]
+    current = sizes_and_times(folder, shards)
+    # A record that is damaged vouches for nothing.
     try:
         known = read_json(record, dict[str, list[int | float]], {})
     except ValueError:
@@ -306,23 +307,28 @@ def verify_once(folder: Path, shards: Sequence[Shard], days: float) -> None:
         for shard, name in zip(shards, current, strict=True)
         if known.get(name, [])[:2] != current[name] or is_old(known[name][2:], days)
     ]
-    for shard in tqdm(
-        doubtful,
-        desc="verifying",
-        unit="shard",
-        disable=None if len(doubtful) > 1 else True,
-        file=sys.stderr,
-    ):
+    if not doubtful:
+        return
+    # tqdm's None shows a bar on a terminal only. A single shard needs none.
+    disable = None if len(doubtful) > 1 else True
+    bar = tqdm(doubtful, desc="verifying", unit="shard", disable=disable, file=sys.stderr)
+    for shard in bar:
         shard.verify()
         # Without a time here, the shard gets the present one below.
         known[name_in(folder, shard.path)] = []
-    if doubtful:
-        looked = {
-            name: [*stat, *(known[name][2:] or [time.time()])] for name, stat in current.items()
-        }
-        # A cache that others share may be read-only: then every start verifies.
-        with contextlib.suppress(OSError):
-            write_atomically(record, json.dumps(looked))
+    looked = {name: [*stat, *(known[name][2:] or [time.time()])] for name, stat in current.items()}
+    # A cache that others share may be read-only: then every start verifies.
+    with contextlib.suppress(OSError):
+        write_atomically(record, json.dumps(looked))
+
+
+def sizes_and_times(folder: Path, shards: Sequence[Shard]) -> dict[str, list[int]]:
+    """Returns the size and the time of each shard, by its path from the folder."""
+    found: dict[str, list[int]] = {}
+    for shard in shards:
+        stat = shard.path.stat()
+        found[name_in(folder, shard.path)] = [stat.st_size, stat.st_mtime_ns]
+    return found
 
 
 def name_in(folder: Path, path: Path) -> str:

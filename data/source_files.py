@@ -97,6 +97,7 @@ def find_files(key: str, paths: Any, suffixes: tuple[str, ...] = SUFFIXES) -> li
         found += match_files(key, pattern, suffixes)
     if wrong := [path for path in found if not path.endswith(suffixes)]:
         raise ValueError(f"{key}={wrong[0]} is of no known kind; give {', '.join(suffixes)} files")
+    # Names are taken below the folder that all files share, so a copy elsewhere has the same.
     root = os.path.commonpath([os.path.dirname(path) for path in found])
     return list_files(list(dict.fromkeys(found)), root)
 
@@ -106,8 +107,11 @@ def match_files(key: str, pattern: str, suffixes: tuple[str, ...]) -> list[str]:
     none."""
     path = os.path.abspath(expand(key, pattern))
     # A path that is there stands for itself, though its name have the characters of a glob.
-    matches = [path] if os.path.exists(path) else sorted(glob.glob(as_glob(path), recursive=True))
+    matches = [path]
+    if not os.path.exists(path):
+        matches = sorted(glob.glob(as_glob(path), recursive=True))
     files = [match for match in matches if os.path.isfile(match)]
+    # A folder stands for what is below it, where it is not named beside files.
     if not files:
         files = sorted(file for match in matches for file in files_below(match, suffixes))
     if files:
@@ -119,13 +123,16 @@ def match_files(key: str, pattern: str, suffixes: tuple[str, ...]) -> list[str]:
         )
     if os.path.exists(path) and not os.path.isdir(path):
         raise NoText(f"{key}={pattern} is a pipe or a device; write its text into a file")
+    # From here on the error says which of several mistakes it was.
     if matches:
         raise NoText(
             f"{key}={pattern} holds no {', '.join(suffixes)} file; give a file, a folder of such,"
             f" or a glob like FOLDER/*{suffixes[0]}"
         )
     missing = path.removeprefix(existing_prefix(path))
-    brackets = "; [ ] in a name are written [[] and []]" if "[" in missing else ""
+    brackets = ""
+    if "[" in missing:
+        brackets = "; [ ] in a name are written [[] and []]"
     raise NoText(
         f"{key}={pattern} matches no file; give a file or a glob like"
         f" FOLDER/*{suffixes[0]}{brackets}"
@@ -173,6 +180,7 @@ def stdlib_files() -> list[File]:
     for folder, subfolders, names in os.walk(root):
         # The walk stays out of site-packages, which may hold a hundred times as much.
         subfolders[:] = set(subfolders) - NOT_IN_STDLIB
+        # Compiled files and libraries lie among the sources.
         paths += [os.path.join(folder, name) for name in names if name.endswith(".py")]
     return list_files(sorted(paths), str(root))
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -352,6 +352,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> RankedTokenizer:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
+    # All 256 bytes are in the vocabulary, so that any text can be encoded.
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     # The library's own bar, on stderr, where that is a terminal.
     trainer = trainers.BpeTrainer(
@@ -365,24 +366,29 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> RankedTokenizer:
     model.decoder = decoders.ByteLevel()
     model.train_from_iterator((part for text in texts for part in part_long_words(text)), trainer)
     vocab = model.get_vocab()
-    # The last id is end of text, which is not trained. Without a merge there are 257 ids, less than
-    # a configuration can ask for.
-    if len(vocab) == 256 < vocab_size - 1:
-        raise ValueError(
-            "tokenizer=bpe has nothing to learn from this text: no two bytes of it come together"
-            " twice; give more text, raise tokenizer.train_megabytes, or use tokenizer=bytes"
-        )
+    # The last id is end of text, which is not trained.
     if len(vocab) < vocab_size - 1:
-        raise ValueError(
-            f"tokenizer.vocab_size={vocab_size} is too large for this text, which gives"
-            f" {len(vocab) + 1}; choose that or less"
-        )
+        refuse_little_text(vocab_size, len(vocab) + 1)
     byte_of = byte_alphabet()
     ranks = tuple(
         bytes(byte_of[character] for character in token)
         for token in sorted(vocab, key=vocab.__getitem__)
     )
     return RankedTokenizer("bpe", GPT2_PATTERN, ranks)
+
+
+def refuse_little_text(vocab_size: int, found: int) -> NoReturn:
+    """Raises ValueError where a text gives fewer ids than were asked for."""
+    # Without a merge there are 257, fewer than a configuration can ask for.
+    if found == 257:
+        raise ValueError(
+            "tokenizer=bpe has nothing to learn from this text: no two bytes of it come together"
+            " twice; give more text, raise tokenizer.train_megabytes, or use tokenizer=bytes"
+        )
+    raise ValueError(
+        f"tokenizer.vocab_size={vocab_size} is too large for this text, which gives {found};"
+        " choose that or less"
+    )
 
 
 def part_long_words(text: str) -> Iterator[str]:

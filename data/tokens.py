@@ -46,6 +46,7 @@ def open_tokens(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, cache:
         ValueError: files are missing or of another kind, cut off, or made with another tokenizer
     """
     train, validation = find_shards(data)
+    # Of a bpe the tokenizer lies beside the first file.
     paths = [path for group in (train, validation) for found in group.values() for path in found]
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = tokenizer_of_shard(tokenizer, cache, paths[0])
@@ -55,6 +56,7 @@ def open_tokens(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, cache:
         folder.mkdir(exist_ok=True)
     opened = open_all(paths, tokenizer, folder, data.verify_days)
     shards = {f"train/{name}": [opened[path] for path in found] for name, found in train.items()}
+    # Parts are views of the files: nothing is copied.
     if validation:
         for name, found in validation.items():
             shards[f"validation/{name}"] = [opened[path] for path in found]
@@ -160,6 +162,7 @@ def find_shards(data: DataConfig) -> tuple[Paths, Paths]:
     sets = {name: find_bins(key, paths) for name, (key, paths) in validation_paths(data).items()}
     if isinstance(data.path, str):
         folder = Path(os.path.abspath(expand("data.path", data.path)))
+        # A prepared corpus of ours, then a folder as nanoGPT's prepare.py leaves it.
         if (folder / "meta.json").exists():
             train, validation = prepared_files(folder)
             return train, sets or validation
@@ -243,6 +246,7 @@ def cut_tail(
     after = []
     for shard in shards:
         num_tokens = shard.header.num_tokens
+        # The point lies in this shard, behind it, or in one before it.
         if 0 < point < num_tokens:
             head, tail = cut_shard(shard, point, tokenizer, folder)
             before.append(head)

@@ -292,7 +292,7 @@ def test_mistakes_are_named_in_one_line(tmp_path, monkeypatch):
         validation_fraction=1e-9,
     )
     refused(
-        "; raise it or data.documents, or name a split in data.validation, or read",
+        "; raise it, or raise data.documents, or name a split in data.validation, or read",
         validation_fraction=1e-9,
         documents=2,
     )
