@@ -24,7 +24,9 @@ from model.sharding import local, shard_of
 
 # Attention on CPUs writes out the scores of sequences of at most SHORT tokens, QUERIES rows at
 # once.
-SHORT = 1024
+# Beside the fused kernel that is 1.76 x as fast at 1024 without AMX; with AMX 1.38 x at 512, and
+# 0.72 x at 1024 (tests/benchmarks/results/cpu.md).
+SHORT = 512 if torch.cpu._is_amx_tile_supported() else 1024
 QUERIES = 256
 
 
