@@ -241,7 +241,7 @@ class Run:
         return bool(self.preemption.requested)
 
     def autocast(self) -> AbstractContextManager:
-        """Returns the context in which the model device_and_precision in the run's precision."""
+        """Returns the context in which the model computes in the run's precision."""
         return autocast(self.device, self.dtype)
 
 
