@@ -15,9 +15,12 @@ class Registry(dict[str, Any]):
     `optim` is imported."""
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Returns a decorator that adds a class or function under a name."""
+        """Returns a decorator that adds a class or function under a name. Raises ValueError for a
+        name that is taken: methods of others would silently become something else."""
 
         def add(part: T) -> T:
+            if name in self:
+                raise ValueError(f"{name} is the name of {self[name]} already; choose another")
             self[name] = part
             return part
 

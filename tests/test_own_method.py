@@ -39,7 +39,7 @@ from tests.runs import ROOT
 
 # File of the axis: its key, its registry, the name that the example registers, and its lines.
 AXES = {
-    "directions": ("direction", DIRECTIONS, "sign", 4),
+    "directions": ("direction", DIRECTIONS, "sign", 5),
     "metrics": ("metric", METRICS, "sign", 6),
     "descent": ("path", PATHS, "halfway", 3),
     "combine": ("combine", COMBINATIONS, "average", 6),
@@ -166,3 +166,49 @@ try:
 except ValueError as error:
     print(error)
 """
+
+
+# Mistakes in a part of one's own
+
+
+@pytest.mark.parametrize(
+    "returned, said",
+    [
+        (lambda gradient: None, "direction=mine returned None for every parameter"),
+        (lambda gradient: 1.0, "direction=mine of .* returned float; return a tensor, or None"),
+        (lambda gradient: gradient.sum(), r"direction=mine of .* has shape \[\]; return a tensor"),
+    ],
+)
+def test_a_direction_that_gives_no_direction_is_refused(monkeypatch, returned, said):
+    class Mine(DIRECTIONS["gradient"]):
+        def __call__(self, name, parameter, gradient):
+            return returned(gradient)
+
+    monkeypatch.setitem(DIRECTIONS, "mine", Mine)
+    model = gpt()
+    before = weights_of(model).clone()
+    rule = SharpnessAware(model, adamw(model), rho=RHO, direction="mine")
+    with pytest.raises(ValueError, match=said):
+        rule.gradient(token_batches())
+    assert torch.equal(weights_of(model), before)
+
+
+def test_a_name_that_is_taken_is_refused():
+    with pytest.raises(ValueError, match=r"gradient is the name of .* already; choose another"):
+        DIRECTIONS.register("gradient")(object)
+    assert DIRECTIONS["gradient"] is not object
+
+
+def test_a_method_without_a_path_is_refused(tmp_path, monkeypatch):
+    """It would train by the plain gradient under the name of the method."""
+    from launch.config import checks, compose
+
+    (tmp_path / "optim").mkdir()
+    (tmp_path / "optim" / "mine.yaml").write_text("name: mine\ndirection: stale\nlr: 1e-3\n")
+    settings = compose(["model=tiny"])
+    settings.optim.name = "mine"
+    monkeypatch.setattr(checks, "CONF", str(tmp_path))
+    with pytest.raises(ValueError, match=r"mine.yaml sets direction but no path, .* path: full"):
+        checks.check_names(settings)
+    (tmp_path / "optim" / "mine.yaml").write_text("name: mine\npath: none\ndirection: stale\n")
+    checks.check_names(settings)

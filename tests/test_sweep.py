@@ -366,8 +366,8 @@ def test_status_lists_plain_run_folders_too(home, tiny, reference):
     write_jobs(home / "runs", [replace(a_job(home / "runs/one"), overrides=tiny)])
     said = fare(home / "runs")
     assert re.fullmatch(
-        "done     done\nwaiting  one  not .*\nstopped  group/stopped\n +ended in order before its"
-        " end; .*\nfailed   group/damaged\n +.*summary.json is damaged.*\n1 done, 0 running, 1"
+        "done     done\nwaiting  one  not .*\nstopped  group/stopped\n +ended before its"
+        " end, .*\nfailed   group/damaged\n +.*summary.json is damaged.*\n1 done, 0 running, 1"
         " waiting, 1 stopped, 1 failed\n",
         said,
     ), said

@@ -27,7 +27,13 @@ def check_names(config: Config) -> None:
             method = "sam"
         raise ValueError(
             f"optim.path={config.optim.path} moves the weights, and the run would be called"
-            f" {config.optim.name}; use optim={method}"
+            f" {config.optim.name}; use optim={method}, or a file of your own in conf/optim with"
+            " a name: in it"
+        )
+    if not moves and claims is None and (axes := axes_of_method(config.optim.name)):
+        raise ValueError(
+            f"conf/optim/{config.optim.name}.yaml sets {', '.join(axes)} but no path, so it would"
+            " train by the plain gradient; give it path: full, or another"
         )
     if not moves and claims not in ("none", None):
         raise ValueError(
@@ -53,6 +59,12 @@ def check_given_names(overrides: list[str]) -> None:
             f"optim.name={name} is the name of a method, and the run need not be that; use"
             f" optim={name}, or another name"
         )
+
+
+def axes_of_method(name: str) -> list[str]:
+    """Returns the keys of the gradient rule that a file of conf/optim sets."""
+    method = read_yaml(Path(CONF) / "optim" / f"{name}.yaml", dict, {})
+    return [entry.name for entry in fields(RuleConfig) if entry.name in method]
 
 
 def claimed(group: str, name: str, key: str) -> Any:

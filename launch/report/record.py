@@ -342,7 +342,10 @@ def ending_before_the_end(folder: Path, rows: list[Row], job: Job | None) -> tup
     content = read_bytes(lock) if lock.exists() else b""
     if content:
         return "stopped", f"killed: {owner_in(content, lock)} had it; the same command goes on"
-    return "stopped", "ended in order before its end; the same command goes on"
+    return (
+        "stopped",
+        "ended before its end, for a reason that is not in its folder; the same command goes on",
+    )
 
 
 def last_word(folder: Path, job: Job | None) -> str:

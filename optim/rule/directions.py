@@ -5,6 +5,8 @@ then selects it:
 
     @direction("sign")
     class Sign(Direction):
+        copies = 1  # q is a tensor of its own beside the gradient, which the memory plan counts
+
         def __call__(self, name, parameter, gradient):
             return gradient.sign()
 """
@@ -67,8 +69,8 @@ class Direction:
         return cls.observe_update is not Direction.observe_update
 
     def __call__(self, name: str, parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
-        """Returns q of one parameter, given its clean gradient where `needs_gradient`; None leaves
-        the parameter where it is."""
+        """Returns q of one parameter, a tensor like it, given its clean gradient where
+        `needs_gradient`, which stays as it is; None leaves the parameter where it is."""
         return gradient
 
     def noise(self, name: str, parameter: Tensor, kind: str = "") -> Tensor:

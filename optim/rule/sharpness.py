@@ -8,8 +8,8 @@ SAM (2010.01412) is three lines of `SharpnessAware.perturbed`:
     move = self.make_move(ascent, ...)             e = rho g / |g|
     with moved(...): self.take_moved_pass(...)     J(t + e)^T r(t + e)
 
-Functional-SAM (2502.02407) is the same with J(t + e)^T r(t) in the third; `optim.rule.descent` has
-both products, one below the other.
+Functional-SAM (2502.02407) keeps r(t) in the first and takes J(t + e)^T r(t) in the third;
+`optim.rule.descent` has both products, one below the other.
 """
 
 import math
@@ -47,7 +47,7 @@ from optim.rule.metrics import Metric
 from optim.rule.parameters import choose
 from optim.rule.perturbation import Move, moved
 from optim.rule.scope import SCOPES, Scope
-from optim.rule.tensors import norm
+from optim.rule.tensors import norm, refuse_unlike
 from optim.rule.weights import Weighting
 from optim.schedule import Schedule
 
@@ -267,7 +267,15 @@ class SharpnessAware(Gradient):
             # A parameter that had no part in the pass has no gradient, and stays where it is.
             if not self.direction.needs_gradient or name in gradients:
                 q[name] = self.direction(name, parameter, gradients.get(name))
-        return {name: along for name, along in q.items() if along is not None}
+        found = {name: along for name, along in q.items() if along is not None}
+        if q and not found and self.direction.needs_gradient:
+            raise ValueError(
+                f"direction={self.axes.direction} returned None for every parameter, so nothing"
+                " would move; return q"
+            )
+        for name, along in found.items():
+            refuse_unlike(along, self.moving[name], f"direction={self.axes.direction} of {name}")
+        return found
 
     def make_move(self, ascent: Ascent, q: dict[str, Tensor]) -> Move:
         """Returns the move e = rho d / n(d), d = P q; none where n(d) is 0."""
