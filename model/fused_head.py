@@ -36,7 +36,8 @@ def capped(z, softcap, HAS_SOFTCAP: tl.constexpr):
     return z
 
 
-@triton.jit
+# Rows of a chunk may begin at any address: one compilation for all of them.
+@triton.jit(do_not_specialize_on_alignment=["targets_ptr", "factor_ptr", "losses_ptr", "lse_ptr"])
 def row_kernel(  # noqa: PLR0913 - a kernel takes pointers and numbers one by one
     z_ptr,
     targets_ptr,
@@ -62,7 +63,11 @@ def row_kernel(  # noqa: PLR0913 - a kernel takes pointers and numbers one by on
     columns = tl.arange(0, COLUMNS)
     target = tl.load(targets_ptr + row)
     index = tl.where(target == IGNORED, 0, target)
-    z_target = capped(tl.load(z_row + index).to(tl.float32), softcap, HAS_SOFTCAP)
+    # A target outside of the vocabulary is a mistake, for which the loss is NaN: nothing in the
+    # kernel can raise, and what lies beside the row must not be read.
+    is_token = (index >= 0) & (index < vocab_size)
+    z_target = tl.load(z_row + index, mask=is_token, other=float("nan")).to(tl.float32)
+    z_target = capped(z_target, softcap, HAS_SOFTCAP)
 
     if KNOWS_LSE:
         lse = tl.load(lse_ptr + row)
@@ -113,25 +118,29 @@ def rows_of_logits(
         lse_K: the log-normalisers, where they are known; then no losses are computed
     """
     K, V = z_KxV.shape
-    losses_K = torch.empty_like(labels.factor_N)
+    losses_K = labels.factor_N.new_empty(K)
     knows_lse = lse_K is not None
     if lse_K is None:
         lse_K = torch.empty_like(losses_K)
-    row_kernel[(K,)](
-        z_KxV,
-        labels.targets_N,
-        labels.factor_N,
-        losses_K,
-        lse_K,
-        z_KxV.stride(0),
-        head.vocab_size,
-        V,
-        head.softcap or 1.0,
-        head.z_loss,
-        HAS_SOFTCAP=head.softcap is not None,
-        KNOWS_LSE=knows_lse,
-        WRITES_COTANGENT=writes_cotangent,
-        COLUMNS=min(COLUMNS, triton.next_power_of_2(V)),
-        num_warps=WARPS,
-    )
+    assert z_KxV.stride(1) == 1
+    # Triton launches on the current device, which need not be the one where the logits lie.
+    with torch.cuda.device_of(z_KxV):
+        row_kernel[(K,)](
+            z_KxV,
+            # The kernel reads row after row; targets may be a column of a larger tensor.
+            labels.targets_N.contiguous(),
+            labels.factor_N.contiguous(),
+            losses_K,
+            lse_K.contiguous(),
+            z_KxV.stride(0),
+            head.vocab_size,
+            V,
+            head.softcap or 1.0,
+            head.z_loss,
+            HAS_SOFTCAP=head.softcap is not None,
+            KNOWS_LSE=knows_lse,
+            WRITES_COTANGENT=writes_cotangent,
+            COLUMNS=min(COLUMNS, triton.next_power_of_2(V)),
+            num_warps=WARPS,
+        )
     return RowLosses(losses_K, lse_K)

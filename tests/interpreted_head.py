@@ -92,6 +92,28 @@ def test_a_row_of_another_place_is_read_there():
     assert torch.equal(wide[:, :384], z) and not wide[:, 384:].any()
 
 
+def test_targets_may_be_a_column_of_a_larger_tensor():
+    """The kernel reads them by their place in memory, one after the other."""
+    z, labels, head = problem(257, 384, None, 0.0, torch.float32)
+    targets = torch.stack([labels.targets_N, labels.targets_N.flip(0)], 1)[:, 0]
+    factor = torch.stack([labels.factor_N, labels.factor_N.flip(0)], 1)[:, 0]
+    assert targets.stride() == factor.stride() == (2,)
+    strided = z.clone()
+    found = rows_of_logits(strided, Labels(targets, factor), head, True)
+    torch.testing.assert_close(found, rows_of_logits(z, labels, head, True), rtol=0, atol=0)
+    assert torch.equal(strided, z)
+
+
+@pytest.mark.parametrize("target", [257, 383, 384, 10**6, -1])
+def test_a_target_outside_of_the_vocabulary_makes_the_loss_nan(target):
+    """Eager operations raise; a kernel cannot, and would read the padding, or the next row."""
+    z, labels, head = problem(257, 384, 30.0, 1e-4, torch.float32)
+    labels.targets_N[1] = target
+    found = rows_of_logits(z, labels, head, True)
+    assert found.losses_N[1].isnan()
+    assert found.losses_N[[0, 2, 3]].isfinite().all()
+
+
 @pytest.mark.parametrize("softcap, z_loss", [(None, 0.0), (30.0, 1e-4)])
 def test_every_path_through_the_head_goes_by_the_kernel(softcap, z_loss, monkeypatch):
     """Losses, a stored and a rebuilt cotangent, and weights of instances."""
