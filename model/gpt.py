@@ -85,6 +85,12 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(parts, 1).view(B, H, T, d)
 
 
+def fused_kernel_takes_groups(q: Tensor) -> bool:
+    """Returns whether a fused kernel takes queries with fewer heads of keys and values. On CUDA the
+    only fused one for fp32 does not, and torch would write out T x T scores without a word."""
+    return not (q.device.type == "cuda" and q.dtype == torch.float32)
+
+
 class Attention(nn.Module):
     """Causal self-attention with H heads of queries and as many, or fewer, of keys and values."""
 
@@ -139,8 +145,10 @@ class Attention(nn.Module):
         is_bf16_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
         if is_plain and is_bf16_on_cpu and q.shape[2] <= SHORT:
             return short_attention(q, k, v)
+        if G < H and not fused_kernel_takes_groups(q):
+            k, v = (heads.repeat_interleave(H // G, 1) for heads in (k, v))
         return F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=is_causal, enable_gqa=G < H
+            q, k, v, dropout_p=dropout, is_causal=is_causal, enable_gqa=k.shape[1] < H
         )
 
 
