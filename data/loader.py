@@ -219,10 +219,20 @@ class Prefetcher:
         self._pin = pin
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(depth)
         self._closed = threading.Event()
+        self._device = None
+        if pin:
+            import torch
+
+            # A new thread begins on the first device, and must not make a CUDA context there.
+            self._device = torch.cuda.current_device()
         self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
         self._thread.start()
 
     def _work(self) -> None:
+        if self._device is not None:
+            import torch
+
+            torch.cuda.set_device(self._device)
         while not self._closed.is_set():
             item: Batch | BaseException
             # An error is handed over in place of a batch, and raised where batches are taken.
