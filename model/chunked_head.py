@@ -17,13 +17,14 @@ vocabulary with its padding."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-HAS_TRITON = find_spec("triton") is not None
+from model.device import missing_for_kernels
+
+HAS_KERNELS = not missing_for_kernels()
 IGNORED = -100  # a target that is not counted
 # Logits per chunk, in the compute dtype.
 CHUNK_ELEMENTS = {"cpu": 2**27, "cuda": 2**27}
@@ -284,9 +285,9 @@ def even_chunk_size(total: int, largest: int) -> int:
 
 
 def is_fused(z_KxV: Tensor) -> bool:
-    """Returns whether logits turn into losses and r by one kernel: on CUDA, with which Triton
-    comes. In fp64 the eager operations are the more exact."""
-    return z_KxV.is_cuda and z_KxV.dtype != torch.float64 and HAS_TRITON
+    """Returns whether logits turn into losses and r by one kernel: on CUDA, where Triton
+    can build one. In fp64 the eager operations are the more exact."""
+    return z_KxV.is_cuda and z_KxV.dtype != torch.float64 and HAS_KERNELS
 
 
 def fused_rows(

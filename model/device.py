@@ -5,11 +5,17 @@ import ctypes
 import hashlib
 import os
 import re
+import shutil
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 # Dense peak in bf16, FLOP/s, by a part of the device's name. An unknown device has none, and no MFU
 # is better than a wrong one.
@@ -69,6 +75,75 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     """Returns the context of bf16 products over fp32 weights; for fp32 it does nothing."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype == torch.bfloat16)
+
+
+def missing_for_kernels() -> list[str]:
+    """Returns what Triton needs to build a kernel for CUDA and this machine lacks: Triton itself,
+    a C compiler and Python's headers, with which it builds the code that launches a kernel."""
+    missing = []
+    if find_spec("triton") is None:
+        missing.append("triton")
+    # Triton takes what CC names without a look at others.
+    if not any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"])):
+        missing.append("C compiler")
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        missing.append("Python.h")
+    return missing
+
+
+def float32_switches() -> list[Any]:
+    """Returns where torch keeps the precision of fp32 operations, one place for each kind."""
+    backends: Any = torch.backends
+    return [
+        backends.cuda.matmul,
+        backends.mkldnn.matmul,
+        backends.cudnn.conv,
+        backends.cudnn.rnn,
+    ]
+
+
+def has_fast_products(device: torch.device) -> bool:
+    """Returns whether products of fp32 matrices on a device keep less than fp32: TF32, of 10 bits,
+    or bf16."""
+    on_cuda, on_cpu, *_ = float32_switches()
+    switch = on_cpu
+    if device.type == "cuda":
+        switch = on_cuda
+    # torch.get_float32_matmul_precision raises where a caller chose TF32 by `fp32_precision`.
+    return switch.fp32_precision in ("tf32", "bf16")
+
+
+@contextmanager
+def ieee_products() -> Iterator[None]:
+    """Takes products and convolutions of fp32 in fp32, on CUDA without TF32. The switches are the
+    process's own, and are as they were afterwards, whichever of torch's two ways they were set
+    in."""
+    switches = float32_switches()
+    before = [switch.fp32_precision for switch in switches]
+    precision = legacy(torch.get_float32_matmul_precision)
+    cudnn = legacy(lambda: torch.backends.cudnn.allow_tf32)
+    # The old way sets both: torch's compiler reads it, and refuses where the two differ.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    for switch in switches:
+        switch.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        if cudnn is not None:
+            torch.backends.cudnn.allow_tf32 = cudnn
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
+
+
+def legacy(switch: Callable[[], T]) -> T | None:
+    """Returns a switch that torch reads in the old way; None where it was set in the new one."""
+    try:
+        return switch()
+    except RuntimeError:
+        return None
 
 
 def set_up_process(seed: int, rank: int, deterministic: bool, device: torch.device) -> None:

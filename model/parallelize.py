@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from model.device import missing_for_kernels
 from model.gpt import GPT
 from model.processes import Layout
 from model.sharding import sharded_modules
@@ -17,8 +18,8 @@ from model.sharding import sharded_modules
 def parallelize(
     model: GPT, compile: str, checkpoint_activations: bool, device: torch.device
 ) -> None:
-    """Changes the model in place; its parameters keep their names. Without a C++ compiler on a CPU
-    the model stays eager, with a notice.
+    """Changes the model in place; its parameters keep their names. Without a compiler the model
+    stays eager, with a notice.
 
     Args:
         model: before it is sharded
@@ -32,9 +33,11 @@ def parallelize(
     model.checkpoint_activations = checkpoint_activations
     if compile == "auto":
         compile = "block" if device.type == "cuda" else "none"
-    if compile != "none" and device.type == "cpu" and not has_compiler():
+    missing = missing_for_compilation(device)
+    if compile != "none" and missing:
         print(
-            f"note: compile={compile}, but there is no C++ compiler here; running eagerly",
+            f"note: compile={compile}, but there is no {', no '.join(missing)} here; running"
+            " eagerly",
             file=sys.stderr,
         )
         compile = "none"
@@ -131,6 +134,15 @@ def offload_policy(layout: Layout, cpu_offload: bool) -> Any:
     if not cpu_offload:
         return OffloadPolicy()
     return CPUOffloadPolicy(pin_memory=layout.mesh.device_type == "cuda")
+
+
+def missing_for_compilation(device: torch.device) -> list[str]:
+    """Returns what torch.compile needs for a kind of device and this machine lacks."""
+    if device.type == "cuda":
+        return missing_for_kernels()
+    if has_compiler():
+        return []
+    return ["C++ compiler"]
 
 
 def has_compiler() -> bool:

@@ -13,6 +13,8 @@ import torch
 
 from launch.doctor import hardware, places, self_check, several, software
 from launch.doctor.finding import VERDICTS, Finding, is_bad, show
+from model import device as model_device
+from model.device import ieee_products
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -138,7 +140,7 @@ def test_matrix_products_are_in_fp32_while_gradients_are_compared():
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        with self_check.ieee_products():
+        with ieee_products():
             assert torch.get_float32_matmul_precision() == "highest"
         assert torch.get_float32_matmul_precision() == "high"
     finally:
@@ -217,11 +219,11 @@ def test_why_there_is_no_device(monkeypatch, driver, hidden, built, verdict, par
 
 
 def test_the_toolchain_names_what_is_missing(monkeypatch):
-    monkeypatch.setattr(hardware, "find_spec", lambda name: None)
-    monkeypatch.setattr(hardware.shutil, "which", lambda name: None)
+    monkeypatch.setattr(model_device, "find_spec", lambda name: None)
+    monkeypatch.setattr(model_device.shutil, "which", lambda name: None)
     found = hardware.toolchain()
     assert found.verdict == "warning"
-    assert "triton, a C compiler" in found.found
+    assert "triton, C compiler" in found.found
 
 
 def test_what_connects_devices(monkeypatch, tmp_path):

@@ -3,22 +3,19 @@
 import os
 import shutil
 import subprocess
-import sysconfig
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from launch.doctor.finding import Finding
-from model.device import choose_precision, peak_flops
+from model.device import choose_precision, missing_for_kernels, peak_flops
 
 GIB = 2**30
 # Less free memory than this share of a device: something else is on it.
 SHARE_FREE = 0.9
 # NCCL's ring buffers between the processes of a node lie in shared memory.
 LEAST_SHARED_MEMORY = GIB
-COMPILERS = ("cc", "gcc", "clang")
 
 
 def hardware() -> Iterator[Finding]:
@@ -92,17 +89,13 @@ def device(index: int) -> Finding:
 def toolchain() -> Finding:
     """Returns the finding on what torch.compile needs for CUDA: Triton, a C compiler and Python's
     headers."""
-    missing = [] if find_spec("triton") else ["triton"]
-    if not any(shutil.which(name) for name in (os.environ.get("CC", COMPILERS[0]), *COMPILERS)):
-        missing.append("a C compiler")
-    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-        missing.append("Python.h")
+    missing = missing_for_kernels()
     if missing:
         return Finding(
             "warning",
             "toolchain",
             f"{', '.join(missing)} missing, which torch.compile needs",
-            "install it (gcc, python3-dev), or set compile=none, which is slower",
+            "install it (gcc, python3-dev); without it a run is eager, which is slower",
         )
     return Finding("ok", "toolchain", "Triton, a C compiler and Python.h are there")
 

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from conf.rule import OptimConfig
 from launch.doctor.finding import Finding
 from model import GPT, GPTConfig
-from model.device import autocast, choose_precision
+from model.device import autocast, choose_precision, ieee_products
 from optim import Gradient, SharpnessAware, build_optimizer
 
 # The axes of the rules that are tried: no perturbation, and the three that the product is for.
@@ -141,17 +140,6 @@ def distance(found: Gradients, exact: Gradients) -> float:
     difference = sum((found[name] - exact[name]).square().sum() for name in exact)
     size = sum(gradient.square().sum() for gradient in exact.values())
     return float((torch.as_tensor(difference) / torch.as_tensor(size)).sqrt())
-
-
-@contextmanager
-def ieee_products() -> Iterator[None]:
-    """Takes matrix products of fp32 in fp32: on CUDA they may be set to TF32, of 10 bits."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def check_compiler(device: torch.device) -> Finding:

@@ -3,27 +3,39 @@
 All passes of a step over a batch see the same dropout masks and leave the same buffers."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from model.device import has_fast_products, ieee_products
 
-def random_state() -> dict[str, Tensor]:
-    """Returns the states of torch's generators, CUDA's where it is in use: to ask for it elsewhere
-    would take memory of a device that nothing else takes."""
+
+def random_state(device: torch.device | None = None) -> dict[str, Tensor]:
+    """Returns the states of torch's generators by device, CUDA's where it is in use: to ask for it
+    elsewhere would take memory of a device that nothing else takes.
+
+    Args:
+        device: where the passes run; by default the current one, which is called "cuda"
+    """
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
+        # Every CUDA device has a generator of its own, and a model need not lie on the current one.
+        name = "cuda"
+        if device is not None and device.type == "cuda":
+            name = str(device)
+        state[name] = torch.cuda.get_rng_state(name)
     return state
 
 
 def set_random_state(state: dict[str, Tensor]) -> None:
     """Restores what `random_state` returned; a state of a device that is not here is left alone."""
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    for device, generator_state in state.items():
+        if device == "cpu":
+            torch.set_rng_state(generator_state)
+        elif torch.cuda.is_available():
+            torch.cuda.set_rng_state(generator_state, device)
 
 
 @contextmanager
@@ -42,33 +54,27 @@ def same_buffers(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def ieee_fp32(device: torch.device) -> Iterator[None]:
     """Runs passes in IEEE fp32: no autocast, no TF32."""
-    # Both switches are the process's own, so that they must be as they were afterwards.
-    precision = torch.get_float32_matmul_precision()
-    cudnn = torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = cudnn
+    with ieee_products(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def rounds(device: torch.device) -> bool:
     """Returns whether matrix products on a device keep less than IEEE fp32, by autocast or TF32."""
-    return (
-        torch.is_autocast_enabled(device.type) or torch.get_float32_matmul_precision() != "highest"
-    )
+    return torch.is_autocast_enabled(device.type) or has_fast_products(device)
 
 
 def same_masks(module: nn.Module, device: torch.device) -> AbstractContextManager:
     """Makes dropout draw the same masks in every precision: attention's fused kernels on CUDA draw
-    theirs each in its own way."""
+    theirs each in its own way, and compiled blocks, where the kernel of attention was chosen as
+    they were compiled, in yet another."""
     drops = any(
         isinstance(owner, nn.Dropout) and owner.training and owner.p > 0
         for owner in module.modules()
     )
-    if drops and device.type == "cuda":
-        return sdpa_kernel(SDPBackend.MATH)
-    return nullcontext()
+    if not drops or device.type != "cuda":
+        return nullcontext()
+    stack = ExitStack()
+    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    # A compiled graph is not made anew for another kernel: the blocks run eagerly meanwhile.
+    stack.enter_context(torch.compiler.set_stance("force_eager"))
+    return stack

@@ -188,7 +188,7 @@ class Diagnostics:
         It takes 6 forwards and 5 backwards over the group, and leaves p.grad empty."""
         # g, J(t~)^T r and J(t)^T r~, each from the random state that the step began with.
         scratch = self.scratch(step, self.rule.scope.concurrent_tokens(group, step))
-        random = random_state()
+        random = random_state(self.rule.device)
         found = []
         with same_buffers(self.rule.module):
             for terms in (None, Terms(functional=1.0), Terms(logit=1.0)):
@@ -237,7 +237,7 @@ class Diagnostics:
     def change_of_gradient(self, micro: MicroBatch, scratch: Step) -> list[Tensor]:
         """Returns g_rule - g of a micro-batch, by parameter; none where the ascent is not finite.
         The random stream stays where it is."""
-        random = random_state()
+        random = random_state(self.rule.device)
         g = self.gradient_of([micro], scratch, None)
         set_random_state(random)
         update = self.gradient_of([micro], scratch, self.rule.terms)

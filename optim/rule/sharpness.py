@@ -230,7 +230,7 @@ class SharpnessAware(Gradient):
         # Groups add up to the gradient of the step when each counts by its share of the tokens.
         token_share = sum(micro.tokens for micro in group) / step.result.tokens
         ascent = Ascent(
-            group, random_state(), token_share, 1 / step.result.tokens, self.scope.reduce
+            group, random_state(self.device), token_share, 1 / step.result.tokens, self.scope.reduce
         )
         ascent.took_pass = self.needs_gradient or terms.reads_cotangent
         if not ascent.took_pass:

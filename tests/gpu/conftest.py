@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from launch.doctor import self_check
+from model.device import ieee_products
 from optim.rule import directions
 
 # FLATGPT_TEST_DEVICE=cpu rehearses, on a machine without a device, what does not ask for CUDA.
@@ -83,7 +84,7 @@ def same_noise(monkeypatch):
 @pytest.fixture
 def ieee():
     """Keeps TF32 off."""
-    with self_check.ieee_products():
+    with ieee_products():
         yield
 
 
