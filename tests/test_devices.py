@@ -201,9 +201,9 @@ def note_process_group(events, monkeypatch):
     )
 
 
-def test_a_process_takes_its_device_before_nccl_and_the_mesh(events, monkeypatch):
-    """NCCL makes its communicator on the current device. `device_id` is not given: the groups of
-    the mesh would come of `split_group` then (tests/benchmarks/results/gpu.md)."""
+@pytest.fixture
+def parallel_run(events, monkeypatch):
+    """Begins a run of two replicas of two processes each, as the last of them."""
     note_process_group(events, monkeypatch)
 
     class Mesh(dict):
@@ -218,8 +218,14 @@ def test_a_process_takes_its_device_before_nccl_and_the_mesh(events, monkeypatch
     monkeypatch.setattr(process_group, "met", lambda rank, world: "store")
     parallel = SimpleNamespace(name="hsdp", replicas=2, sync="every")
     liveness = SimpleNamespace(report_phase=lambda *_: None)
+    return lambda layout: process_group.processes(parallel, CUDA, layout, liveness)
+
+
+def test_a_process_takes_its_device_before_nccl_and_the_mesh(events, parallel_run):
+    """NCCL makes its communicator on the current device. `device_id` is not given: the groups of
+    the mesh would come of `split_group` then (tests/benchmarks/results/gpu.md)."""
     layout = Layout(rank=3, world=4)
-    with process_group.processes(parallel, CUDA, layout, liveness):
+    with parallel_run(layout):
         events.append("run")
     assert events == [
         ("device", 1),
@@ -230,6 +236,15 @@ def test_a_process_takes_its_device_before_nccl_and_the_mesh(events, monkeypatch
         "destroy",
     ]
     assert layout.replicas == "replica"
+
+
+@pytest.mark.parametrize("error, ends", [(ValueError, True), (RuntimeError, False)])
+def test_an_error_of_one_process_waits_for_no_sum_of_the_others(error, ends, events, parallel_run):
+    """NCCL's end waits for sums under way, and the others wait in one for this process. Mistakes,
+    which are ValueErrors, all processes know of."""
+    with pytest.raises(error), parallel_run(Layout(rank=3, world=4)):
+        raise error
+    assert ("destroy" in events) is ends
 
 
 def test_the_doctor_takes_its_device_as_a_run_does(events, monkeypatch):
@@ -410,6 +425,24 @@ def test_compiled_attention_leaves_its_kernel_where_masks_must_be_the_same():
     assert compiled[1:] == ["ran", "ran", "ran"]
 
 
+def test_masks_are_drawn_in_fp32_where_they_must_be_the_same(events, monkeypatch):
+    """CUDA draws eight numbers of bf16 from what are four of fp32."""
+    draw = F.dropout
+
+    def note(x, *others):
+        events.append(x.dtype)
+        return draw(x, *others)
+
+    monkeypatch.setattr(F, "dropout", note)
+    dropout = nn.Dropout(0.5)
+    x = torch.ones(8, dtype=torch.bfloat16)
+    with same_masks(nn.Sequential(dropout), CUDA):
+        assert dropout(x).dtype == torch.bfloat16
+        dropout(x.double())
+    dropout(x)
+    assert events == [torch.float32, torch.float64, torch.bfloat16]
+
+
 # Attention and the head
 
 
@@ -489,6 +522,19 @@ def test_without_what_builds_kernels_all_of_it_is_eager(monkeypatch, capsys, tmp
         monkeypatch.setattr(chunked_head, "HAS_KERNELS", has_kernels)
         assert chunked_head.is_fused(z) is has_kernels
         assert not chunked_head.is_fused(on_cuda(torch.zeros(2, 4).double()))
+
+
+def test_compiled_dropout_has_one_mask_in_every_kernel(events, monkeypatch):
+    """By default torch 2.13 has two ways to draw one, and the shape of a kernel chooses."""
+    monkeypatch.setattr(nn.Module, "compile", lambda _, **given: events.append(given))
+    monkeypatch.setattr(parallelize, "missing_for_kernels", list)
+    given = {"options": {"align_random_eager": True}}
+    for dropout, device, expected in ((0.1, "cuda", given), (0.0, "cuda", {}), (0.1, "cpu", {})):
+        shape = GPTConfig(40, 16, 1, 2, 16, dropout=dropout)
+        parallelize.parallelize(GPT(shape), "block", False, torch.device(device))
+        assert events.pop() == expected
+    # The compiler knows the option.
+    torch.compile(lambda x: x + 1, **given)(torch.ones(2))
 
 
 # Memory and the optimiser

@@ -62,8 +62,13 @@ def processes(
         complete(layout, replicas, device)
         layout.sync = parallel.sync
         yield
-    finally:
-        torch.distributed.destroy_process_group()
+    except BaseException as error:
+        # NCCL lets sums under way come to their end first. Mistakes are agreed upon, but any other
+        # error is this process's alone, and the others may wait in a sum for it.
+        if device.type != "cuda" or isinstance(error, ValueError):
+            torch.distributed.destroy_process_group()
+        raise
+    torch.distributed.destroy_process_group()
 
 
 def complete(layout: Layout, replicas: int, device: torch.device) -> None:

@@ -3,7 +3,7 @@
 All passes of a step over a batch see the same dropout masks and leave the same buffers."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -63,18 +63,38 @@ def rounds(device: torch.device) -> bool:
     return torch.is_autocast_enabled(device.type) or has_fast_products(device)
 
 
-def same_masks(module: nn.Module, device: torch.device) -> AbstractContextManager:
-    """Makes dropout draw the same masks in every precision: attention's fused kernels on CUDA draw
-    theirs each in its own way, and compiled blocks, where the kernel of attention was chosen as
-    they were compiled, in yet another."""
-    drops = any(
-        isinstance(owner, nn.Dropout) and owner.training and owner.p > 0
+@contextmanager
+def same_masks(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Makes dropout draw the same masks in every precision. On CUDA attention's fused kernels draw
+    theirs each in its own way, compiled blocks in yet another, and nn.Dropout by the width of its
+    numbers."""
+    drops = [
+        owner
         for owner in module.modules()
-    )
+        if isinstance(owner, nn.Dropout) and owner.training and owner.p > 0
+    ]
     if not drops or device.type != "cuda":
-        return nullcontext()
-    stack = ExitStack()
-    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-    # A compiled graph is not made anew for another kernel: the blocks run eagerly meanwhile.
-    stack.enter_context(torch.compiler.set_stance("force_eager"))
-    return stack
+        yield
+        return
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        # A compiled graph is not made anew for another kernel: the blocks run eagerly meanwhile.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for owner in drops:
+            stack.enter_context(drawn_in_fp32(owner))
+        yield
+
+
+@contextmanager
+def drawn_in_fp32(dropout: nn.Dropout) -> Iterator[None]:
+    """Draws a mask as for fp32 or wider: eight numbers of bf16 share what four of fp32 do."""
+    forward = dropout.forward
+
+    def in_fp32(x: Tensor) -> Tensor:
+        return forward(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+
+    dropout.forward = in_fp32  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        del dropout.forward
