@@ -49,11 +49,6 @@ def print_corpus(corpus: Corpus, seconds: float) -> None:
             f"{part}: {entry['tokens']:,} tokens, {entry['documents']:,} documents, {ratio:.3f}"
             f" bytes per token, {entry['shards']} shards"
         )
-    for part, number in corpus.meta.get("skipped", {}).items():
-        print(
-            f"{part}: {number:,} rows that could not be read were skipped, the first:"
-            f" {corpus.meta.get('first_skipped')}"
-        )
     megabytes = sum(entry["bytes"] for entry in parts.values()) / 1e6
     print(
         f"{megabytes:.1f} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s); vocabulary"

@@ -206,7 +206,7 @@ def open_prepared(
     num_shards = {part: entry["shards"] for part, entry in meta["parts"].items()}
     shards = open_shards(folder, num_shards, tokenizer, remedy)
     verify_once(folder, [shard for found in shards.values() for shard in found], data.verify_days)
-    note_once(meta.get("notes", []))
+    note_once([*meta.get("notes", []), *skipped_notes(meta)])
     train = tokens_of_kind("train/", shards)
     validation = tokens_of_kind("validation/", shards)
     weights = source_weights(data) if data.source == "text" else None
@@ -214,6 +214,15 @@ def open_prepared(
         # Batches depend on the order of the sources, which is that of the configuration.
         train = {name: train[name] for name in weights}
     return Corpus(folder, meta, tokenizer, train, validation, weights, meta["fingerprint"])
+
+
+def skipped_notes(meta: Meta) -> list[str]:
+    """Returns a line for each part that was prepared without rows of its text."""
+    return [
+        f"{part}: {count:,} rows that could not be read were skipped, the first:"
+        f" {meta.get('first_skipped')}"
+        for part, count in meta.get("skipped", {}).items()
+    ]
 
 
 def open_shards(

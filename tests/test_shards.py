@@ -649,13 +649,13 @@ def test_rows_that_are_skipped_are_counted(tmp_path):
         f"error: {path}: line 61 has no text in field 'text': it is null; mend or remove it, or set"
         " data.bad_rows=skip" in refused.stderr
     )
-    said = prepared("data.bad_rows=skip").stdout
+    done = prepared("data.bad_rows=skip")
     assert (
-        f"train/text: 2 rows that could not be read were skipped, the first: {path}: line 61 has no"
-        " text" in said
+        f"note: train/text: 2 rows that could not be read were skipped, the first: {path}: line 61"
+        " has no text" in done.stderr
     )
     assert sum(
-        int(number.replace(",", "")) for number in re.findall(r"([\d,]+) documents", said)
+        int(number.replace(",", "")) for number in re.findall(r"([\d,]+) documents", done.stdout)
     ) == 2 * len(TEXTS)
     refused = prepared()
     assert re.search(
