@@ -29,7 +29,7 @@ from launch.plan.batch import part_of
 from launch.plan.description import describe, describe_memory
 from launch.plan.plan import Plan, make_plan, refuse_too_large_for_machine
 from launch.run import identity
-from launch.run.build import FIRST, build_model, open_data
+from launch.run.build import FIRST_STEP_FACTOR, build_model, open_data
 from launch.run.opening import OpenRun, open_run_folder
 from launch.run.preemption import Preemption
 from launch.run.process_group import refuse_duplicate_training
@@ -79,7 +79,7 @@ class Run:
 
         # What a run is made of, in the order in which one needs the other.
         self.data = open_data(settings, opened.liveness)
-        opened.liveness.report_phase("building the model", timeout_factor=FIRST)
+        opened.liveness.report_phase("building the model", timeout_factor=FIRST_STEP_FACTOR)
         self.model = build_model(settings, plan, self.layout, self.device, self.dtype)
         self.optimizer = build_optimizer(self.model, settings.optim)
         self.rule = build_rule(self.model, self.optimizer, settings.optim, plan.schedule)
@@ -233,7 +233,7 @@ class Run:
 
     def report_phase(self, phase: str) -> None:
         """Tells the watchdog what is done at this step. The first one compiles."""
-        factor = FIRST if self.progress.step == self.first_step else 1.0
+        factor = FIRST_STEP_FACTOR if self.progress.step == self.first_step else 1.0
         self.opened.liveness.report_phase(phase, self.progress.step, factor)
 
     def is_asked_to_stop(self) -> bool:

@@ -14,7 +14,8 @@ from model.parallelize import parallelize, shard
 from model.processes import Layout
 from optim.rule.axes import takes_ieee_passes
 
-FIRST = 6.0  # times parallel.timeout that may pass until the first step is done: it compiles
+# Times parallel.timeout that may pass until the first step is done, which compiles.
+FIRST_STEP_FACTOR = 6.0
 
 
 @dataclass

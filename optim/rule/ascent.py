@@ -81,10 +81,10 @@ class CleanPass:
                 loss, micro.cotangent = logits.cross_entropy_and_cotangent(
                     micro.targets,
                     1 / ascent.tokens,
-                    stored,
-                    with_h,
-                    weighting_of(micro),
-                    self.cotangents.buffers.get(turn),
+                    keep_r=stored,
+                    keep_h=with_h,
+                    weighting=weighting_of(micro),
+                    into=self.cotangents.buffers.get(turn),
                 )
                 if stored:
                     self.cotangents.buffers[turn] = micro.cotangent.r_NxV

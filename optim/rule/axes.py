@@ -82,9 +82,9 @@ def passes(axes: RuleConfig, store: bool, instances: int, rough: bool = False) -
         products += 1 + 2 * share
     # The moved pass, whose forward and backward all terms share.
     forwards += 1
-    if any(term.is_differentiated for term in terms.parts()):
+    if any(term.is_differentiated for term in terms.nonzero()):
         backwards += 1
-    for term in terms.parts():
+    for term in terms.nonzero():
         products += term.head_products(store)
         forwards += term.extra_passes
         backwards += term.extra_passes

@@ -156,7 +156,7 @@ class Terms(NamedTuple):
     functional: float = 0.0
     logit: float = 0.0
 
-    def parts(self) -> list[Term]:
+    def nonzero(self) -> list[Term]:
         """Returns the terms that have a coefficient."""
         terms = [
             Clean(self.clean),
@@ -237,7 +237,7 @@ def angle(axes: RuleConfig) -> Terms:
 def moved_pass(rule: Gradient, ascent: Ascent, step: Step, terms: Terms) -> None:
     """Adds to p.grad what a path takes at the moved point. All terms share one forward, and one
     backward."""
-    parts = terms.parts()
+    parts = terms.nonzero()
     # The dropout masks are those of the clean pass: else their change would look like curvature.
     set_random_state(ascent.random)
     for micro in ascent.group:

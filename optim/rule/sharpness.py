@@ -210,17 +210,17 @@ class SharpnessAware(Gradient):
         # One pass of a step updates the buffers: the clean one, or the moved one where there is no
         # clean one.
         with same_buffers(self.module) if ascent.took_pass else nullcontext():
-            with moved([*move.parameters.values()], move.d, move.scale, self.module) as clean:
+            with moved([*move.parameters.values()], move.d, move.scale, self.module) as w_at_t:
                 self.start_moved_gradient(earlier, ascent, terms)
                 # The largest tensors of the step: the moved pass needs their memory.
                 move.d.clear()
                 self.take_moved_pass(
-                    ascent, step, terms, dict(zip(move.parameters, clean, strict=True))
+                    ascent, step, terms, dict(zip(move.parameters, w_at_t, strict=True))
                 )
-                self.diagnostics.log_move(ascent, move, clean, step, terms)
+                self.diagnostics.log_move(ascent, move, w_at_t, step, terms)
             # A term that takes a pass at the clean weights (logit) needs the memory, too.
-            clean.clear()
-            for term in terms.parts():
+            w_at_t.clear()
+            for term in terms.nonzero():
                 term.finish(self, ascent, step)
         return True
 
@@ -315,7 +315,7 @@ class SharpnessAware(Gradient):
         if terms.clean and self.combination.needs_gradient:
             # The combination has kept g itself.
             g = {name: gradient.clone() for name, gradient in g.items()}
-        for term in terms.parts():
+        for term in terms.nonzero():
             term.start(self, ascent, g)
         ascent.gradients.clear()
 
