@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from conf.rule import DIRECTIONS, OptimConfig, RuleConfig
+from conf.rule import OptimConfig, RuleConfig
 from conf.schema import ScheduleConfig
 from launch.run.preemption import Preemption
 from model import GPT, GPTConfig
@@ -34,7 +34,6 @@ from optim import (
     passes,
 )
 from optim.rule.axes import make_axes
-from optim.rule.directions import Direction
 from optim.rule.metrics import Metric
 from optim.rule.perturbation import moved
 from tests.problems import (
@@ -360,15 +359,14 @@ def test_weights_survive_a_pass_that_raises(name, forward, where):
 
 @pytest.mark.parametrize("path", ["full", "functional", "logit"])
 def test_weights_survive_a_move_that_stops_half_way(path, monkeypatch):
-    """Here the direction of a later parameter does not fit it."""
+    """Here the metric makes a move of the last parameter that does not fit it."""
 
-    class Broken(Direction):
-        def __call__(self, name, parameter, gradient):
-            return torch.ones(3, 3, 3) if name == "norm.weight" else gradient
+    def scale(self, parameters, q, gradients):
+        return [*q[:-1], torch.ones(3, 3, 3)]
 
-    monkeypatch.setitem(DIRECTIONS, "broken", Broken)
+    monkeypatch.setattr(Metric, "scale", scale)
     model = gpt(dtype=torch.float32)
-    rule = SharpnessAware(model, adamw(model), path=path, direction="broken", rho=0.5)
+    rule = SharpnessAware(model, adamw(model), path=path, rho=0.5)
     weights, moves = bits(model.parameters()), []
     monkeypatch.setattr(Metric, "norm", lambda self, d, q: torch.ones(()))
     monkeypatch.setattr("optim.rule.diagnostics.dot", lambda ones, others: torch.ones(()))
