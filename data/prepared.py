@@ -91,12 +91,14 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer) -> Corpus:
             return open_tokens(data, tokenizer, cache)
         return open_text(data, tokenizer, cache)
     except OSError as error:
-        # Some errors name no file: then it is the cache that has no room.
-        place = error.filename or f"data.cache={data.cache}"
         remedy = "once that is mended the same command goes on from what is prepared"
         is_refused = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
-        if is_refused and cache in Path(str(error.filename)).parents:
-            remedy = "set data.cache to a folder that can be written"
+        place = error.filename
+        # Of the cache the key is named, also where the error names no file.
+        if not place or cache in Path(str(place)).parents:
+            place = f"data.cache={data.cache}" + (f": {place}" if place else "")
+            if is_refused:
+                remedy = "set data.cache to a folder that can be written"
         raise ValueError(f"{place}: {error.strerror or error}; {remedy}") from error
 
 

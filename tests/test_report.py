@@ -944,7 +944,7 @@ def test_a_run_under_way_and_a_killed_one(sweep, tmp_path):
     with RunLock(run):
         held = (run / "lock").read_text()
         assert read_run(run).state == "running"
-    assert read_run(run).state == "stopped" and "in order" in read_run(run).reason
+    assert read_run(run).state == "stopped" and "ended before its end" in read_run(run).reason
     ended = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"],
         capture_output=True,
