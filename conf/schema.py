@@ -86,6 +86,8 @@ class ModelConfig:
 
 @dataclass
 class BatchConfig:
+    """The sequences of a step, and how they are parted."""
+
     sequences: int = key(16, "sequences per step, over all devices", low=1, high=2**20)
     micro: int | None = key(
         None,
@@ -218,11 +220,15 @@ class ParallelConfig:
 
 @dataclass
 class TaskConfig:
+    """The task of a run."""
+
     name: str = key("pretrain", "what the run learns", choices=("pretrain",))
 
 
 @dataclass
 class EvaluationConfig:
+    """When and on how much text a run is evaluated."""
+
     every: int | None = key(
         None,
         "steps between evaluations; default a tenth of the horizon",
@@ -247,6 +253,8 @@ class EvaluationConfig:
 
 @dataclass
 class CheckpointConfig:
+    """When a run saves, and which checkpoints it keeps."""
+
     every: int | None = key(
         None,
         "steps between checkpoints; default a tenth of the horizon",
@@ -262,6 +270,8 @@ class CheckpointConfig:
 
 @dataclass
 class TrackingConfig:
+    """Where the rows of a run go beside its own files."""
+
     mode: str = key(
         "auto",
         "W&B; auto: as its own settings ask (WANDB_MODE), online where it has a key, else off",
@@ -301,6 +311,8 @@ class TrackingConfig:
 
 @dataclass
 class InitConfig:
+    """The weights that a run starts from, where it does not draw them."""
+
     run: str | None = key(None, "start from a checkpoint of this run folder", path=True, place=True)
     step: int | None = key(None, "its step; default the newest", low=0, high=STEPS)
     optimizer: bool = key(

@@ -8,6 +8,8 @@ from conf.key import key
 
 @dataclass
 class TokenizerConfig:
+    """The tokenizer: how text becomes ids."""
+
     name: str = key(
         "bytes",
         "bytes: 256 + end of text; bpe: trained on the corpus; gpt2: tiktoken's own; hf: of a"

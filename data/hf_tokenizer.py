@@ -59,6 +59,7 @@ class HFTokenizer(Tokenizer):
 
     @cached_property
     def encoding(self) -> "tokenizers.Tokenizer":
+        """Returns the library's tokenizer."""
         return build(json.loads(self.huggingface))
 
     @cached_property

@@ -180,6 +180,7 @@ class RankedTokenizer(Tokenizer):
 
     @cached_property
     def encoding(self) -> "tiktoken.Encoding":
+        """Returns tiktoken's encoding of these ranks."""
         import tiktoken
 
         ranks = {token: rank for rank, token in enumerate(self.ranks)}

@@ -36,6 +36,53 @@ def capped(z, softcap, HAS_SOFTCAP: tl.constexpr):
     return z
 
 
+@triton.jit
+def log_normaliser(
+    z_row, vocab_size, padded_size, softcap, HAS_SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Returns logsumexp(z~) of a row, from one reading."""
+    columns = tl.arange(0, COLUMNS)
+    # The sum is kept relative to the largest logit so far.
+    largest = float("-inf")
+    total = 0.0
+    for begin in range(0, padded_size, COLUMNS):
+        here = begin + columns
+        z = tl.load(z_row + here, mask=here < padded_size, other=0.0).to(tl.float32)
+        z = tl.where(here < vocab_size, capped(z, softcap, HAS_SOFTCAP), float("-inf"))
+        before = largest
+        largest = tl.maximum(largest, tl.max(z, 0))
+        total = total * tl.exp(before - largest) + tl.sum(tl.exp(z - largest), 0)
+    return largest + tl.log(total)
+
+
+@triton.jit
+def write_cotangent(  # noqa: PLR0913 - a kernel takes pointers and numbers one by one
+    z_row,
+    index,
+    lse,
+    factor,
+    vocab_size,
+    padded_size,
+    softcap,
+    z_loss,
+    HAS_SOFTCAP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Overwrites a row by factor * r, from one more reading."""
+    columns = tl.arange(0, COLUMNS)
+    scale = factor * (1 + 2 * z_loss * lse)
+    for begin in range(0, padded_size, COLUMNS):
+        here = begin + columns
+        z = tl.load(z_row + here, mask=here < padded_size, other=0.0).to(tl.float32)
+        z = capped(z, softcap, HAS_SOFTCAP)
+        r = tl.exp(z - lse) * scale - tl.where(here == index, factor, 0.0)
+        if HAS_SOFTCAP:
+            r = r * (1 - (z / softcap) * (z / softcap))
+        # The padding has no cotangent.
+        r = tl.where(here < vocab_size, r, 0.0)
+        tl.store(z_row + here, r.to(z_row.dtype.element_ty), mask=here < padded_size)
+
+
 # Rows of a chunk may begin at any address: one compilation for all of them.
 @triton.jit(do_not_specialize_on_alignment=["targets_ptr", "factor_ptr", "losses_ptr", "lse_ptr"])
 def row_kernel(  # noqa: PLR0913 - a kernel takes pointers and numbers one by one
@@ -55,12 +102,11 @@ def row_kernel(  # noqa: PLR0913 - a kernel takes pointers and numbers one by on
     COLUMNS: tl.constexpr,
 ):
     """Computes one row: its loss and log-normaliser, unless that is known, and its cotangent in
-    place of its logits, if asked for."""
+    place of its logits, if asked for. The padding is read too: its size is a multiple of 16, so a
+    thread reads 16 bytes at once."""
     row = tl.program_id(0)
     # In 64 bits: 2^31 logits are 43,000 rows of GPT-2's vocabulary.
     z_row = z_ptr + row.to(tl.int64) * row_stride
-    # The padding is read too: its size is a multiple of 16, so a thread reads 16 bytes at once.
-    columns = tl.arange(0, COLUMNS)
     target = tl.load(targets_ptr + row)
     index = tl.where(target == IGNORED, 0, target)
     # A target outside of the vocabulary is a mistake, for which the loss is NaN: nothing in the
@@ -68,37 +114,26 @@ def row_kernel(  # noqa: PLR0913 - a kernel takes pointers and numbers one by on
     is_token = (index >= 0) & (index < vocab_size)
     z_target = tl.load(z_row + index, mask=is_token, other=float("nan")).to(tl.float32)
     z_target = capped(z_target, softcap, HAS_SOFTCAP)
-
     if KNOWS_LSE:
         lse = tl.load(lse_ptr + row)
     else:
-        # The sum is kept relative to the largest logit so far.
-        largest = float("-inf")
-        total = 0.0
-        for begin in range(0, padded_size, COLUMNS):
-            here = begin + columns
-            z = tl.load(z_row + here, mask=here < padded_size, other=0.0).to(tl.float32)
-            z = tl.where(here < vocab_size, capped(z, softcap, HAS_SOFTCAP), float("-inf"))
-            before = largest
-            largest = tl.maximum(largest, tl.max(z, 0))
-            total = total * tl.exp(before - largest) + tl.sum(tl.exp(z - largest), 0)
-        lse = largest + tl.log(total)
+        lse = log_normaliser(z_row, vocab_size, padded_size, softcap, HAS_SOFTCAP, COLUMNS)
         tl.store(lse_ptr + row, lse)
         tl.store(losses_ptr + row, lse - z_target + z_loss * lse * lse)
-
     if WRITES_COTANGENT:
         factor = tl.load(factor_ptr + row)
-        scale = factor * (1 + 2 * z_loss * lse)
-        for begin in range(0, padded_size, COLUMNS):
-            here = begin + columns
-            z = tl.load(z_row + here, mask=here < padded_size, other=0.0).to(tl.float32)
-            z = capped(z, softcap, HAS_SOFTCAP)
-            r = tl.exp(z - lse) * scale - tl.where(here == index, factor, 0.0)
-            if HAS_SOFTCAP:
-                r = r * (1 - (z / softcap) * (z / softcap))
-            # The padding has no cotangent.
-            r = tl.where(here < vocab_size, r, 0.0)
-            tl.store(z_row + here, r.to(z_ptr.dtype.element_ty), mask=here < padded_size)
+        write_cotangent(
+            z_row,
+            index,
+            lse,
+            factor,
+            vocab_size,
+            padded_size,
+            softcap,
+            z_loss,
+            HAS_SOFTCAP,
+            COLUMNS,
+        )
 
 
 def rows_of_logits(

@@ -313,6 +313,32 @@ def test_the_table_counts_its_verdicts(capsys):
     ]
 
 
+def test_what_other_processes_add_to_the_table(monkeypatch):
+    """Subjects of their own, and each warning and failure once a host."""
+
+    def finding(verdict, subject):
+        return Finding(verdict, subject, "found")
+
+    own = [finding("ok", "disk"), finding("failed", "nccl"), finding("ok", "cuda:0")]
+    others = [
+        ("a", [finding("ok", "disk"), finding("failed", "nccl"), finding("ok", "cuda:1")]),
+        ("b", [finding("failed", "disk"), finding("failed", "nccl"), finding("note", "disk")]),
+        ("b", [finding("failed", "disk"), finding("failed", "nccl"), finding("ok", "cuda:1")]),
+    ]
+
+    def all_gather_object(gathered, mine):
+        gathered[:] = [mine, *others]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
+    added = several.gather(list(own), 4, "a")[len(own) :]
+    assert [(f.verdict, f.subject, f.found.removesuffix(": found")) for f in added] == [
+        ("ok", "cuda:1", "rank 1 on a"),
+        ("failed", "disk", "rank 2 on b"),
+        ("failed", "nccl", "rank 2 on b"),
+        ("ok", "cuda:1", "rank 3 on b"),
+    ]
+
+
 def test_processes_that_do_not_meet_end_in_a_line(monkeypatch):
     def refuse(*_):
         raise torch.distributed.DistNetworkError("The client socket has timed out\nmore")

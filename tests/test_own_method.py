@@ -177,6 +177,7 @@ except ValueError as error:
         (lambda gradient: None, "direction=mine returned None for every parameter"),
         (lambda gradient: 1.0, "direction=mine of .* returned float; return a tensor, or None"),
         (lambda gradient: gradient.sum(), r"direction=mine of .* has shape \[\]; return a tensor"),
+        (lambda gradient: gradient.sign_(), "direction=mine of .* changed the gradient in place"),
     ],
 )
 def test_a_direction_that_gives_no_direction_is_refused(monkeypatch, returned, said):
@@ -191,6 +192,18 @@ def test_a_direction_that_gives_no_direction_is_refused(monkeypatch, returned, s
     with pytest.raises(ValueError, match=said):
         rule.gradient(token_batches())
     assert torch.equal(weights_of(model), before)
+
+
+def test_a_combination_that_returns_its_result_is_refused(monkeypatch):
+    class Mine(COMBINATIONS["orthogonal"]):
+        def combine(self, g, g_rule, overlap):
+            return torch._foreach_add(g, g_rule)
+
+    monkeypatch.setitem(COMBINATIONS, "mine", Mine)
+    model = gpt()
+    rule = SharpnessAware(model, adamw(model), rho=RHO, combine="mine")
+    with pytest.raises(ValueError, match="combine=mine returned a result; change g_rule in place"):
+        rule.gradient(token_batches())
 
 
 def test_a_name_that_is_taken_is_refused():

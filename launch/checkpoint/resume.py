@@ -222,6 +222,7 @@ def restore(saved: Checkpoint, trained: Trained) -> State:
     refuse_other_shapes(saved, trained.model)
 
     def load() -> None:
+        """Reads weights, optimiser, rule and random state of this process."""
         load_weights(trained.model, saved.tensors["model"])
         load_state_tensors(trained.model, trained.optimizer, saved.tensors["optimizer"])
         random, suffix = saved.tensors["random"], own(trained.layout)

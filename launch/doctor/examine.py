@@ -39,9 +39,8 @@ def examine(arguments: list[str], found: list[Finding]) -> list[Finding]:
         arguments: words of the command line
         found: what is known already
     """
-    options, overrides = (
-        parse(Options, arguments, ("data", "tracking")) if arguments else (Options(), [])
-    )
+    # `parse` would print the help where nothing is given.
+    options, overrides = parse(Options, arguments or ["dir=runs"], ("data", "tracking"))
     config = compose(overrides)
     rank, world = rank_and_world()
     around = [*hardware(), *places(config, options.dir)]

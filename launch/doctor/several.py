@@ -1,6 +1,5 @@
 """What several processes find together: that they meet, agree, and how fast they exchange."""
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from datetime import timedelta
 import torch
 
 from launch.doctor.finding import Finding
-from launch.run.process_group import BACKENDS, met
+from launch.run.process_group import BACKENDS, local_index, met
 
 # Processes that have not met or answered by then are taken for lost.
 PATIENCE = timedelta(seconds=120)
@@ -23,8 +22,7 @@ def local_device() -> torch.device:
     one."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-    device = torch.device("cuda", local % torch.cuda.device_count())
+    device = torch.device("cuda", local_index())
     torch.cuda.set_device(device)
     return device
 
@@ -92,15 +90,20 @@ def synchronize(device: torch.device) -> None:
 
 
 def gather(findings: list[Finding], world: int, host: str) -> list[Finding]:
-    """Returns the findings of the main process, and of every other one those that are worse than a
-    note, or that the main process does not have, with the process's name."""
+    """Returns the findings of the main process, and of the others those on subjects that it does
+    not have, as their devices, and each warning and failure, once a host."""
     gathered: list[tuple[str, list[Finding]]] = [(host, findings)] * world
     torch.distributed.all_gather_object(gathered, (host, findings))
-    _, shown = gathered[0]
-    known = {(finding.subject, finding.verdict) for finding in shown}
-    for other, (name, theirs) in enumerate(gathered[1:], 1):
+    main_host, shown = gathered[0]
+    subjects = {finding.subject for finding in shown}
+    known = {(main_host, finding.subject, finding.verdict) for finding in shown}
+    for rank, (its_host, theirs) in enumerate(gathered[1:], 1):
         for finding in theirs:
-            if (finding.subject, finding.verdict) not in known:
-                found = f"rank {other} on {name}: {finding.found}"
-                shown.append(Finding(finding.verdict, finding.subject, found, finding.remedy))
+            is_alike = finding.subject in subjects and finding.verdict in ("ok", "note")
+            entry = (its_host, finding.subject, finding.verdict)
+            if is_alike or entry in known:
+                continue
+            known.add(entry)
+            found = f"rank {rank} on {its_host}: {finding.found}"
+            shown.append(Finding(finding.verdict, finding.subject, found, finding.remedy))
     return shown

@@ -48,9 +48,7 @@ def processes(
         )
     liveness.report_phase("meeting the other processes")
     if device.type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-        # Slurm may show each task no device but its own.
-        torch.cuda.set_device(local % torch.cuda.device_count())
+        torch.cuda.set_device(local_index())
     torch.distributed.init_process_group(
         BACKENDS[device.type],
         store=met(layout.rank, layout.world),
@@ -69,6 +67,13 @@ def processes(
             torch.distributed.destroy_process_group()
         raise
     torch.distributed.destroy_process_group()
+
+
+def local_index() -> int:
+    """Returns which CUDA device of its node is this process's own."""
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    # Slurm may show each task no device but its own.
+    return local % torch.cuda.device_count()
 
 
 def complete(layout: Layout, replicas: int, device: torch.device) -> None:

@@ -52,6 +52,7 @@ class Job:
 
     @property
     def command(self) -> list[str]:
+        """Returns the command that starts the run."""
         return [
             sys.executable,
             str(ROOT / "train.py"),
@@ -65,10 +66,12 @@ class Job:
 
     @property
     def exit_code(self) -> Path:
+        """Returns the file of the exit code of the last start."""
         return self.run / "logs" / "exit_code"
 
     @property
     def waiting(self) -> Path:
+        """Returns the file whose presence means that the run is about to be started."""
         return self.run / "logs" / "waiting"
 
     def expect(self) -> None:
@@ -156,6 +159,7 @@ def read_jobs(folder: Path) -> list[Job]:
 
 
 def write_jobs(folder: Path, jobs: Iterable[Job]) -> None:
+    """Writes the jobs.json of a sweep's folder."""
     entries = [
         asdict(job)
         | {"run": str(job.run.relative_to(folder) if job.run.is_relative_to(folder) else job.run)}

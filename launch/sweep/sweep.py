@@ -267,9 +267,9 @@ def describe(
         lines += describe_run(planned, found[planned.job.run], own)
     counts = Counter(found.values())
     lines.append(", ".join(f"{counts[kind]} {kind}" for kind in STATES if counts[kind]))
-    todo = [planned.plan for planned in runs if found[planned.job.run] in STARTED]
+    to_start = [planned.plan for planned in runs if found[planned.job.run] in STARTED]
     hours = " or ".join(
-        f"{human_hours(sum(plan.hours(device) for plan in todo), '.3g')} of {device}s"
+        f"{human_hours(sum(plan.hours(device) for plan in to_start), '.3g')} of {device}s"
         for device in DEVICES
     )
     lines.append(

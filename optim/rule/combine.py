@@ -11,8 +11,8 @@ optim.combine=name then selects it:
             torch._foreach_lerp_(g_rule, g, 0.5)
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,6 +68,18 @@ class Combination:
     def combine_plain(self, g: Mapping[str, Tensor], size: Tensor) -> None:
         """Changes the plain gradient g, of norm `size`, in place, in a step from `start` to before
         `stop` that does not move the weights."""
+
+
+def combine_in_place(
+    combination: Combination, g: list[Tensor], g_rule: list[Tensor], overlap: Overlap
+) -> None:
+    """Has a combination change g_rule. Raises ValueError for one that returns a result instead,
+    which would be lost."""
+    combine: Callable[..., Any] = combination.combine
+    if combine(g, g_rule, overlap) is not None:
+        raise ValueError(
+            f"combine={combination.axes.combine} returned a result; change g_rule in place"
+        )
 
 
 @combination("replace")

@@ -86,6 +86,28 @@ class Direction:
         """Receives the gradient that the rule hands on, by name, unclipped and finite."""
 
 
+def q_of(
+    direction: Direction, name: str, parameter: Tensor, gradient: Tensor | None
+) -> Tensor | None:
+    """Returns q of one parameter by a direction. Raises ValueError for a q that is unlike its
+    parameter, and for a gradient that was changed: the step goes on with it."""
+    version = None if gradient is None else gradient._version
+    q: Any = direction(name, parameter, gradient)
+    title = f"direction={direction.axes.direction} of {name}"
+    if gradient is not None and gradient._version != version:
+        raise ValueError(f"{title} changed the gradient in place; return a tensor of its own")
+    if q is None:
+        return None
+    if not isinstance(q, Tensor):
+        raise ValueError(f"{title} returned {type(q).__name__}; return a tensor, or None")
+    if q.shape != parameter.shape:
+        raise ValueError(
+            f"{title} has shape {list(q.shape)}; return a tensor like the parameter, of"
+            f" {list(parameter.shape)}"
+        )
+    return q
+
+
 @direction("momentum")
 class Momentum(Direction):
     """q = m, the first moment of the base optimiser, read only, and a move along -m (Momentum-SAM,

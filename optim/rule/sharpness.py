@@ -36,18 +36,18 @@ from optim.adapter import Adapter
 from optim.gradient import Gradient, MicroBatch, RuleResult, Step, named_gradients, take_gradients
 from optim.rule.ascent import Ascent, CleanPass
 from optim.rule.axes import check_optimizer, check_span, make_axes, needs_gradient
-from optim.rule.combine import Combination, overlap_of
+from optim.rule.combine import Combination, combine_in_place, overlap_of
 from optim.rule.conditions import ieee_fp32, random_state, same_buffers
 from optim.rule.cotangents import CotangentStorage
 from optim.rule.descent import Terms, moved_pass, terms_of
 from optim.rule.diagnostics import Diagnostics
-from optim.rule.directions import Direction
+from optim.rule.directions import Direction, q_of
 from optim.rule.fraction import cut
 from optim.rule.metrics import Metric
 from optim.rule.parameters import choose
 from optim.rule.perturbation import Move, moved
 from optim.rule.scope import SCOPES, Scope
-from optim.rule.tensors import norm, refuse_unlike
+from optim.rule.tensors import norm
 from optim.rule.weights import Weighting
 from optim.schedule import Schedule
 
@@ -266,15 +266,13 @@ class SharpnessAware(Gradient):
         for name, parameter in self.moving.items():
             # A parameter that had no part in the pass has no gradient, and stays where it is.
             if not self.direction.needs_gradient or name in gradients:
-                q[name] = self.direction(name, parameter, gradients.get(name))
+                q[name] = q_of(self.direction, name, parameter, gradients.get(name))
         found = {name: along for name, along in q.items() if along is not None}
         if q and not found and self.direction.needs_gradient:
             raise ValueError(
                 f"direction={self.axes.direction} returned None for every parameter, so nothing"
                 " would move; return q"
             )
-        for name, along in found.items():
-            refuse_unlike(along, self.moving[name], f"direction={self.axes.direction} of {name}")
         return found
 
     def make_move(self, ascent: Ascent, q: dict[str, Tensor]) -> Move:
@@ -399,7 +397,7 @@ class SharpnessAware(Gradient):
         g_rule = [update[name] for name in clean]
         overlap = overlap_of(g, g_rule, size)
         # Both change their arguments in place: g is of no use afterwards but to be remembered.
-        self.combination.combine(g, g_rule, overlap)
+        combine_in_place(self.combination, g, g_rule, overlap)
         self.combination.remember(clean, self.rho)
         # What is logged is the cosine with the gradient that is handed on.
         if self.combination.changes_update:

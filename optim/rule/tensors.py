@@ -1,7 +1,6 @@
 """Norms and inner products of lists of tensors that may be sharded, and stretches of tensors."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,14 +45,3 @@ def dot(ones: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
         for one, other in zip(ones, others, strict=True)
     )
     return summed(torch.stack([torch.dot(one, other) for one, other in pairs]).sum(), ones)
-
-
-def refuse_unlike(found: Any, parameter: Tensor, name: str) -> None:
-    """Raises ValueError for what a part returned in place of a tensor like its parameter."""
-    if not isinstance(found, Tensor):
-        raise ValueError(f"{name} returned {type(found).__name__}; return a tensor, or None")
-    if found.shape != parameter.shape:
-        raise ValueError(
-            f"{name} has shape {list(found.shape)}; return a tensor like the parameter, of"
-            f" {list(parameter.shape)}"
-        )
